@@ -1,0 +1,131 @@
+"""The command line. It parses and prints; what the commands do lies in the rooms they import.
+
+Those imports stand inside the commands: they bring torch, and `--help` or a mistake in a configuration is answered
+without it.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distillkit.config import DatasetSource, StudentConfig, UserError, load_run_config
+from distillkit.config.readiness import check_model_path, check_ready, check_source
+from distillkit.config.student import KVHeads, Layout
+
+USAGE_ERROR = 2
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def root() -> None:
+    """Distil a transformer into another model.
+
+    distillkit CONFIG.yaml runs a distillation (distillkit distill CONFIG.yaml is the same).
+    """
+
+
+@app.command()
+def distill(
+    config: Annotated[Path, typer.Argument(help="The run, as YAML.", metavar="CONFIG.yaml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys to change: training_args.learning_rate=3e-4", metavar="KEY=VALUE"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_path.")] = False,
+) -> None:
+    """Run the distillation that a YAML file describes."""
+    changes = [*(overrides or []), *(["resume=true"] if resume else [])]
+    run = load_run_config(config, changes)
+    check_ready(run)
+    from distillkit.training import distill
+
+    distill(run)
+
+
+@app.command()
+def convert(
+    teacher: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the untrained student.")],
+    layout: Annotated[Layout | None, typer.Option(help="Which layers keep full attention. [default: hybrid]")] = None,
+    full_attention_layers: Annotated[
+        str | None, typer.Option(help="The layers that keep full attention, instead of a layout: 3,7,11")
+    ] = None,
+    kv_heads: Annotated[
+        KVHeads, typer.Option(help="Repeat key/value weights for each query head, or keep them grouped.")
+    ] = "expand",
+    keep_rope: Annotated[
+        bool, typer.Option("--keep-rope", help="Full-attention layers keep the rotary embedding.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the parameters that start at random.")] = 0,
+    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the teacher.")
+    ] = False,
+) -> None:
+    """Turn a teacher into an untrained KDA student."""
+    options: dict[str, Any] = {"kv_heads": kv_heads, "keep_rope": keep_rope, "seed": seed}
+    if layout is not None:
+        options["layout"] = layout
+    if full_attention_layers is not None:
+        options["full_attention_layers"] = _numbers("--full-attention-layers", full_attention_layers)
+    student = StudentConfig.parse(options)
+    check_model_path("TEACHER", teacher)
+    from distillkit.conversion import convert
+
+    kwargs = {} if gguf_file is None else {"gguf_file": gguf_file}
+    convert(teacher, out, student, trust_remote_code=trust_remote_code, **kwargs)
+
+
+@app.command()
+def evaluate(
+    teacher: Annotated[str, typer.Option(help="A folder, a hub id or a .gguf file.")],
+    student: Annotated[str, typer.Option(help="A folder or a hub id.")],
+    data: Annotated[str, typer.Option(help="Held-out text: a file, a folder, or a pattern of files.")],
+    num_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it are measured.")] = 16384,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 2048,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")
+    ] = False,
+) -> None:
+    """Measure how far a student is from its teacher."""
+    source = DatasetSource.parse({"disk_path": data})
+    check_source("--data", source)
+    check_model_path("--teacher", teacher)
+    check_model_path("--student", student)
+    from distillkit.evaluation import evaluate
+
+    evaluate(
+        teacher, student, source, num_tokens=num_tokens, sequence_length=sequence_length,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: must be layers separated by commas, such as 3,7,11; got {text!r}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return the exit code: 2 after a mistake of the user's, told in one line on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    first = next((word for word in words if not word.startswith("-")), "")
+    if first.endswith((".yaml", ".yml")):
+        words.insert(0, "distill")
+    try:
+        code = app(args=words, prog_name="distillkit", standalone_mode=False)
+    except UserError as error:
+        return _fail(str(error))
+    except typer.TyperException as error:
+        return _fail(error.format_message())
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return USAGE_ERROR

@@ -1,0 +1,15 @@
+"""The YAML of a run: one pydantic model per section, each key documented there. Imports no torch."""
+
+from distillkit.config.data import DatasetConfig as DatasetConfig
+from distillkit.config.data import DatasetSource as DatasetSource
+from distillkit.config.errors import UserError as UserError
+from distillkit.config.evaluation import EvaluationConfig as EvaluationConfig
+from distillkit.config.loading import load_run_config as load_run_config
+from distillkit.config.losses import LossConfig as LossConfig
+from distillkit.config.readiness import check_ready as check_ready
+from distillkit.config.run import RunConfig as RunConfig
+from distillkit.config.student import InitializationConfig as InitializationConfig
+from distillkit.config.student import StudentConfig as StudentConfig
+from distillkit.config.teacher import DatasetTeacherConfig as DatasetTeacherConfig
+from distillkit.config.teacher import HFTeacherConfig as HFTeacherConfig
+from distillkit.config.teacher import VLLMTeacherConfig as VLLMTeacherConfig

@@ -1,0 +1,142 @@
+"""One line for the person who wrote the YAML: what is wrong, where, and what would be right.
+
+Every mistake a user can make ends as a `UserError`; the command line prints its text and exits with 2. pydantic does
+the checking, and `user_error` here turns its report into that line, so that no model carries texts of its own for
+ordinary types and bounds.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class KeyProblem(ValueError):
+    """Raised inside a validator that sees a whole section: which of its keys is wrong, and why.
+
+    `key` is the path below the validated value: `temperature`, `[2]`, `[2].function`.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key = key
+        self.message = message
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """`; did you mean 'weight'?` where a known name begins like the word or is close to it, else `otherwise`."""
+    names = list(known)
+    close = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names)
+    return f"; did you mean {close[0]!r}?" if close else otherwise
+
+
+def user_error(error: ValidationError, data: Any) -> UserError:
+    """The first of pydantic's complaints about `data` as one line, and how many other keys are wrong."""
+    lines: dict[str, str] = {}
+    for details in error.errors(include_url=False):
+        path = key_path(details["loc"], data)
+        problem = details.get("ctx", {}).get("error")
+        if isinstance(problem, KeyProblem):
+            path = _join(path, problem.key)
+        elif details["type"].startswith("union_tag"):
+            path = _join(path, _quoted(details["ctx"]["discriminator"])[0])
+        lines.setdefault(path, _remedy(details))
+    path, line = next(iter(lines.items()))
+    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+    return UserError((f"{path}: " if path else "") + line + more)
+
+
+def key_path(location: Sequence[int | str], data: Any) -> str:
+    """`loss_functions[1].temperature` for a location of pydantic's.
+
+    A location also holds labels of pydantic's own (the chosen member of a union); those are no keys of `data` and
+    are left out.
+    """
+    path = ""
+    for part in location:
+        if isinstance(data, dict) and part in data:
+            path = _join(path, str(part))
+        elif isinstance(data, (list, tuple)) and isinstance(part, int):
+            path = f"{path}[{part}]"
+        else:
+            continue
+        data = data[part]
+    return path
+
+
+def one_of(value: Any, choices: Sequence[str]) -> str:
+    """That a value is not among the choices; a long list of them only where none is close."""
+    suggestion = did_you_mean(str(value), choices)
+    if suggestion and len(choices) > 12:
+        return f"no such choice: {shown(value)}{suggestion}"
+    return f"must be one of {', '.join(choices)}; got {shown(value)}{suggestion}"
+
+
+def shown(value: Any) -> str:
+    """A value as the user may recognise it, short."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _join(path: str, key: str) -> str:
+    if not path or not key:
+        return path or key
+    return path + key if key.startswith("[") else f"{path}.{key}"
+
+
+_KINDS = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "finite": "must be a finite number",
+    "string": "must be text",
+    "bool": "must be true or false",
+    "list": "must be a list",
+    "dict": "must be a mapping of keys to values",
+    "model": "must be a mapping of keys to values",
+}
+_BOUNDS = {
+    "greater_than": ("must be > {}", "gt"),
+    "greater_than_equal": ("must be >= {}", "ge"),
+    "less_than": ("must be < {}", "lt"),
+    "less_than_equal": ("must be <= {}", "le"),
+}
+
+
+def _remedy(details: Any) -> str:
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    if kind == "value_error":
+        problem = context["error"]
+        return problem.message if isinstance(problem, KeyProblem) else str(problem)
+    if kind in _BOUNDS:
+        text, bound = _BOUNDS[kind]
+        return f"{text.format(f'{context[bound]:g}')}, got {shown(value)}"
+    if kind == "too_short":
+        return "must have at least one entry"
+    if kind == "literal_error":
+        return one_of(value, _quoted(context["expected"]))
+    if kind == "union_tag_invalid":
+        return one_of(value[_quoted(context["discriminator"])[0]], _quoted(context["expected_tags"]))
+    if kind == "union_tag_not_found":
+        return "is missing; it says what the section describes"
+    line = _KINDS.get(kind.split("_")[0], details["msg"])
+    quote = " (put it in quotes)" if kind == "string_type" and isinstance(value, (int, float)) else ""
+    return f"{line}, got {shown(value)}{quote}"
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r"'([^']*)'", text)

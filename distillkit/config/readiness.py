@@ -1,0 +1,48 @@
+"""What can be known before a run starts, and before torch is imported: files that do not exist, things not built."""
+
+import glob
+import logging
+import os
+
+from distillkit.config.data import DatasetSource
+from distillkit.config.errors import UserError
+from distillkit.config.run import RunConfig
+from distillkit.config.unbuilt import refuse_unbuilt
+
+logger = logging.getLogger(__name__)
+
+
+def check_ready(config: RunConfig) -> None:
+    """Raises `UserError` where the run could not start; warns of keys without effect."""
+    refuse_unbuilt(config)
+    for key, source in _sources(config).items():
+        check_source(f"{key}.disk_path", source)
+    if config.model is not None:
+        check_model_path("model", config.model)
+    if config.teacher.kind == "hf":
+        check_model_path("teacher.path", config.teacher.path)
+    if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
+        raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
+    if config.functionary_packing:
+        logger.warning("functionary_packing: has no effect; packed documents never see each other anyway")
+
+
+def _sources(config: RunConfig) -> dict[str, DatasetSource]:
+    named = {"dataset.train_dataset": config.dataset.train_dataset, "dataset.eval_dataset": config.dataset.eval_dataset}
+    if config.evaluation is not None:
+        named["evaluation.dataset"] = config.evaluation.dataset
+    return {key: source for key, source in named.items() if source is not None}
+
+
+def check_source(key: str, source: DatasetSource) -> None:
+    """Raises `UserError`, naming `key`, where local files of text do not exist."""
+    path = source.disk_path
+    if path is not None and not os.path.exists(path) and not glob.glob(path, recursive=True):
+        raise UserError(f"{key}: no such file or folder: {path!r}")
+
+
+def check_model_path(key: str, path: str) -> None:
+    """Raises `UserError`, naming `key`, where a model can only be on disk (no hub id looks so) and is not."""
+    looks_local = path.startswith(("/", ".")) or path.count("/") > 1 or path.endswith(".gguf")
+    if looks_local and not os.path.exists(path):
+        raise UserError(f"{key}: no such file or folder: {path!r}")

@@ -1,0 +1,154 @@
+"""The whole YAML: one distillation, from the models and the data to the losses and the trainer."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from distillkit.config.data import TRL_KEYS, DatasetConfig
+from distillkit.config.errors import KeyProblem, did_you_mean, shown
+from distillkit.config.evaluation import EvaluationConfig
+from distillkit.config.losses import HIDDEN_STATE_FUNCTIONS, LossConfig
+from distillkit.config.section import AnyMapping, PathText, Section, TextList
+from distillkit.config.student import StudentConfig
+from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig, VLLMTeacherConfig
+from distillkit.config.training_args import check_training_args
+
+
+def _check_layer_mapping(value: Any) -> Any:
+    """`all`, or a list of pairs; says which pair is wrong."""
+    if value is None or value == "all":
+        return value
+    if not isinstance(value, list) or not value:
+        wanted = "must be all, or a list of pairs [student index, teacher index]"
+        raise KeyProblem("", f"{wanted}, got {shown(value)}{did_you_mean(str(value), ['all'])}")
+    for position, pair in enumerate(value):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(each) is int for each in pair):
+            wanted = "must be a pair [student index, teacher index] into hidden_states (0 = embeddings)"
+            raise KeyProblem(f"[{position}]", f"{wanted}, got {shown(pair)}")
+        if min(pair) < 0:
+            raise KeyProblem(f"[{position}]", f"indices count from 0 (the embeddings), got {shown(pair)}")
+    return [tuple(pair) for pair in value]
+
+
+LayerMapping = Annotated[Literal["all"] | list[tuple[int, int]] | None, BeforeValidator(_check_layer_mapping)]
+TeacherConfig = Annotated[
+    HFTeacherConfig | DatasetTeacherConfig | VLLMTeacherConfig,
+    Field(discriminator="kind"),
+]
+
+
+def _default_losses() -> list[LossConfig]:
+    return [
+        LossConfig(function="cross_entropy", weight=0.5),
+        LossConfig(function="kl", weight=0.5, temperature=1.0, missing_probability_handling="zero"),
+    ]
+
+
+class RunConfig(Section):
+    """One distillation."""
+
+    project_name: str = Field("distillkit", description="name of the project for trackers")
+    model: PathText | None = Field(None, description="the student to train: a folder or hub id; instead of student")
+    student: StudentConfig | None = Field(
+        None, description="how the teacher is converted into the student first; instead of model"
+    )
+    teacher: TeacherConfig = Field(description="whom the student learns from; kind: hf, dataset or vllm")
+    trust_remote_code: bool = Field(False, description="run code that comes with the student, teacher or tokenizer")
+    model_kwargs: AnyMapping = Field(default={}, description="keyword arguments of from_pretrained for the student")
+    model_auto_class: str | None = Field(
+        "AutoModelForCausalLM", description="the class of transformers that loads the student"
+    )
+    frozen_modules: TextList = Field(default=[], description="modules of the student that are not trained, by name")
+    frozen_res: TextList = Field(
+        default=[], description="regular expressions; parameters whose name they are found in are not trained"
+    )
+    output_path: PathText = Field(description="folder for the trained student and its checkpoints")
+    use_flash_attention: bool = Field(True, description="flash attention where it is installed, else SDPA")
+    sequence_length: int = Field(gt=0, description="tokens per row")
+    resize_embeddings_to_multiple_of: int | None = Field(
+        None, gt=0, description="the student's embeddings grow to a multiple of this"
+    )
+    functionary_packing: bool = Field(False, description="no effect: packed documents never see each other anyway")
+
+    dataset: DatasetConfig = Field(description="the text that is learnt from")
+    loss_functions: list[LossConfig] = Field(
+        default_factory=_default_losses, min_length=1, description="what is minimised: a weighted mean of losses"
+    )
+    layer_mapping: LayerMapping = Field(
+        None, description="layers whose hidden states hs_ losses compare: all, or pairs [student index, teacher index]"
+    )
+    force_hidden_state_projection: bool = Field(
+        False, description="compare hidden states through a learned projection even where widths are equal"
+    )
+    training_args: AnyMapping = Field(default={}, description="what transformers' Trainer takes")
+    resume: bool = Field(False, description="go on from the last checkpoint in output_path")
+    evaluation: EvaluationConfig | None = Field(None, description="what is measured before and after")
+
+    @model_validator(mode="before")
+    @classmethod
+    def move_dataset_keys(cls, data: Any) -> Any:
+        """Published configurations give a few keys of `dataset` among the arguments of TRL's trainer."""
+        if not isinstance(data, dict) or not isinstance(data.get("training_args"), dict):
+            return data
+        moved = {key: value for key, value in data["training_args"].items() if key in TRL_KEYS}
+        if not moved or not isinstance(data.get("dataset"), dict):
+            return data
+        kept = {key: value for key, value in data["training_args"].items() if key not in TRL_KEYS}
+        return {**data, "training_args": kept, "dataset": {**moved, **data["dataset"]}}
+
+    @field_validator("frozen_res")
+    @classmethod
+    def check_patterns(cls, patterns: list[str]) -> list[str]:
+        for position, pattern in enumerate(patterns):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise KeyProblem(f"[{position}]", f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+    @field_validator("loss_functions")
+    @classmethod
+    def check_losses(cls, losses: list[LossConfig]) -> list[LossConfig]:
+        first: dict[str, int] = {}
+        for position, loss in enumerate(losses):
+            if loss.function in first:
+                also = f"{loss.function} is given already by loss_functions[{first[loss.function]}]"
+                raise KeyProblem(f"[{position}].function", f"{also}; name each loss once")
+            first[loss.function] = position
+        if not any(loss.weight for loss in losses):
+            raise KeyProblem("", "all weights are 0; at least one must be > 0")
+        return losses
+
+    @field_validator("training_args")
+    @classmethod
+    def check_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        return check_training_args(arguments)
+
+    @model_validator(mode="after")
+    def check_student(self) -> Self:
+        if self.model is None and self.student is None:
+            raise KeyProblem("model", "is missing: name a student, or give student (how to convert the teacher)")
+        if self.student is None:
+            return self
+        if self.model is not None:
+            raise KeyProblem("model", "student is given too; keep one of the two")
+        if self.teacher.kind != "hf":
+            raise KeyProblem("student", "converts the teacher, which must be of kind: hf for that")
+        return self
+
+    @model_validator(mode="after")
+    def check_hidden_state_losses(self) -> Self:
+        for position, loss in enumerate(self.loss_functions):
+            if loss.function not in HIDDEN_STATE_FUNCTIONS:
+                continue
+            if self.layer_mapping is None:
+                raise KeyProblem(
+                    "layer_mapping", f"is missing: loss_functions[{position}] ({loss.function}) needs all, or pairs"
+                )
+            if self.teacher.kind != "hf":
+                raise KeyProblem(
+                    f"loss_functions[{position}].function",
+                    f"{loss.function} needs a teacher of kind: hf; {self.teacher.kind} has no hidden states",
+                )
+        return self

@@ -1,0 +1,55 @@
+"""The base of every section of the YAML: nothing unknown, nothing missing, nothing converted silently."""
+
+import os
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from distillkit.config.errors import KeyProblem, did_you_mean, user_error
+
+
+class Section(BaseModel):
+    """A mapping of the YAML. The description of each field is the documentation of the key."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_keys(cls, data: Any) -> Any:
+        """Unknown and missing keys, told here because here the known ones are at hand."""
+        if not isinstance(data, dict):
+            return data
+        for key in data:
+            if key not in cls.model_fields:
+                known = f"; known keys: {', '.join(cls.model_fields)}"
+                raise KeyProblem(str(key), f"unknown key{did_you_mean(str(key), cls.model_fields, known)}")
+        for name, field in cls.model_fields.items():
+            if field.is_required() and name not in data:
+                raise KeyProblem(name, f"is missing: {field.description}")
+        return data
+
+    @classmethod
+    def parse(cls, data: Any) -> Self:
+        """The section from plain data, as YAML gives it. Raises `UserError`."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise user_error(error, data) from None
+
+
+def _empty_list(value: Any) -> Any:
+    return [] if value is None else value
+
+
+def _empty_dict(value: Any) -> Any:
+    return {} if value is None else value
+
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A folder, file or hub id; `~` is the home folder."""
+
+TextList = Annotated[list[str], BeforeValidator(_empty_list)]
+"""A list of text; a key without a value is the empty list."""
+
+AnyMapping = Annotated[dict[str, Any], BeforeValidator(_empty_dict)]
+"""A mapping that is handed on as it is; a key without a value is the empty one."""

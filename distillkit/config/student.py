@@ -1,0 +1,67 @@
+"""`student`: how the teacher is converted into the model that is trained."""
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from distillkit.config.errors import KeyProblem
+from distillkit.config.section import Section
+
+Layout = Literal["hybrid", "front_loaded", "kda_only"]
+KVHeads = Literal["expand", "grouped"]
+
+
+class InitializationConfig(Section):
+    """`student.initialization`: the start of those KDA parameters that the teacher has no counterpart for."""
+
+    short_convolution: Literal["identity", "default"] = Field(
+        "identity", description="identity: the short convolutions pass their input on; default: fla's initialisation"
+    )
+
+
+class StudentConfig(Section):
+    """`student`: which layers get Kimi Delta Attention, and how it starts."""
+
+    layout: Layout | None = Field(
+        "hybrid",
+        description="hybrid: every fourth layer keeps full attention; front_loaded: as many, but the first four and "
+        "then spread; kda_only: none. Left out when full_attention_layers is given",
+    )
+    full_attention_layers: list[int] | None = Field(
+        None, description="the layers (from 0) that keep full attention, instead of a layout"
+    )
+    kv_heads: KVHeads = Field(
+        "expand",
+        description="expand: key/value weights are repeated, one per query head; grouped: the teacher's stay, "
+        "their outputs are repeated",
+    )
+    keep_rope: bool = Field(False, description="full-attention layers keep the teacher's rotary embedding")
+    seed: int = Field(0, ge=0, description="seed of the parameters that start at random")
+    initialization: InitializationConfig = Field(
+        default_factory=InitializationConfig, description="the start of the new KDA parameters"
+    )
+
+    @field_validator("full_attention_layers")
+    @classmethod
+    def check_layers(cls, layers: list[int] | None) -> list[int] | None:
+        for position, layer in enumerate(layers or []):
+            if layer < 0:
+                raise KeyProblem(f"[{position}]", f"layers count from 0, got {layer}")
+            if layers is not None and layer in layers[:position]:
+                raise KeyProblem(f"[{position}]", f"layer {layer} is named twice")
+        return layers
+
+    @model_validator(mode="before")
+    @classmethod
+    def layers_replace_layout(cls, data: object) -> object:
+        if not isinstance(data, dict) or data.get("full_attention_layers") is None:
+            return data
+        return {"layout": None, **data}
+
+    @model_validator(mode="after")
+    def check_one_choice(self) -> Self:
+        if self.layout is not None and self.full_attention_layers is not None:
+            raise KeyProblem("layout", "full_attention_layers is given too; keep one of the two")
+        if self.layout is None and self.full_attention_layers is None:
+            raise KeyProblem("layout", "must be one of hybrid, front_loaded, kda_only, or give full_attention_layers")
+        return self

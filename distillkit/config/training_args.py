@@ -1,0 +1,159 @@
+"""`training_args`: what transformers' Trainer takes, checked by name, type and choice.
+
+The names are read from the source of the installed transformers, without importing it: importing
+`TrainingArguments` brings torch along, which is seconds that a mistyped key should not cost.
+"""
+
+import ast
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distillkit.config.errors import KeyProblem, did_you_mean, one_of, shown
+
+RENAMED = {
+    "warmup_ratio": "warmup_steps",  # a number below 1 is a share of the steps
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+"""Other names of transformers' for the same thing, most of them older."""
+
+WITHOUT_EFFECT = (
+    "remove_unused_columns",
+    "save_safetensors",
+    "overwrite_output_dir",
+    "logging_dir",
+    "include_tokens_per_second",
+)
+"""Names that published configurations carry and that change nothing here: batches hold what the losses need, weights
+are always safetensors, and so on."""
+
+SET_BY_THE_RUN = {
+    "output_dir": "use the top-level key output_path",
+    "max_length": "use the top-level key sequence_length",
+    "max_seq_length": "use the top-level key sequence_length",
+    "resume_from_checkpoint": "use the top-level key resume: true, or --resume",
+    "project": "use the top-level key project_name",
+    "label_names": "the batches hold what the losses need; remove it",
+    "label_smoothing_factor": "the losses are those of loss_functions; remove it",
+    "use_liger_kernel": "its fused losses would replace those of loss_functions; remove it",
+    "neftune_noise_alpha": "noisy embeddings would not match the teacher's; remove it",
+    "average_tokens_across_devices": "the run always averages over all devices; remove it",
+    "do_train": "the run always trains; remove it",
+    "do_predict": "the run does not predict; remove it",
+}
+"""Names that are refused, and what to do instead."""
+
+_POSITIVE = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+)
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm")
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "text"),
+    "list": ((list,), "a list"),
+    "dict": ((dict,), "a mapping"),
+    "None": ((type(None),), "empty"),
+}
+
+
+def check_training_args(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments under the names that transformers has now, without those that have no effect.
+
+    Raises `KeyProblem` for a name that is unknown or not the user's to set, and for a value of the wrong kind.
+    """
+    fields = trainer_fields()
+    checked: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for name, value in given.items():
+        if name in WITHOUT_EFFECT:
+            continue
+        if name in SET_BY_THE_RUN:
+            raise KeyProblem(name, SET_BY_THE_RUN[name])
+        current = RENAMED.get(name, name)
+        if current not in fields:
+            close = did_you_mean(str(name), [*fields, *RENAMED], "; transformers' TrainingArguments has no such name")
+            raise KeyProblem(str(name), f"unknown key{close}")
+        if current in names:
+            raise KeyProblem(name, f"is the same as {names[current]}; keep one of the two")
+        names[current] = name
+        if current.endswith("_strategy") and value is False:
+            value = "no"  # YAML reads a bare `no` as false
+        _check_value(name, value, fields[current])
+        checked[current] = value
+    return checked
+
+
+def _check_value(name: str, value: Any, annotation: str) -> None:
+    """Holds `value` to a field's annotation, such as `IntervalStrategy | str` or `dict[str, Any] | str | None`."""
+    kinds = [each.strip().split("[")[0] for each in annotation.split("|")]
+    choices = [choice for kind in kinds for choice in trainer_choices().get(kind, ())]
+    if choices:
+        if value not in choices:
+            raise KeyProblem(name, one_of(value, choices))
+        return
+    if all(kind in _TYPES for kind in kinds) and not any(_fits(value, kind) for kind in kinds):
+        wanted = " or ".join(_TYPES[kind][1] for kind in kinds if kind != "None")
+        raise KeyProblem(name, f"must be {wanted}, got {shown(value)}")
+    if isinstance(value, (int, float)):
+        _check_bounds(name, value)
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "bool"
+    return isinstance(value, _TYPES[kind][0])
+
+
+def _check_bounds(name: str, value: float) -> None:
+    if name == "warmup_ratio" and value >= 1:
+        raise KeyProblem(name, f"must be a share of the steps, below 1, got {value:g}; warmup_steps counts steps")
+    if name in _POSITIVE and not value > 0:
+        raise KeyProblem(name, f"must be > 0, got {value:g}")
+    if name in _NOT_NEGATIVE and not value >= 0:
+        raise KeyProblem(name, f"must be >= 0, got {value:g}")
+
+
+@functools.cache
+def trainer_fields() -> dict[str, str]:
+    """Name and annotation of each field of transformers' `TrainingArguments`."""
+    found: dict[str, str] = {}
+    for node in _classes("training_args.py")["TrainingArguments"].body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = ast.unparse(node.annotation)
+    return found
+
+
+@functools.cache
+def trainer_choices() -> dict[str, tuple[str, ...]]:
+    """The values of each of transformers' enumerations that a training argument may be of."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, node in {**_classes("training_args.py"), **_classes("trainer_utils.py")}.items():
+        if any(isinstance(base, ast.Name) and base.id == "ExplicitEnum" for base in node.bases):
+            values = [each.value for each in node.body if isinstance(each, ast.Assign)]
+            found[name] = tuple(str(each.value) for each in values if isinstance(each, ast.Constant))
+    return found
+
+
+@functools.cache
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    package = importlib.util.find_spec("transformers")  # finds, does not import
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("transformers is not installed")
+    source = Path(package.origin).with_name(file).read_text(encoding="utf-8")
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
