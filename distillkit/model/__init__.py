@@ -1,0 +1,15 @@
+"""The student network. These files are saved beside a student's weights, so they import nothing else of distillkit."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .configuration import KDAHybridConfig
+from .kda_attention import KimiDeltaAttention
+from .modeling import KDAHybridForCausalLM
+
+AutoConfig.register("kda_hybrid", KDAHybridConfig)
+AutoModelForCausalLM.register(KDAHybridConfig, KDAHybridForCausalLM)
+# Saving writes these files beside the weights, for `trust_remote_code=True` where distillkit is not installed.
+KDAHybridConfig.register_for_auto_class()
+KDAHybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["KDAHybridConfig", "KDAHybridForCausalLM", "KimiDeltaAttention"]

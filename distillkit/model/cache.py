@@ -1,0 +1,74 @@
+"""What a KDA layer remembers between two calls: a few inputs of the short convolution, and the recurrent state.
+
+transformers' own ``LinearAttentionLayer`` does not count tokens, so a cache made of such layers alone cannot answer
+``get_seq_length``, which generation asks for. This layer counts.
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
+
+
+class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """Convolution inputs ``[batch, conv_size - 1, channels]`` and state ``[batch, heads, key_dim, value_dim]``.
+
+    Both have the same size after one token and after a million.
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen_tokens = 0
+        self.is_initialized = False
+
+    @property
+    def conv_state(self) -> torch.Tensor | None:
+        return self.conv_states[0]
+
+    @property
+    def recurrent_state(self) -> torch.Tensor | None:
+        return self.recurrent_states[0]
+
+    def store(self, conv_state: torch.Tensor, recurrent_state: torch.Tensor) -> None:
+        """Replace both states."""
+        self.conv_states[0], self.recurrent_states[0] = conv_state, recurrent_state
+        self.dtype, self.device = conv_state.dtype, conv_state.device
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
+        self.has_previous_state[0] = self.is_initialized = True
+
+    def update(self, *args, **kwargs):
+        raise TypeError("a KDA layer has no keys and values to store")
+
+    def get_seq_length(self) -> int:
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        super().__init__()
+        self.seen_tokens = 0
+        self.is_initialized = False
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.conv_states[0] = self.conv_state.repeat_interleave(repeats, dim=0)
+            self.recurrent_states[0] = self.recurrent_state.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.conv_states[0] = self.conv_state[indices]
+            self.recurrent_states[0] = self.recurrent_state[indices]
+
+
+def with_kda_layers(cache: Cache, layer_types: list[str]) -> Cache:
+    """Put a ``KDACacheLayer`` at every ``linear_attention`` place of ``cache``, unless one is there; returns ``cache``."""
+    while len(cache.layers) < len(layer_types):  # a DynamicCache made without a config adds its layers as they come
+        cache.layers.append(cache.layer_class_to_replicate())
+    for index, layer_type in enumerate(layer_types):
+        if layer_type == "linear_attention" and not isinstance(cache.layers[index], KDACacheLayer):
+            cache.layers[index] = KDACacheLayer()
+    return cache

@@ -1,0 +1,113 @@
+"""Where sequences start and end in a batch: padding and packing, brought to one form.
+
+A linear-attention layer has a state that must not flow from one document into the next, nor through padding. Padded
+batches, packed rows and plain batches all become a flat list of documents here, once per forward pass; the layers
+only ever see that.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+
+CHUNK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How documents fall into chunks, ordered so that a scan over chunks advances all documents side by side.
+
+    slots: ``[tokens]``, the place of each token among ``num_chunks * CHUNK_SIZE`` places.
+    steps: number of documents that still have a chunk at step 0, 1, 2 …; chunks of one step lie side by side.
+    order: ``[documents]``, document indices from the longest to the shortest.
+    """
+
+    slots: torch.Tensor
+    steps: list[int]
+    order: torch.Tensor
+    num_chunks: int
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents laid end to end.
+
+    lengths: tokens of each document, in order; 0 is allowed.
+    index: ``[tokens]``, where each token lies in the flattened ``batch * tokens`` input; ``None`` if all of it is used.
+    device: where the layers run.
+    """
+
+    lengths: tuple[int, ...]
+    index: torch.Tensor | None
+    device: torch.device
+
+    @classmethod
+    @lru_cache(maxsize=4)  # every layer of a model asks for the same
+    def rows(cls, batch: int, tokens: int, device: torch.device) -> "Documents":
+        """Every row of a batch is one document."""
+        return cls((tokens,) * batch, None, device)
+
+    @classmethod
+    def from_attention_mask(cls, attention_mask: torch.Tensor) -> "Documents | None":
+        """One document per row: the tokens where ``attention_mask`` ``[batch, tokens]`` is not 0; ``None`` if all are."""
+        if bool(attention_mask.all()):
+            return None
+        lengths = attention_mask.ne(0).sum(-1).tolist()
+        return cls(tuple(lengths), attention_mask.flatten().nonzero().squeeze(-1), attention_mask.device)
+
+    @classmethod
+    def from_position_ids(cls, position_ids: torch.Tensor) -> "Documents | None":
+        """A document starts in each row and wherever ``position_ids`` ``[batch, tokens]`` do not go on by one."""
+        starts = torch.ones_like(position_ids, dtype=torch.bool)
+        starts[:, 1:] = position_ids.diff(dim=-1) != 1
+        first_tokens = starts.flatten().nonzero().squeeze(-1)
+        if len(first_tokens) == len(position_ids):
+            return None
+        boundaries = [*first_tokens.tolist(), position_ids.numel()]
+        return cls.from_boundaries(boundaries, position_ids.device)
+
+    @classmethod
+    def from_boundaries(cls, boundaries: list[int], device: torch.device) -> "Documents":
+        """Boundaries as in ``cu_seqlens``: 0, the end of the first document, …, the number of tokens."""
+        return cls(tuple(b - a for a, b in zip(boundaries, boundaries[1:], strict=False)), None, device)
+
+    @property
+    def count(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """``[documents + 1]``, int64: start of each document, then the number of tokens."""
+        lengths = torch.tensor((0, *self.lengths), dtype=torch.long, device=self.device)
+        return lengths.cumsum(0)
+
+    @cached_property
+    def position_ids(self) -> torch.Tensor:
+        """``[tokens]``: position of each token in its document."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        starts = self.cu_seqlens[:-1].repeat_interleave(lengths)
+        return torch.arange(sum(self.lengths), device=self.device) - starts
+
+    def flatten(self, x: torch.Tensor) -> torch.Tensor:
+        """``[batch, tokens, ...]`` → ``[1, document tokens, ...]``."""
+        x = x.flatten(0, 1)
+        return (x if self.index is None else x.index_select(0, self.index)).unsqueeze(0)
+
+    def restore(self, x: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+        """The inverse of ``flatten``; what was padding is 0."""
+        x = x.squeeze(0)
+        if self.index is not None:
+            x = x.new_zeros(batch * tokens, *x.shape[1:]).index_copy(0, self.index, x)
+        return x.unflatten(0, (batch, tokens))
+
+    @cached_property
+    def chunk_plan(self) -> ChunkPlan:
+        """Every document cut into chunks of ``CHUNK_SIZE`` tokens, the last one of each part empty."""
+        counts = [-(-length // CHUNK_SIZE) for length in self.lengths]
+        longest_first = sorted(range(self.count), key=lambda document: -counts[document])
+        steps = [sum(count > step for count in counts) for step in range(max(counts, default=0))]
+        order = torch.tensor(longest_first, dtype=torch.long, device=self.device)
+        rank = order.argsort().repeat_interleave(torch.tensor(self.lengths, device=self.device))
+        first_chunk_of_step = torch.tensor([0, *steps], device=self.device).cumsum(0)
+        chunk = first_chunk_of_step[self.position_ids // CHUNK_SIZE] + rank
+        return ChunkPlan(chunk * CHUNK_SIZE + self.position_ids % CHUNK_SIZE, steps, order, sum(steps))

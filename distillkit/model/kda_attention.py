@@ -1,0 +1,215 @@
+"""The Kimi Delta Attention layer (Kimi Linear, arXiv 2510.26692, section 4).
+
+Parameters have the names and shapes of ``fla.layers.KimiDeltaAttention``, so weights load there and back. On CUDA with
+flash-linear-attention installed its kernels do the work; anywhere else the PyTorch form of ``delta_rule`` does.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .cache import KDACacheLayer
+from .delta_rule import chunk_kda, log_decay, recurrent_kda
+from .documents import Documents
+
+try:
+    if not torch.cuda.is_available():
+        raise ImportError
+    from fla.modules.causal_conv1d import causal_conv1d
+    from fla.ops.kda import chunk_kda as fla_chunk_kda
+    from fla.ops.kda import fused_recurrent_kda as fla_recurrent_kda
+
+    FLA_AVAILABLE = True
+except ImportError:
+    FLA_AVAILABLE = False
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over ``conv_size`` tokens, then SiLU; ``weight`` is ``[channels, 1, conv_size]``."""
+
+    def __init__(self, channels: int, conv_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, conv_size))
+        bound = 1 / math.sqrt(conv_size)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm over the last axis times the sigmoid of a gate, in float32."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        return x * torch.sigmoid(gate.to(dtype))
+
+
+class KimiDeltaAttention(nn.Module):
+    """Linear attention with a state of ``[heads, head_dim, head_dim]`` per sequence, whatever the length.
+
+    Args:
+        hidden_size: width of the residual stream.
+        num_heads: query heads. num_kv_heads: key and value heads; fewer than ``num_heads`` means that their outputs are
+            repeated.
+        head_dim: size of a head.
+        layer_idx: place of the layer in the decoder.
+        conv_size, gate_lower_bound: see ``KDAHybridConfig``.
+        qkv_bias, o_bias: biases of the projections, for teachers that have them.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        layer_idx: int,
+        conv_size: int = 4,
+        gate_lower_bound: float | None = -5.0,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.layer_idx = layer_idx
+        self.gate_lower_bound = gate_lower_bound
+        key_dim, kv_dim = num_heads * head_dim, num_kv_heads * head_dim
+        self.q_proj = nn.Linear(hidden_size, key_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
+        self.q_conv1d = ShortConvolution(key_dim, conv_size)
+        self.k_conv1d = ShortConvolution(kv_dim, conv_size)
+        self.v_conv1d = ShortConvolution(kv_dim, conv_size)
+        self.f_proj = nn.Sequential(
+            nn.Linear(hidden_size, head_dim, bias=False), nn.Linear(head_dim, key_dim, bias=False)
+        )
+        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(num_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(key_dim))
+        self.g_proj = nn.Sequential(
+            nn.Linear(hidden_size, head_dim, bias=False), nn.Linear(head_dim, key_dim, bias=True)
+        )
+        self.o_norm = GatedRMSNorm(head_dim)
+        self.o_proj = nn.Linear(key_dim, hidden_size, bias=o_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        documents: Documents | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """Mix tokens along the sequence.
+
+        Args:
+            hidden_states: ``[batch, tokens, hidden_size]``.
+            documents: where sequences start and end; without it each row is one.
+            past_key_values: a cache whose layer ``layer_idx`` is a ``KDACacheLayer``; read and updated.
+            kwargs: what decoders hand to softmax attention (masks, positions); not needed here.
+
+        Returns: the output ``[batch, tokens, hidden_size]``, and ``None`` for attention weights.
+        """
+        batch, tokens, _ = hidden_states.shape
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if documents is not None:
+            hidden_states = documents.flatten(hidden_states)
+        output = self._mix(hidden_states, documents, cache)
+        gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        output = self.o_norm(output, gate).flatten(-2)
+        output = self.o_proj(output.to(hidden_states.dtype))
+        if documents is not None:
+            output = documents.restore(output, batch, tokens)
+        if cache is not None:
+            cache.seen_tokens += tokens
+        return output, None
+
+    def _mix(self, x: torch.Tensor, documents: Documents | None, cache: KDACacheLayer | None) -> torch.Tensor:
+        """``[batch, tokens, hidden_size]`` → ``[batch, tokens, heads, head_dim]``."""
+        projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        conv_weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
+        kernels = FLA_AVAILABLE and x.is_cuda
+        if kernels and cache is None:
+            cu_seqlens = None if documents is None else documents.cu_seqlens
+            convolved, _ = causal_conv1d(projected, conv_weight, activation="silu", cu_seqlens=cu_seqlens)
+            conv_state = None
+        else:
+            conv_state = None if cache is None else cache.conv_state
+            convolved, conv_state = short_convolution(projected, conv_weight, conv_state, documents)
+        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        query, key, value = convolved.unflatten(-1, (-1, self.head_dim)).split(sizes, dim=-2)
+        if self.num_kv_heads != self.num_heads:
+            repeats = self.num_heads // self.num_kv_heads
+            key, value = key.repeat_interleave(repeats, dim=-2), value.repeat_interleave(repeats, dim=-2)
+        decay_gate = self.f_proj(x).unflatten(-1, (-1, self.head_dim))
+        beta_gate = self.b_proj(x)
+        state = None if cache is None else cache.recurrent_state
+        attend = self._attend_with_kernels if kernels else self._attend
+        output, state = attend(query, key, value, decay_gate, beta_gate, state, documents, cache is not None)
+        if cache is not None:
+            cache.store(conv_state, state)
+        return output
+
+    def _attend(self, query, key, value, decay_gate, beta_gate, state, documents, keep_state):
+        decay = log_decay(decay_gate, self.A_log, self.dt_bias, self.gate_lower_bound)
+        beta = beta_gate.to(decay.dtype).sigmoid()
+        if query.shape[1] == 1 and documents is None:
+            return recurrent_kda(query, key, value, decay, beta, state)
+        return chunk_kda(query, key, value, decay, beta, state, documents)
+
+    def _attend_with_kernels(self, query, key, value, decay_gate, beta_gate, state, documents, keep_state):
+        options = {
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "initial_state": state,
+            "output_final_state": keep_state,
+            "use_qk_l2norm_in_kernel": True,
+            "use_gate_in_kernel": True,
+            "use_beta_sigmoid_in_kernel": True,
+            "lower_bound": self.gate_lower_bound,
+            "cu_seqlens": None if documents is None else documents.cu_seqlens,
+        }
+        inputs = [x.contiguous() for x in (query, key, value, decay_gate, beta_gate)]
+        if keep_state and query.shape[1] <= 64 and not torch.is_grad_enabled():
+            return fla_recurrent_kda(*inputs, **options)
+        return fla_chunk_kda(*inputs, safe_gate=self.gate_lower_bound is not None, **options)
+
+
+def short_convolution(
+    x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor | None, documents: Documents | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal depthwise convolution and SiLU, anew in each document.
+
+    Args:
+        x: ``[batch, tokens, channels]``. weight: ``[channels, conv_size]``, the last tap on the token itself.
+        state: ``[documents, conv_size - 1, channels]``, the inputs before the first token; zeros if not given.
+        documents: without it each row is one document.
+
+    Returns: the output, shaped as ``x``, and the new state.
+    """
+    batch, tokens, channels = x.shape
+    taps = weight.shape[-1]
+    weight = weight.to(x.dtype)
+    count = batch if documents is None else documents.count
+    if state is None:
+        state = x.new_zeros(count, taps - 1, channels)
+    if documents is None:
+        padded = torch.cat([state, x], dim=1)
+        output = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=channels).transpose(1, 2)
+        return F.silu(output), padded[:, tokens:]
+    # Each document follows the inputs that came before it: its state.
+    document = torch.arange(count, device=x.device).repeat_interleave(documents.cu_seqlens.diff())
+    places = torch.arange(tokens, device=x.device) + (document + 1) * (taps - 1)
+    ends = documents.cu_seqlens[1:] + torch.arange(1, count + 1, device=x.device) * (taps - 1)
+    window = torch.arange(taps - 1, device=x.device)
+    state_places = (documents.cu_seqlens[:-1] + torch.arange(count, device=x.device) * (taps - 1)).unsqueeze(1) + window
+    padded = x.new_zeros(tokens + count * (taps - 1), channels)
+    padded = padded.index_copy(0, state_places.flatten(), state.flatten(0, 1)).index_copy(0, places, x.squeeze(0))
+    output = F.conv1d(padded.t().unsqueeze(0), weight.unsqueeze(1), groups=channels).squeeze(0).t()
+    output = output.index_select(0, places - (taps - 1)).unsqueeze(0)
+    return F.silu(output), padded[ends.unsqueeze(1) - (taps - 1) + window]

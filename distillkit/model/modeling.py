@@ -1,0 +1,166 @@
+"""The student: a decoder of transformers whose attention is exchanged, layer by layer, for Kimi Delta Attention.
+
+The teacher's architecture is built from its own configuration and keeps its parameter names; only ``self_attn`` of the
+``linear_attention`` layers is another module, and the full-attention layers lose their rotary embedding unless the
+configuration keeps it. So one class serves Llama, Arcee, Mistral, Qwen2, Qwen3 and every other decoder whose layers
+have ``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache import with_kda_layers
+from .configuration import KDAHybridConfig
+from .documents import Documents
+from .kda_attention import KimiDeltaAttention
+from .nope_attention import remove_rotary_embedding
+
+
+class KDAHybridForCausalLM(PreTrainedModel, GenerationMixin):
+    """Causal language model around a decoder with exchanged attention; loads, saves and generates as any other.
+
+    Sequences may be padded on either side (2-D ``attention_mask``) or packed (``position_ids`` that start anew with
+    each document, or ``cu_seqlens`` with one row): no attention and no state crosses from one document to the next.
+    """
+
+    config_class = KDAHybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True  # a recurrent state cannot be cropped: no assisted generation
+
+    def __init__(self, config: KDAHybridConfig) -> None:
+        super().__init__(config)
+        base_config = config.base_config
+        base_config._attn_implementation = config._attn_implementation
+        self.model = MODEL_MAPPING[type(base_config)](base_config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._no_split_modules = self.model._no_split_modules
+        exchange_attention(self.model, config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As any causal language model of transformers; ``cu_seqlens`` among ``kwargs`` gives document boundaries."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            with_kda_layers(model_kwargs["past_key_values"], self.config.layer_types)
+        return result
+
+
+def exchange_attention(decoder: nn.Module, config: KDAHybridConfig) -> None:
+    """Put KDA layers and NoPE layers into ``decoder``, as ``config.layer_types`` says.
+
+    Raises:
+        ValueError: if the decoder's layers have no ``self_attn`` with q, k, v and o projections.
+    """
+    for index, (layer, layer_type) in enumerate(zip(decoder.layers, config.layer_types, strict=True)):
+        attention = layer.self_attn
+        if layer_type == "full_attention":
+            attention.register_forward_pre_hook(_without_documents, with_kwargs=True)
+            if not config.use_rope:
+                remove_rotary_embedding(attention)
+            continue
+        head_dim = attention.head_dim
+        num_heads = attention.q_proj.out_features // head_dim
+        num_kv_heads = attention.k_proj.out_features // head_dim if config.kv_heads == "grouped" else num_heads
+        layer.self_attn = KimiDeltaAttention(
+            hidden_size=attention.q_proj.in_features,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            layer_idx=index,
+            conv_size=config.conv_size,
+            gate_lower_bound=config.gate_lower_bound,
+            qkv_bias=attention.q_proj.bias is not None,
+            o_bias=attention.o_proj.bias is not None,
+        )
+    decoder.register_forward_pre_hook(_DecoderInputs(config), with_kwargs=True)
+
+
+class _DecoderInputs:
+    """Adds to a decoder's inputs what KDA layers need: document boundaries and a cache with layers of theirs."""
+
+    def __init__(self, config: KDAHybridConfig) -> None:
+        self.config = config
+
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if inputs is None:
+            raise TypeError("the decoder of a KDA student takes its inputs by name: input_ids=… or inputs_embeds=…")
+        kwargs = {**kwargs, **self._cache(decoder, kwargs)}
+        cu_seqlens = kwargs.pop("cu_seqlens", None)
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        fresh = kwargs["past_key_values"] is None or kwargs["past_key_values"].get_seq_length() == 0
+        if cu_seqlens is not None:
+            if inputs.shape[0] != 1 or not fresh:
+                raise ValueError("cu_seqlens needs one row that holds all documents, and no cache")
+            kwargs["documents"] = Documents.from_boundaries(cu_seqlens.tolist(), inputs.device)
+            kwargs["position_ids"] = kwargs["documents"].position_ids.unsqueeze(0)
+        elif mask is not None and mask.dim() == 2:
+            kwargs["documents"] = Documents.from_attention_mask(mask[:, -inputs.shape[1] :])
+        elif mask is None and position_ids is not None and fresh:
+            position_ids = position_ids.expand(inputs.shape[0], -1)
+            kwargs["documents"] = Documents.from_position_ids(position_ids)
+            if kwargs["documents"] is not None and kwargs["use_cache"]:
+                raise ValueError("packed documents cannot be continued: pass use_cache=False")
+        return args, kwargs
+
+    def _cache(self, decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+        checkpointing = decoder.training and decoder.gradient_checkpointing
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not decoder.training
+        cache = kwargs.get("past_key_values")
+        if use_cache and cache is None and not checkpointing:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            with_kda_layers(cache, self.config.layer_types)
+        return {"use_cache": use_cache and not checkpointing, "past_key_values": cache}
+
+
+def _without_documents(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {name: value for name, value in kwargs.items() if name != "documents"}
