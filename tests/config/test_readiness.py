@@ -1,0 +1,78 @@
+"""What is refused before a run starts: things that are not built, files that are not there."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillkit.config import RunConfig, UserError, check_ready
+
+ONLINE: dict[str, Any] = {
+    "model": "org/student",
+    "output_path": "out",
+    "sequence_length": 512,
+    "dataset": {"train_dataset": {"repo_id": "org/text"}},
+    "teacher": {"kind": "hf", "path": "org/teacher"},
+}
+
+
+def check(**changes: Any) -> None:
+    check_ready(RunConfig.parse({**ONLINE, **changes}))
+
+
+def test_a_run_that_can_start() -> None:
+    check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"teacher": {"kind": "dataset"}}, "teacher.kind: dataset is not built yet; use kind: hf"),
+        (
+            {"teacher": {"kind": "vllm", "base_url": "http://x", "model": "m", "top_k": 4}},
+            "teacher.kind: vllm is not built yet; use kind: hf",
+        ),
+        (
+            {"loss_functions": [{"function": "kl", "weight": 1, "missing_probability_handling": "background"}]},
+            "loss_functions[0].missing_probability_handling: background is not built yet; "
+            "use zero or symmetric_uniform",
+        ),
+        (
+            {"dataset": {**ONLINE["dataset"], "prepacked": True}},
+            "dataset.prepacked: is not built yet; remove it, and rows are packed as they are read",
+        ),
+    ],
+)
+def test_what_is_not_built_is_said_in_one_line(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(**changes)
+    assert str(caught.value) == line
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"^dataset\.train_dataset\.disk_path: no such file or folder"):
+        check(dataset={"train_dataset": {"disk_path": missing}})
+    with pytest.raises(UserError, match=r"^evaluation\.dataset\.disk_path: no such file or folder"):
+        check(evaluation={"dataset": {"disk_path": missing + "/*.txt"}})
+    with pytest.raises(UserError, match=r"^model: no such file or folder"):
+        check(model=missing)
+    with pytest.raises(UserError, match=r"^teacher\.path: no such file or folder"):
+        check(teacher={"kind": "hf", "path": "./missing"})
+
+
+def test_files_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for path in [tmp_path, tmp_path / "a.txt", tmp_path / "*.txt"]:
+        check(dataset={"train_dataset": {"disk_path": str(path)}}, output_path=str(tmp_path / "new"))
+    with pytest.raises(UserError, match=r"^output_path: .* is a file; name a folder"):
+        check(output_path=str(tmp_path / "a.txt"))
+
+
+def test_a_key_without_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        check(functionary_packing=True)
+    assert caplog.messages == [
+        "functionary_packing: has no effect; packed documents never see each other anyway",
+    ]

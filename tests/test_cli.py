@@ -1,0 +1,119 @@
+"""The command line: a mistake is one line and exit code 2, and torch is not imported to say so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distillkit.cli import main
+
+SEED = Path(__file__).parent / "config" / "seed.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("convrt teacher out", "error: No such command 'convrt'. Did you mean 'convert'?"),
+        ("distill", "error: Missing argument 'CONFIG.yaml'."),
+        ("--verbose", "error: No such option: --verbose"),
+        ("missing.yaml", "error: missing.yaml: no such file"),
+        ("distill missing.txt", "error: missing.txt: no such file"),
+        ("SEED sequence_length=-1", "error: sequence_length: must be > 0, got -1"),
+        ("--resume SEED sequence_length=-1", "error: sequence_length: must be > 0, got -1"),
+        ("SEED sequence_length", "error: override 'sequence_length': must be key=value, such as"),
+        ("SEED nothing.like=it", "error: nothing: unknown key; known keys: project_name, model,"),
+        ("SEED --resum", "error: No such option: --resum (Possible options: --resume)"),
+        ("SEED teacher.path=./none", "error: teacher.path: no such file or folder: './none'"),
+        ("SEED resize_embeddings_to_multiple_of=64", "error: resize_embeddings_to_multiple_of: is not built yet"),
+        ("convert teacher", "error: Missing argument 'out'."),
+        ("convert ./none out", "error: TEACHER: no such file or folder: './none'"),
+        (
+            "convert teacher out --layout hibrid",
+            "error: Invalid value for '--layout': Value error, 'hibrid' is not one of 'hybrid',",
+        ),
+        ("convert teacher out --kv-heads all", "error: Invalid value for '--kv-heads': "),
+        (
+            "convert teacher out --full-attention-layers 3,x",
+            "error: --full-attention-layers: must be layers separated by commas, such as 3,7,11; got '3,x'",
+        ),
+        (
+            "convert teacher out --full-attention-layers=-1",
+            "error: full_attention_layers[0]: layers count from 0, got -1",
+        ),
+        (
+            "convert teacher out --layout hybrid --full-attention-layers 3",
+            "error: layout: full_attention_layers is given too; keep one of the two",
+        ),
+        ("convert teacher out --seed one", "error: Invalid value for '--seed': "),
+        ("convert teacher out more", "error: Got unexpected extra argument(s) (more)"),
+        ("evaluate --student s --data d", "error: Missing option '--teacher'."),
+        ("evaluate --teacher t --student s --data none.txt", "error: --data: no such file or folder: 'none.txt'"),
+        ("evaluate --teacher t --student s --data . --num-tokens 0", "error: Invalid value for '--num-tokens': "),
+    ],
+)
+def test_a_mistake_is_one_line(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main([str(SEED) if word == "SEED" else word for word in words.split()])
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.err.startswith(line)
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["convert", "--help"], ["evaluate", "--help"], ["distill", "--help"]]
+)
+def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    assert "Usage: distillkit" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distillkit.cli.load_run_config", interrupt)
+    assert main([str(SEED)]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        (["--help"], 0, ""),
+        (
+            [str(SEED), "training_args.lerning_rate=1"],
+            2,
+            "error: training_args.lerning_rate: unknown key; did you mean",
+        ),
+        ([str(SEED), "teacher.path=./none"], 2, "error: teacher.path: no such file or folder"),
+    ],
+)
+def test_torch_is_not_imported_to_answer(words: list[str], code: int, line: str) -> None:
+    """The real process: exit code, one line on stderr, no traceback, and the list of what was imported."""
+    driver = (
+        "import sys; sys.argv[0] = 'distillkit'; from distillkit.cli import main; code = main()\n"
+        "sys.exit(99 if {'torch', 'transformers'} & set(sys.modules) else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", driver, *words], capture_output=True, text=True, cwd=SEED.parents[2])
+    assert done.returncode == code
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == bool(line)
+
+
+def test_python_m_distillkit_is_the_command() -> None:
+    words = ["-X", "importtime", "-m", "distillkit", "--help"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=SEED.parents[2])
+    assert done.returncode == 0
+    assert "Usage: distillkit" in done.stdout
+    assert "distillkit.config" in done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.split("|")[-1].strip() == "torch"]
+
+
+def test_importing_the_package_registers_the_student() -> None:
+    driver = "import transformers, distillkit; transformers.AutoConfig.for_model('kda_hybrid')"
+    done = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, cwd=SEED.parents[2])
+    assert done.returncode == 0, done.stderr
