@@ -16,16 +16,8 @@ def unbuilt(config: RunConfig) -> Iterator[str]:
             yield f"{key}: background is not built yet; use zero or symmetric_uniform"
     if config.resize_embeddings_to_multiple_of is not None:
         yield "resize_embeddings_to_multiple_of: is not built yet; remove it"
-    if config.dataset.prepacked:
-        yield "dataset.prepacked: is not built yet; remove it, and rows are packed as they are read"
-    if not config.dataset.packing:
-        yield "dataset.packing: false is not built yet; remove it, packed documents do not see each other"
-    if config.dataset.dataset_text_field != "text":
-        yield "dataset.dataset_text_field: is not built yet; rename the column to text"
     if config.dataset.assistant_only_loss:
         yield "dataset.assistant_only_loss: is not built yet; remove it"
-    if config.dataset.completion_only_loss:
-        yield "dataset.completion_only_loss: is not built yet; remove it"
 
 
 def refuse_unbuilt(config: RunConfig) -> None:

@@ -39,8 +39,8 @@ def test_a_run_that_can_start() -> None:
             "use zero or symmetric_uniform",
         ),
         (
-            {"dataset": {**ONLINE["dataset"], "prepacked": True}},
-            "dataset.prepacked: is not built yet; remove it, and rows are packed as they are read",
+            {"dataset": {**ONLINE["dataset"], "assistant_only_loss": True}},
+            "dataset.assistant_only_loss: is not built yet; remove it",
         ),
     ],
 )
