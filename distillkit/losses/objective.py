@@ -1,0 +1,236 @@
+"""What a run minimises: the weighted mean of its `loss_functions`, over one batch at a time.
+
+One mask serves every loss. Position t predicts token t + 1, so the labels are shifted once, and the rows (positions of
+the flattened batch) that count are gathered once; vocabulary head and hidden-state losses see those alone. Sums are
+divided by the count of the whole optimizer step, which the caller gives: then the gradients of a step's micro-batches
+add up to those of the undivided batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from distillkit.config import LossConfig, UserError
+from distillkit.losses.functions import HIDDEN_STATE_LOSSES, RANKING_LOSSES
+from distillkit.losses.ranking import preference_pair_counts
+from distillkit.losses.vocabulary_head import (
+    IGNORED_LABEL,
+    DistributionTerm,
+    TeacherChunks,
+    chunk_tokens_within,
+    chunked_vocabulary_losses,
+)
+
+# What a chunk's logits, and all that losses make of them, may take.
+CUDA_CHUNK_BYTES = 4 * 2**30
+CPU_CHUNK_BYTES = 256 * 2**20
+
+TeacherRows = Callable[[Int[Tensor, " rows"]], TeacherChunks]
+
+
+def shifted_labels(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """What each position predicts: the next position's label, and -100 (nothing) for the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def counted_rows(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, " rows"]:
+    """The positions of the flattened batch whose next token counts, for unshifted labels."""
+    return (shifted_labels(labels).flatten() != IGNORED_LABEL).nonzero().squeeze(-1)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that decide how hidden states are paired."""
+
+    hidden_size: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class ObjectiveResult:
+    """`loss` to differentiate; per loss its sum over this batch and its count (tokens, or preference pairs)."""
+
+    loss: Float[Tensor, ""]
+    sums: dict[str, Float[Tensor, ""]]
+    counts: dict[str, Float[Tensor, ""]]
+
+
+class Objective(nn.Module):
+    """The losses of a run, and the learned projections of its hidden-state losses (its only parameters).
+
+    `student` and `teacher` are needed for hidden-state losses alone. A projection (student width → teacher width, per
+    pair) is learned where the widths differ, or everywhere with `force_hidden_state_projection`. `vocabulary_size`
+    is the common vocabulary of models whose embeddings are padded differently. `chunk_tokens` overrules the chunk that
+    the losses' `sparse_chunk_length` and otherwise a memory budget give.
+    Raises UserError for a layer mapping that the two models do not have.
+    """
+
+    def __init__(
+        self,
+        loss_functions: Sequence[LossConfig],
+        layer_mapping: Literal["all"] | Sequence[tuple[int, int]] | None = None,
+        student: ModelShape | None = None,
+        teacher: ModelShape | None = None,
+        *,
+        force_hidden_state_projection: bool = False,
+        vocabulary_size: int | None = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.vocabulary_size = vocabulary_size
+        hints = [loss.sparse_chunk_length for loss in loss_functions if loss.sparse_chunk_length is not None]
+        self.chunk_tokens = chunk_tokens or min(hints, default=None)
+        self.terms = [term for term in _terms(loss_functions) if term.function not in HIDDEN_STATE_LOSSES]
+        self.hidden_terms = [term for term in _terms(loss_functions) if term.function in HIDDEN_STATE_LOSSES]
+        self.ranking_terms = [term for term in self.terms if term.function in RANKING_LOSSES]
+        self.needs_teacher = any(loss.function != "cross_entropy" for loss in loss_functions)
+        self.taps_final_norm = layer_mapping != "all"
+
+        self.pairs: list[tuple[int, int]] = []
+        self.projections = nn.ModuleList()
+        if self.hidden_terms:
+            if layer_mapping is None or student is None or teacher is None:
+                raise UserError("layer_mapping: is missing; hidden-state losses need all, or pairs")
+            self.pairs = _pairs(layer_mapping, student.num_layers, teacher.num_layers)
+            if force_hidden_state_projection or student.hidden_size != teacher.hidden_size:
+                self.projections.extend(
+                    nn.Linear(student.hidden_size, teacher.hidden_size, bias=False) for _ in self.pairs
+                )
+        self.student_layers = sorted({student_layer for student_layer, _ in self.pairs})
+        self.teacher_layers = sorted({teacher_layer for _, teacher_layer in self.pairs})
+
+    def preference_pairs(
+        self, labels: Int[Tensor, "batch tokens"], teacher_distribution: TeacherRows, chunk_tokens: int = 1024
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The preference pairs of this batch, per ranking loss; summed over a step's batches, `forward` takes them."""
+        rows = counted_rows(labels)
+        totals = {term.name: torch.zeros((), device=labels.device) for term in self.ranking_terms}
+        if totals:
+            chunks = teacher_distribution(rows)
+            for start in range(0, len(rows), chunk_tokens):
+                said = chunks(slice(start, min(start + chunk_tokens, len(rows))))
+                if self.vocabulary_size is not None:
+                    said = said.first_columns(self.vocabulary_size)
+                for term in self.ranking_terms:
+                    totals[term.name] += preference_pair_counts(said, term.options.get("top_k")).sum()
+        return totals
+
+    def forward(
+        self,
+        final_hidden_states: Float[Tensor, "batch tokens width"],
+        head_weight: Float[Tensor, "vocab width"],
+        head_bias: Float[Tensor, " vocab"] | None,
+        labels: Int[Tensor, "batch tokens"],
+        teacher_distribution: TeacherRows | None,
+        student_hidden_states: Mapping[int, Float[Tensor, "batch tokens width"]],
+        teacher_hidden_states: Mapping[int, Float[Tensor, "batch tokens teacher_width"]],
+        normalizer: float | Tensor,
+        preference_pairs: Mapping[str, float | Tensor] | None = None,
+    ) -> ObjectiveResult:
+        """The loss of one (micro-)batch: Σ over losses of weight · sum / count of the whole optimizer step.
+
+        `labels` are not shifted; -100 where the loss must not count. `teacher_distribution(rows)` gives the teacher's
+        word on rows of the flattened batch. `normalizer` is the number of counted tokens in the step, and
+        `preference_pairs` that of preference pairs, which ranking losses are divided by instead (ValueError without).
+        """
+        if self.ranking_terms and preference_pairs is None:
+            raise ValueError("ranking losses need preference_pairs, the pairs in the whole optimizer step")
+        rows = counted_rows(labels)
+        normalizers = {term.name: normalizer for term in self.terms} | dict(preference_pairs or {})
+        loss, sums, counts = chunked_vocabulary_losses(
+            final_hidden_states.flatten(0, 1)[rows],
+            head_weight,
+            head_bias,
+            shifted_labels(labels).flatten()[rows],
+            teacher_distribution(rows) if teacher_distribution is not None else None,
+            self.terms,
+            normalizers,
+            self.chunk_tokens or _affordable_chunk(head_weight),
+            self.vocabulary_size,
+        )
+        for term in self.hidden_terms:
+            sums[term.name] = self._hidden_sum(term.function, rows, student_hidden_states, teacher_hidden_states)
+            counts[term.name] = torch.full_like(sums[term.name], len(rows))
+            loss = loss + term.weight * sums[term.name] / torch.as_tensor(normalizer).clamp(min=1)
+        return ObjectiveResult(loss, {name: value.detach() for name, value in sums.items()}, counts)
+
+    def _hidden_sum(
+        self, function: str, rows: Tensor, student_states: Mapping[int, Tensor], teacher_states: Mapping[int, Tensor]
+    ) -> Float[Tensor, ""]:
+        """Σ over rows of one hidden-state loss, averaged over the pairs of layers.
+
+        Each pair's float32 intermediates are made again in the backward pass: kept, those of 36 layers at 32k tokens
+        would take more memory than the model.
+        """
+
+        def pair_sum(student: Tensor, teacher: Tensor, projection: nn.Linear | None) -> Tensor:
+            student, teacher = student.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows]
+            if projection is not None:
+                student = projection(student.to(projection.weight.dtype))
+            per_token, _ = HIDDEN_STATE_LOSSES[function](student, teacher)
+            return per_token.sum()
+
+        projections = self.projections or [None] * len(self.pairs)
+        per_pair = [
+            checkpoint(
+                pair_sum,
+                student_states[student_layer],
+                teacher_states[teacher_layer],
+                projection,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for (student_layer, teacher_layer), projection in zip(self.pairs, projections, strict=True)
+        ]
+        return torch.stack(per_pair).mean()
+
+
+def _terms(loss_functions: Sequence[LossConfig]) -> list[DistributionTerm]:
+    """Weights divided by their sum; a function that comes again is named function_2, function_3, …"""
+    total = sum(loss.weight for loss in loss_functions)
+    seen: Counter[str] = Counter()
+    terms = []
+    for loss in loss_functions:
+        seen[loss.function] += 1
+        name = loss.function if seen[loss.function] == 1 else f"{loss.function}_{seen[loss.function]}"
+        options = loss.model_dump(
+            include={"temperature", "missing_probability_handling", "margin", "top_k"}, exclude_none=True
+        )
+        terms.append(DistributionTerm(name, loss.function, loss.weight / total, options))
+    return terms
+
+
+def _pairs(
+    layer_mapping: Literal["all"] | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int
+) -> list[tuple[int, int]]:
+    """Pairs of indices as transformers counts hidden states; `all` is every decoder layer's output."""
+    if layer_mapping == "all":
+        if student_layers != teacher_layers:
+            raise UserError(
+                f"layer_mapping: all needs models of equal depth; the student has {student_layers} layers, the teacher "
+                f"{teacher_layers}: give pairs [student index, teacher index]"
+            )
+        return [(layer, layer) for layer in range(1, student_layers + 1)]
+    pairs = [(int(student), int(teacher)) for student, teacher in layer_mapping]
+    for position, pair in enumerate(pairs):
+        for owner, index, layers in zip(("student", "teacher"), pair, (student_layers, teacher_layers), strict=True):
+            if not 0 <= index <= layers:
+                raise UserError(
+                    f"layer_mapping[{position}]: the {owner} has no hidden state {index}; "
+                    f"0 (embeddings) to {layers} (output of its last layer) exist"
+                )
+    return pairs
+
+
+def _affordable_chunk(head_weight: Tensor) -> int:
+    memory_bytes = CUDA_CHUNK_BYTES if head_weight.is_cuda else CPU_CHUNK_BYTES
+    return chunk_tokens_within(memory_bytes, len(head_weight))

@@ -1,0 +1,188 @@
+"""Distribution losses straight from hidden states and head weights, a chunk of tokens at a time.
+
+The logits of a long sequence do not fit: at 128k columns and 32k tokens one float32 copy is 16.8 GB. Here a chunk's
+logits, student's and teacher's, are made, judged by every loss and turned into their gradient there and then, during
+the forward pass; what is kept is the gradient of the hidden states and of the head (in float32). The backward pass
+only scales them. So the memory is that of one chunk, whatever the number of tokens.
+
+Like F.linear, the matmuls run in the dtype of the inputs, or in autocast's; the losses run in float32 (float64 stays).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distillkit.distribution import Distribution, at_least_float32
+from distillkit.losses.functions import DISTRIBUTION_LOSSES, masked_totals
+
+IGNORED_LABEL = -100
+# How many float32 copies of a chunk's logits are alive at the worst moment (kl with a dense teacher, measured).
+LIVE_COPIES = 8
+
+TeacherChunks = Callable[[slice], Distribution]
+
+
+@dataclass(frozen=True)
+class DistributionTerm:
+    """One distribution loss of an objective: its name in results, its function, its share of the whole, its options."""
+
+    name: str
+    function: str
+    weight: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def chunked_vocabulary_losses(
+    hidden_states: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    bias: Float[Tensor, " vocab"] | None,
+    labels: Int[Tensor, " tokens"],
+    teacher: TeacherChunks | None,
+    terms: Sequence[DistributionTerm],
+    normalizers: Mapping[str, float | Tensor],
+    chunk_tokens: int,
+    vocabulary_size: int | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor], dict[str, Tensor]]:
+    """(loss, sums, counts): loss = Σ_terms weight · (Σ_tokens sums) / normalizer, sums and counts per term's name.
+
+    `loss` is differentiable once with respect to hidden_states, weight and bias; what needs no gradient costs none,
+    and under torch.no_grad() none is computed. Tokens labelled -100 count nowhere (leaving them out is cheaper).
+    `teacher(rows)` gives the teacher's word on a slice of the tokens; cross_entropy alone needs no teacher.
+    A normalizer below 1 is taken as 1, so that a step in which nothing counts has loss 0.
+    `vocabulary_size`: student and teacher are both taken given that the token is one of their first so many, for
+    models that share a tokenizer and pad its embeddings differently. Labels must lie below it.
+    """
+    if not terms:
+        return at_least_float32(hidden_states.new_zeros(())), {}, {}
+    if vocabulary_size is not None and vocabulary_size < weight.shape[0]:
+        weight = weight[:vocabulary_size]
+        bias = None if bias is None else bias[:vocabulary_size]
+    asks_teacher = any(term.function != "cross_entropy" for term in terms)
+    if asks_teacher and teacher is None:
+        raise ValueError("a loss other than cross_entropy needs a teacher")
+    loss_dtype = at_least_float32(weight.new_empty(0)).dtype
+    scales = [
+        term.weight / torch.as_tensor(normalizers[term.name], dtype=loss_dtype, device=weight.device).clamp(min=1)
+        for term in terms
+    ]
+    wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, weight, bias)]
+    said_by = teacher if asks_teacher else None
+    work = _Work(labels, said_by, terms, scales, chunk_tokens, vocabulary_size, wants, loss_dtype)
+    loss, sums, counts = _ChunkedHead.apply(hidden_states, weight, bias, work)
+    names = [term.name for term in terms]
+    return loss, dict(zip(names, sums.unbind(), strict=True)), dict(zip(names, counts.unbind(), strict=True))
+
+
+def chunk_tokens_within(memory_bytes: float, vocabulary_size: int) -> int:
+    """The most tokens whose logits and what losses make of them stay within `memory_bytes`; at least 1."""
+    return max(1, int(memory_bytes / (4 * LIVE_COPIES * vocabulary_size)))
+
+
+@dataclass(frozen=True)
+class _Work:
+    labels: Tensor
+    teacher: TeacherChunks | None
+    terms: Sequence[DistributionTerm]
+    scales: Sequence[Tensor]
+    chunk_tokens: int
+    vocabulary_size: int | None
+    wants: Sequence[bool]  # gradients of hidden_states, weight, bias
+    loss_dtype: torch.dtype
+
+
+class _ChunkedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Any:
+        loss, sums, counts, gradients = _run_chunks(hidden_states, weight, bias, work)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(sums, counts)
+        return loss, sums, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor, *_: Any) -> Any:
+        return *(None if g is None else g * loss_gradient.to(g.dtype) for g in ctx.saved_tensors), None
+
+
+def _run_chunks(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    vocab = weight.shape[0]
+    matmul_dtype = _matmul_dtype(hidden_states)
+    matrix = _padded(weight.detach().to(matmul_dtype))
+    hidden_gradient = torch.zeros_like(hidden_states) if work.wants[0] else None
+    weight_gradient = torch.zeros_like(matrix, dtype=work.loss_dtype) if work.wants[1] else None
+    bias_gradient = weight.new_zeros(vocab, dtype=work.loss_dtype) if work.wants[2] else None
+    totals = torch.zeros(2, len(work.terms), dtype=work.loss_dtype, device=weight.device)
+
+    for start in range(0, len(hidden_states), work.chunk_tokens):
+        rows = slice(start, min(start + work.chunk_tokens, len(hidden_states)))
+        said = work.teacher(rows) if work.teacher is not None else None
+        if said is not None and work.vocabulary_size is not None:
+            said = said.first_columns(work.vocabulary_size)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden = hidden_states[rows].to(matmul_dtype)
+            logits = at_least_float32(F.linear(hidden, matrix)[:, :vocab])
+            if bias is not None:
+                logits = logits + bias
+            sums_and_counts, gradient = _judge(logits, said, work.labels[rows], work)
+            totals += sums_and_counts
+            if gradient is None:
+                continue
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0)
+            gradient = F.pad(gradient.to(matmul_dtype), (0, len(matrix) - vocab))
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = (gradient @ matrix).to(hidden_gradient.dtype)
+            if weight_gradient is not None:
+                _add_product(weight_gradient, gradient.T, hidden)
+
+    loss = sum((scale * total for scale, total in zip(work.scales, totals[0], strict=True)), totals.new_zeros(()))
+    if weight_gradient is not None:
+        weight_gradient = weight_gradient[:vocab]
+    return loss, totals[0], totals[1], [hidden_gradient, weight_gradient, bias_gradient]
+
+
+def _judge(
+    logits: Float[Tensor, "tokens vocab"], teacher: Distribution | None, labels: Int[Tensor, " tokens"], work: _Work
+) -> tuple[Float[Tensor, "2 terms"], Float[Tensor, "tokens vocab"] | None]:
+    """Every term's (sum, count) over one chunk and the gradient of the weighted whole, one term's graph at a time."""
+    mask = labels != IGNORED_LABEL
+    gradient: Tensor | None = None
+    totals = []
+    for term, scale in zip(work.terms, work.scales, strict=True):
+        with torch.set_grad_enabled(any(work.wants)):
+            leaf = logits.detach().requires_grad_(any(work.wants))
+            sums, counts = DISTRIBUTION_LOSSES[term.function](leaf, teacher, labels, **term.options)
+            total, count = masked_totals(sums, counts, mask)
+        if any(work.wants):
+            (part,) = torch.autograd.grad(total, leaf, scale)
+            gradient = part if gradient is None else gradient.add_(part)
+        totals.append(torch.stack([total.detach(), count.detach()]))
+    return torch.stack(totals, dim=1), gradient
+
+
+def _matmul_dtype(hidden_states: Tensor) -> torch.dtype:
+    device = hidden_states.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
+
+
+def _padded(weight: Float[Tensor, "vocab width"]) -> Float[Tensor, "padded_vocab width"]:
+    """A vocabulary that is no multiple of 64 (AFM-4.5B's 128005 is odd) makes the matmul several times slower on CUDA."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
