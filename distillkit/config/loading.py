@@ -1,5 +1,6 @@
 """From a YAML file and overrides of the command line to a checked `RunConfig`. No torch is imported on the way."""
 
+import logging
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ import yaml
 
 from distillkit.config.errors import UserError
 from distillkit.config.run import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,12 +39,15 @@ _Loader.add_implicit_resolver(
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a YAML file describes, changed by `key=value` overrides.
 
-    Raises `UserError`, one line that names the key and the remedy.
+    Raises `UserError`, one line that names the key and the remedy; warns of a key without effect.
     """
     data = read_yaml(path)
     for override in overrides:
         apply_override(data, override)
-    return RunConfig.parse(data)
+    config = RunConfig.parse(data)
+    if config.functionary_packing:
+        logger.warning("functionary_packing: has no effect; packed documents never see each other anyway")
+    return config
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

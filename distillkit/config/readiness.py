@@ -1,7 +1,6 @@
 """What can be known before a run starts, and before torch is imported: files that do not exist, things not built."""
 
 import glob
-import logging
 import os
 
 from distillkit.config.data import DatasetSource
@@ -9,11 +8,9 @@ from distillkit.config.errors import UserError
 from distillkit.config.run import RunConfig
 from distillkit.config.unbuilt import refuse_unbuilt
 
-logger = logging.getLogger(__name__)
-
 
 def check_ready(config: RunConfig) -> None:
-    """Raises `UserError` where the run could not start; warns of keys without effect."""
+    """Raises `UserError` where the run could not start."""
     refuse_unbuilt(config)
     for key, source in _sources(config).items():
         check_source(f"{key}.disk_path", source)
@@ -23,8 +20,6 @@ def check_ready(config: RunConfig) -> None:
         check_model_path("teacher.path", config.teacher.path)
     if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
         raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
-    if config.functionary_packing:
-        logger.warning("functionary_packing: has no effect; packed documents never see each other anyway")
 
 
 def _sources(config: RunConfig) -> dict[str, DatasetSource]:

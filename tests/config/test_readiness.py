@@ -1,6 +1,5 @@
 """What is refused before a run starts: things that are not built, files that are not there."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +67,3 @@ def test_files_that_are_there(tmp_path: Path) -> None:
         check(dataset={"train_dataset": {"disk_path": str(path)}}, output_path=str(tmp_path / "new"))
     with pytest.raises(UserError, match=r"^output_path: .* is a file; name a folder"):
         check(output_path=str(tmp_path / "a.txt"))
-
-
-def test_a_key_without_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        check(functionary_packing=True)
-    assert caplog.messages == [
-        "functionary_packing: has no effect; packed documents never see each other anyway",
-    ]

@@ -213,6 +213,16 @@ def test_the_key_of_a_server_is_not_printed() -> None:
     assert "secret" not in repr(teacher)
 
 
+def test_what_is_written_down_of_a_run_is_the_run() -> None:
+    config = load_run_config(SEED, ["layer_mapping=[[1, 2]]", "model=null", "student.full_attention_layers=[3]"])
+    assert RunConfig.parse(config.model_dump(mode="json")) == config
+
+
+def test_a_key_without_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    load_run_config(SEED, ["functionary_packing=true"])
+    assert caplog.messages == ["functionary_packing: has no effect; packed documents never see each other anyway"]
+
+
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", ".001", "1.0e-3", "0.001", "+1e-3", "1_0e-4"])
 def test_numbers_as_people_write_them(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
