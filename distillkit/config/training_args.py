@@ -42,13 +42,15 @@ SET_BY_THE_RUN = {
     "project": "use the top-level key project_name",
     "label_names": "the batches hold what the losses need; remove it",
     "label_smoothing_factor": "the losses are those of loss_functions; remove it",
+    "load_best_model_at_end": "the student is saved as the last step left it; remove it",
+    "enable_jit_checkpoint": "a run that is told to stop saves a checkpoint anyway; remove it",
     "use_liger_kernel": "its fused losses would replace those of loss_functions; remove it",
     "neftune_noise_alpha": "noisy embeddings would not match the teacher's; remove it",
     "average_tokens_across_devices": "the run always averages over all devices; remove it",
     "do_train": "the run always trains; remove it",
     "do_predict": "the run does not predict; remove it",
 }
-"""Names that are refused, and what to do instead."""
+"""Names that are refused unless they are switched off, and what to do instead."""
 
 _POSITIVE = (
     "num_train_epochs",
@@ -81,7 +83,7 @@ def check_training_args(given: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, value in given.items():
-        if name in WITHOUT_EFFECT:
+        if name in WITHOUT_EFFECT or (name in SET_BY_THE_RUN and not value):
             continue
         if name in SET_BY_THE_RUN:
             raise KeyProblem(name, SET_BY_THE_RUN[name])

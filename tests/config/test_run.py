@@ -158,6 +158,7 @@ def test_without_losses_half_cross_entropy_half_kl() -> None:
                     "evaluation_strategy": "no",
                     "warmup_ratio": 0.1,
                     "remove_unused_columns": False,
+                    "use_liger_kernel": False,
                     "optim": "paged_adamw_8bit",
                     "lr_scheduler_type": "cosine",
                     "gradient_checkpointing_kwargs": {"use_reentrant": False},
