@@ -1,0 +1,5 @@
+"""Datasets of token rows with document boundaries, and batches of them."""
+
+from distillkit.data.collate import collate as collate
+from distillkit.data.dataset import build_dataset as build_dataset
+from distillkit.data.dataset import build_datasets as build_datasets

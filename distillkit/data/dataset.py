@@ -1,0 +1,190 @@
+"""From `dataset` in the YAML to rows of tokens: read, shuffle, choose, tokenise, pack, keep."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from distillkit.config.data import DatasetConfig, DatasetSource
+from distillkit.config.errors import UserError
+from distillkit.data.packing import count_tokens, keep_rows, pack_documents, split_documents
+from distillkit.data.prepared import file_states, load_or_prepare
+from distillkit.data.rows import RowFormat, tokenize_rows
+from distillkit.data.sources import load_source
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+"""Of what is kept on disk; to be counted up when the same configuration gives other rows than before."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything but the source and the tokenizer that decides which rows come out."""
+
+    sequence_length: int
+    seed: int | None
+    num_samples: int | None
+    packing: bool
+    prepacked: bool
+    row_format: RowFormat
+
+
+def build_dataset(
+    source: DatasetSource,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    seed: int | None = None,
+    num_samples: int | None = None,
+    packing: bool = True,
+    prepacked: bool = False,
+    text_field: str = "text",
+    completion_only_loss: bool | None = None,
+    eos_label_token_ids: list[int] | None = None,
+    num_proc: int | None = None,
+    prepared_path: Path | None = None,
+    key: str = "dataset.train_dataset",
+) -> Dataset:
+    """Rows of one dataset, with the columns
+
+    - `input_ids`: at most `sequence_length` tokens;
+    - `seq_lengths`: lengths of the documents that make up the row, in order;
+    - `labels`: the tokens again, -100 at the first of each document and where no loss counts.
+
+    seed: of the order of documents and rows; None keeps that of the source (rows, by decreasing document length).
+    num_samples: so many rows of the source, after shuffling; all of them by default.
+    packing: fill rows with several documents. Either way a document longer than a row is split, and none is lost.
+    prepacked: rows are packed already (`input_ids`, perhaps `labels` and `seq_lengths`) and are kept as they are.
+    eos_label_token_ids: token ids that become the EOS token in labels.
+    num_proc: processes that tokenise.
+    prepared_path: folder that keeps the rows; they are made anew when anything they depend on has changed.
+    key: the key of the YAML that holds the source, for error messages.
+
+    Raises `UserError` for whatever is wrong with the source, its rows or the tokenizer.
+    """
+    row_format = RowFormat(text_field, completion_only_loss, tuple(eos_label_token_ids or ()))
+    preparation = Preparation(sequence_length, seed, num_samples, packing, prepacked, row_format)
+
+    def prepare() -> Dataset:
+        return _prepare(source, tokenizer, preparation, num_proc, key)
+
+    if prepared_path is None:
+        rows = prepare()
+    else:
+        rows = load_or_prepare(prepared_path, _made_from(source, tokenizer, preparation), prepare)
+    tokens = count_tokens(rows)
+    filled = tokens / (len(rows) * sequence_length)
+    logger.info("%s: %d rows of %d tokens, %.1f %% filled", key, len(rows), sequence_length, 100 * filled)
+    return rows
+
+
+def build_datasets(
+    config: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    evaluation_source: DatasetSource | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and held-out rows if there is a dataset of them.
+
+    evaluation_source: `evaluation.dataset`, which goes before `dataset.eval_dataset`.
+    """
+    eval_key = "dataset.eval_dataset" if evaluation_source is None else "evaluation.dataset"
+    eval_source = evaluation_source or config.eval_dataset
+
+    def build(source: DatasetSource, num_samples: int | None, name: str, key: str) -> Dataset:
+        folder = None if config.prepared_dataset_path is None else Path(config.prepared_dataset_path) / name
+        return build_dataset(
+            source,
+            tokenizer,
+            sequence_length,
+            seed=config.seed,
+            num_samples=num_samples,
+            packing=config.packing,
+            prepacked=config.prepacked,
+            text_field=config.dataset_text_field,
+            completion_only_loss=config.completion_only_loss,
+            eos_label_token_ids=config.eos_label_token_ids,
+            num_proc=config.dataset_num_proc,
+            prepared_path=folder,
+            key=key,
+        )
+
+    train = build(config.train_dataset, config.num_samples, "train", "dataset.train_dataset")
+    if eval_source is None:
+        return train, None
+    return train, build(eval_source, config.num_eval_samples, "eval", eval_key)
+
+
+def _prepare(
+    source: DatasetSource,
+    tokenizer: PreTrainedTokenizerBase,
+    preparation: Preparation,
+    num_proc: int | None,
+    key: str,
+) -> Dataset:
+    rows = load_source(source, key)
+    seed, sequence_length = preparation.seed, preparation.sequence_length
+    with _temporary_files():
+        if seed is not None:
+            rows = rows.shuffle(seed=seed)
+        if preparation.num_samples is not None:
+            rows = rows.select(range(min(preparation.num_samples, len(rows))))
+        if preparation.prepacked and "input_ids" not in rows.column_names:
+            raise UserError(f"{key}: has no column input_ids; remove prepacked, and rows are tokenised and packed")
+        documents = tokenize_rows(rows, tokenizer, preparation.row_format, num_proc=num_proc, key=key)
+        if len(documents) == 0:
+            raise UserError(f"{key}: has only empty rows")
+        if preparation.prepacked:
+            boundaries = rows.select_columns("seq_lengths") if "seq_lengths" in rows.column_names else None
+            return keep_rows(documents, boundaries, sequence_length, key)
+        packed = (pack_documents if preparation.packing else split_documents)(documents, sequence_length)
+        # Packing sorts by length; the first rows must be as good a sample as any.
+        return packed if seed is None else packed.shuffle(seed=seed)
+
+
+@contextmanager
+def _temporary_files() -> Iterator[None]:
+    """Within it, the datasets library keeps what it computes in temporary files.
+
+    Otherwise it writes next to the files that a dataset was read from, which is the user's folder.
+    """
+    enabled = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_caching()
+
+
+def _made_from(source: DatasetSource, tokenizer: PreTrainedTokenizerBase, preparation: Preparation) -> dict[str, Any]:
+    """What rows depend on, as JSON gives it back."""
+    made_from = {
+        "version": _VERSION,
+        "source": source.model_dump(),
+        "files": file_states(source.disk_path or source.repo_id or ""),
+        "tokenizer": _tokenizer_hash(tokenizer),
+        **asdict(preparation),
+    }
+    restored: dict[str, Any] = json.loads(json.dumps(made_from))
+    return restored
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of everything about a tokenizer that tells which ids a text gets."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state |= {"truncation": None, "padding": None}  # what the last call left
+    else:
+        state = sorted(tokenizer.get_vocab().items())
+    state = json.dumps([state, tokenizer.chat_template, tokenizer.eos_token_id])
+    return hashlib.sha256(state.encode()).hexdigest()

@@ -1,0 +1,204 @@
+"""Rows of text, conversations or tokens become documents: `input_ids`, and `labels` that are -100 where no loss counts.
+
+The formats and their handling are those of TRL's SFT trainer: chat templates are applied by TRL's functions, a text
+ends with one EOS token, of prompt and completion only the completion counts.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import apply_chat_template, common_prefix_length, is_conversational, maybe_convert_to_chatml
+
+from distillkit.config.errors import UserError
+
+IGNORED = -100
+DOCUMENT_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+
+_EXTRA_COLUMNS = {
+    "input_ids": ("labels", "attention_mask"),
+    "messages": ("tools", "chat_template_kwargs"),
+    "conversations": ("tools", "chat_template_kwargs"),
+    "prompt": ("completion", "tools", "chat_template_kwargs"),
+}
+_ROLES = {"human": "user", "gpt": "assistant"}
+_DOCUMENTS_AT_ONCE = 256
+
+Batch = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How rows are read: the parts of the configuration of a dataset that bear on single rows."""
+
+    text_field: str = "text"
+    completion_only_loss: bool | None = None
+    eos_label_token_ids: tuple[int, ...] = ()
+
+
+def tokenize_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, *, num_proc: int | None, key: str
+) -> Dataset:
+    """One document per row, whole however long it is, in columns `input_ids` and `labels`; empty ones are left out.
+
+    Raises `UserError` for columns that are none of those accepted, and for rows that do not fit their column.
+    """
+    column = _content_column(rows.column_names, row_format.text_field, key)
+    wanted = [column, *(name for name in _EXTRA_COLUMNS.get(column, ()) if name in rows.column_names)]
+    reader = _reader(column, tokenizer, row_format, key)
+    eos_token_id = _eos_token_id(tokenizer, key) if row_format.eos_label_token_ids else None
+    replaced = frozenset(row_format.eos_label_token_ids)
+
+    def tokenize(batch: Batch) -> Batch:
+        documents = [document for document in reader(batch) if document[0]]
+        labels = [
+            [eos_token_id if label in replaced else label for label in labels] if replaced else labels
+            for _, labels in documents
+        ]
+        return {"input_ids": [input_ids for input_ids, _ in documents], "labels": labels}
+
+    return rows.select_columns(wanted).map(
+        tokenize,
+        batched=True,
+        batch_size=_DOCUMENTS_AT_ONCE,
+        remove_columns=wanted,
+        features=DOCUMENT_FEATURES,
+        num_proc=num_proc,
+        desc="tokenising",
+    )
+
+
+Document = tuple[list[int], list[int]]
+Reader = Callable[[Batch], list[Document]]
+
+
+def _content_column(columns: Sequence[str], text_field: str, key: str) -> str:
+    """The column that holds the documents; tokens before text, text before conversations."""
+    for name in ("input_ids", text_field, "messages", "conversations"):
+        if name in columns:
+            return name
+    if {"prompt", "completion"} <= set(columns):
+        return "prompt"
+    accepted = f"input_ids, {text_field}, messages, conversations, or prompt and completion"
+    raise UserError(f"{key}: has the columns {', '.join(columns)}; one of these is needed: {accepted}")
+
+
+def _reader(column: str, tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, key: str) -> Reader:
+    def rows_of(batch: Batch) -> list[dict[str, Any]]:
+        return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+    def read_tokens(batch: Batch) -> list[Document]:
+        return [_read_tokens(row, len(tokenizer), key) for row in rows_of(batch)]
+
+    def read_text(batch: Batch) -> list[Document]:
+        _require_text(batch[column], f"{key}: column {column!r}")
+        texts = [text for text in batch[column] if text]
+        return [(input_ids, list(input_ids)) for input_ids in _encode(texts, tokenizer, key, complete=True)]
+
+    def read_conversations(batch: Batch) -> list[Document]:
+        texts = [_render(row, tokenizer, key)["text"] for row in rows_of(batch) if row[column]]
+        return [(input_ids, list(input_ids)) for input_ids in _encode(texts, tokenizer, key, complete=False)]
+
+    def read_completions(batch: Batch) -> list[Document]:
+        rows = [row for row in rows_of(batch) if row["prompt"] and row["completion"]]
+        return _read_completions(rows, tokenizer, row_format.completion_only_loss is not False, key)
+
+    if column == "input_ids":
+        return read_tokens
+    if column in ("messages", "conversations"):
+        return read_conversations
+    return read_completions if column == "prompt" else read_text
+
+
+def _read_tokens(row: dict[str, Any], vocabulary: int, key: str) -> Document:
+    """Tokens as they are, without padding."""
+    input_ids = row["input_ids"] or []
+    labels = row.get("labels") or list(input_ids)
+    if input_ids and max(input_ids) >= vocabulary:
+        raise UserError(
+            f"{key}: input_ids holds token {max(input_ids)}, but the tokenizer has {vocabulary}; "
+            "the rows were made with another tokenizer"
+        )
+    if len(labels) != len(input_ids):
+        raise UserError(f"{key}: a row has {len(input_ids)} input_ids and {len(labels)} labels; they must be as many")
+    mask = row.get("attention_mask")
+    if mask is not None:
+        input_ids = [token for token, seen in zip(input_ids, mask, strict=True) if seen]
+        labels = [label for label, seen in zip(labels, mask, strict=True) if seen]
+    return input_ids, labels
+
+
+def _read_completions(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, completion_only: bool, key: str
+) -> list[Document]:
+    """Prompts followed by their completions; a prompt ends where its own tokens and those of the whole differ."""
+    if not rows:
+        return []
+    conversational = is_conversational(rows[0])
+    if conversational:
+        rows = [_render(row, tokenizer, key) for row in rows]
+    else:
+        _require_text([row[name] for row in rows for name in ("prompt", "completion")], f"{key}: prompt and completion")
+    wholes = _encode([row["prompt"] + row["completion"] for row in rows], tokenizer, key, complete=not conversational)
+    if not completion_only:
+        return [(whole, list(whole)) for whole in wholes]
+    prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=not conversational).input_ids
+    documents = []
+    for prompt, whole in zip(prompts, wholes, strict=True):
+        start = common_prefix_length(prompt, whole)
+        documents.append((whole, [IGNORED] * start + whole[start:]))
+    return documents
+
+
+def _render(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -> dict[str, str]:
+    """A conversation as text: `text`, or `prompt` and `completion`."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{key}: holds conversations but the tokenizer has no chat template; use a model that has one, or texts"
+        )
+    tools = row.pop("tools", None)
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if row.get("chat_template_kwargs", {}) is None:
+        del row["chat_template_kwargs"]
+    try:
+        row = maybe_convert_to_chatml(row)
+        for name in {"messages", "prompt", "completion"} & set(row):
+            row[name] = [_clean_message(message) for message in row[name]]
+        return apply_chat_template(row, tokenizer, tools)
+    except (jinja2.TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{key}: a conversation does not fit the tokenizer's chat template: {error}") from error
+
+
+def _clean_message(message: dict[str, Any]) -> dict[str, Any]:
+    """Roles by their usual names, without the empty fields that a table adds because other rows have them."""
+    message = {name: value for name, value in message.items() if value is not None}
+    return {**message, "role": _ROLES.get(message["role"], message["role"])}
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, key: str, *, complete: bool) -> list[list[int]]:
+    """Token ids. A complete document gets the tokenizer's special tokens and ends with EOS, once."""
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=complete, verbose=False).input_ids
+    if complete:
+        eos_token_id = _eos_token_id(tokenizer, key)
+        for input_ids in encoded:
+            if input_ids[-1:] != [eos_token_id]:
+                input_ids.append(eos_token_id)
+    return encoded
+
+
+def _eos_token_id(tokenizer: PreTrainedTokenizerBase, key: str) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{key}: the tokenizer has no EOS token, which ends each document; set its eos_token")
+    return int(tokenizer.eos_token_id)
+
+
+def _require_text(values: list[Any], where: str) -> None:
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where} must hold text, got {type(value).__name__}")

@@ -1,0 +1,137 @@
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, is_caching_enabled
+
+from distillkit.config.data import DatasetConfig, DatasetSource
+from distillkit.config.errors import UserError
+from distillkit.data import build_dataset, build_datasets
+
+TEXTS = [f"the theory of relativity states that time {index} is relative " * (index % 5 + 1) for index in range(40)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> DatasetSource:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return DatasetSource(disk_path=str(path))
+
+
+def test_every_token_of_the_source_is_in_the_rows(source, tiny_tokenizer):
+    rows = build_dataset(source, tiny_tokenizer, 64, seed=1)
+    eos = tiny_tokenizer.eos_token_id
+    expected = Counter(token for text in TEXTS for token in [*tiny_tokenizer(text).input_ids, eos])
+    assert Counter(token for row in rows["input_ids"] for token in row) == expected
+    assert set(rows.column_names) == {"input_ids", "labels", "seq_lengths"}
+
+
+def test_the_seed_decides_the_order_and_the_samples(source, tiny_tokenizer):
+    def build(seed: int | None, num_samples: int | None = None) -> list[list[int]]:
+        return build_dataset(source, tiny_tokenizer, 64, seed=seed, num_samples=num_samples)["input_ids"][:]
+
+    assert build(1) == build(1) != build(2)
+    assert build(1, 5) == build(1, 5) != build(2, 5)
+    in_order = build_dataset(source, tiny_tokenizer, 4096, num_samples=3)["input_ids"][0]
+    assert sorted(in_order) == sorted(
+        token for text in TEXTS[:3] for token in [*tiny_tokenizer(text).input_ids, tiny_tokenizer.eos_token_id]
+    )
+    assert len(build(1, 1000)) == len(build(1))
+
+
+def test_several_processes_prepare_the_same(source, tiny_tokenizer):
+    one = build_dataset(source, tiny_tokenizer, 64, seed=1)
+    two = build_dataset(source, tiny_tokenizer, 64, seed=1, num_proc=2)
+    assert one["input_ids"][:] == two["input_ids"][:]
+
+
+def test_nothing_is_written_beside_a_saved_dataset(tmp_path, tiny_tokenizer):
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    before = sorted((tmp_path / "saved").iterdir())
+    build_dataset(DatasetSource(disk_path=str(tmp_path / "saved")), tiny_tokenizer, 64, seed=1)
+    assert sorted((tmp_path / "saved").iterdir()) == before
+    assert is_caching_enabled()
+
+
+def test_prepacked_rows(tmp_path, tiny_tokenizer):
+    Dataset.from_dict({"input_ids": [[5, 6, 7, 8], [9, 10]]}).save_to_disk(tmp_path / "packed")
+    rows = build_dataset(DatasetSource(disk_path=str(tmp_path / "packed")), tiny_tokenizer, 4, prepacked=True)
+    assert rows["labels"][:] == [[-100, 6, 7, 8], [-100, 10]]
+
+
+def test_rows_that_give_nothing(tmp_path, tiny_tokenizer, source):
+    Dataset.from_dict({"text": ["", ""]}).save_to_disk(tmp_path / "blank")
+    with pytest.raises(UserError, match="has only empty rows"):
+        build_dataset(DatasetSource(disk_path=str(tmp_path / "blank")), tiny_tokenizer, 4)
+    with pytest.raises(UserError, match=r"dataset\.train_dataset: has no column input_ids; remove prepacked"):
+        build_dataset(source, tiny_tokenizer, 4, prepacked=True)
+
+
+def test_prepared_rows_are_read_again_until_something_changes(source, tiny_tokenizer, tmp_path, caplog):
+    folder = tmp_path / "prepared/train"
+
+    def build(sequence_length: int = 64) -> list[list[int]]:
+        return build_dataset(source, tiny_tokenizer, sequence_length, seed=1, prepared_path=folder)["input_ids"][:]
+
+    first, made = build(), (folder / "made_from.json").stat().st_mtime_ns
+    assert build() == first
+    assert (folder / "made_from.json").stat().st_mtime_ns == made
+    assert caplog.messages == []
+
+    assert build(32) != first
+    assert caplog.messages == [f"{folder} was made with other sequence_length; preparing it again"]
+    with open(source.disk_path, "a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    assert sum(map(len, build(32))) > sum(map(len, first))
+    assert caplog.messages[1:] == [f"{folder} was made with other files; preparing it again"]
+    tiny_tokenizer("padding", padding="max_length", max_length=12)  # leaves its mark in the tokenizer's state
+    build(32)
+    assert len(caplog.messages) == 2
+
+
+def test_a_run_killed_while_preparing_leaves_nothing_half(source, tiny_tokenizer, tmp_path, monkeypatch):
+    folder = tmp_path / "prepared"
+
+    def killed(self: Dataset, path: Path) -> None:
+        path.mkdir()
+        (path / "data-00000-of-00001.arrow").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "save_to_disk", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset(source, tiny_tokenizer, 64, prepared_path=folder)
+    assert not folder.exists()
+    assert len(build_dataset(source, tiny_tokenizer, 64, prepared_path=folder)) > 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".prepared.lock", "prepared", "train.jsonl"]
+
+
+def test_a_folder_of_something_else_is_not_touched(source, tiny_tokenizer, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"prepared_dataset_path: .*thesis holds something else; name a new folder"):
+        build_dataset(source, tiny_tokenizer, 64, prepared_path=tmp_path / "thesis")
+    assert (tmp_path / "thesis/chapter.tex").read_text() == "years of work"
+
+
+def test_the_configuration_names_both_datasets(source, tiny_tokenizer, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "distillkit")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"body": "time is relative"}) + "\n")
+    config = DatasetConfig.parse(
+        {
+            "train_dataset": {"disk_path": str(held_out)},
+            "eval_dataset": {"disk_path": str(held_out)},
+            "dataset_text_field": "body",
+            "prepared_dataset_path": str(tmp_path / "prepared"),
+        }
+    )
+    train, evaluation = build_datasets(config, tiny_tokenizer, 64)
+    assert evaluation is not None
+    assert train["input_ids"][:] == evaluation["input_ids"][:]
+    assert {"train", "eval"} <= {entry.name for entry in (tmp_path / "prepared").iterdir()}
+    assert caplog.messages[0].startswith("dataset.train_dataset: 1 rows of 64 tokens, ")
+    with pytest.raises(UserError, match=r"^evaluation\.dataset: has the columns text; one of these is needed"):
+        build_datasets(config, tiny_tokenizer, 64, source)
