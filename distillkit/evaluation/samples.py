@@ -1,0 +1,55 @@
+"""What a student writes when it goes on from a prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and how the student went on, as text."""
+
+    prompt: str
+    continuation: str
+
+
+@torch.no_grad()
+def generate_samples(
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> list[Sample]:
+    """One continuation of each prompt, the same for the same seed; temperature 0 takes the likeliest token always.
+
+    The random numbers of the caller are left as they were.
+    """
+    device = next(student.parameters()).device
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+    )
+    training = student.training
+    student.eval()
+    samples = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for prompt in prompts:
+            torch.manual_seed(seed)
+            inputs = tokenizer(prompt, return_tensors="pt").to(device)
+            output = student.generate(
+                inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+            )
+            written = output[0, inputs["input_ids"].shape[1] :]
+            samples.append(Sample(prompt, tokenizer.decode(written, skip_special_tokens=True)))
+    student.train(training)
+    return samples

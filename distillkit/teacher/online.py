@@ -1,0 +1,69 @@
+"""A teacher that is a live model, run beside the student."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distillkit.distribution import DenseDistribution, Distribution
+from distillkit.teacher.decoder import decode, head
+from distillkit.teacher.signal import TeacherSignal
+
+
+class OnlineTeacher:
+    """Asks a model for its hidden states at once, and for its logits only a chunk of tokens at a time.
+
+    Args:
+        model: the teacher; it is put in evaluation mode and never trained.
+        layers: indices of the hidden states to give with each signal.
+        final_norm: whether the last index is the state after the final norm, or the last layer's output.
+        top_k: give only the k likeliest tokens, their log-probabilities normalised over the whole vocabulary.
+        vocabulary_size: columns that belong to the tokenizer; a wider head's others are as if they were not there.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Iterable[int] = (),
+        *,
+        final_norm: bool = True,
+        top_k: int | None = None,
+        vocabulary_size: int | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.layers = tuple(layers)
+        self.final_norm = final_norm
+        self.top_k = top_k
+        self.vocabulary_size = vocabulary_size
+
+    @torch.no_grad()
+    def signal(
+        self, input_ids: Int[Tensor, "batch tokens"], position_ids: Int[Tensor, "batch tokens"]
+    ) -> TeacherSignal:
+        """The teacher's word on a batch. Its computation is in the teacher's own dtype, whatever autocast says."""
+        with torch.autocast(input_ids.device.type, enabled=False):
+            final, states = decode(self.model, input_ids, position_ids, self.layers, final_norm=self.final_norm)
+        flat, (weight, bias) = final.flatten(0, 1), head(self.model)
+        columns = self.vocabulary_size or weight.shape[0]
+        matrix = _padded(weight)
+
+        @torch.no_grad()
+        def logits(hidden: Tensor) -> Distribution:
+            with torch.autocast(hidden.device.type, enabled=False):
+                whole = F.linear(hidden, matrix)[:, : weight.shape[0]]
+            dense = DenseDistribution((whole if bias is None else whole + bias)[:, :columns])
+            return dense if self.top_k is None else dense.top_k(self.top_k)
+
+        def distribution(rows: Tensor) -> Callable[[slice], Distribution]:
+            wanted = flat[rows]
+            return lambda chunk: logits(wanted[chunk])
+
+        return TeacherSignal(distribution, states)
+
+
+def _padded(weight: Tensor) -> Tensor:
+    """On CUDA a vocabulary that is no multiple of 64 makes the matmul several times slower."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight

@@ -1,0 +1,34 @@
+"""What a teacher gives for a batch, wherever it comes from.
+
+A teacher has two things to say: at each counted position a distribution over the next token, which is asked for a
+chunk of positions at a time so that [tokens, vocab] never exists; and hidden states of some of its layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distillkit.distribution import Distribution
+
+DistributionOfRows = Callable[[Int[Tensor, " rows"]], Callable[[slice], Distribution]]
+"""From indices into the flattened batch [batch · tokens] to the distributions of a slice of these rows."""
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """A teacher's word on one batch [batch, tokens]."""
+
+    distribution: DistributionOfRows
+    hidden_states: dict[int, Float[Tensor, "batch tokens width"]] = field(default_factory=dict)
+    """By index as in transformers' `output_hidden_states`: 0 is the embeddings."""
+
+
+class Teacher(Protocol):
+    """Whoever can be asked about a batch."""
+
+    def signal(
+        self, input_ids: Int[Tensor, "batch tokens"], position_ids: Int[Tensor, "batch tokens"]
+    ) -> TeacherSignal: ...

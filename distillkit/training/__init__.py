@@ -1,0 +1,1 @@
+"""Training a student: what is frozen, in which precision, the trainer, its checkpoints, and the run as a whole."""

@@ -1,0 +1,109 @@
+"""`training_args` of the YAML become transformers' TrainingArguments.
+
+Every argument passes straight through, over a few defaults of this package. What is applied to the student alone
+(gradient checkpointing, compilation of its layers) is taken out of Trainer's hands here, for Trainer would apply it to
+all that it wraps. Names and types were checked when the YAML was read; what TrainingArguments itself refuses ends as
+one line that names `training_args.<key>`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from distillkit.config.errors import UserError
+
+REFUSED = {
+    "neftune_noise_alpha": "noise on the embeddings would part the student's input from the teacher's",
+    "use_liger_kernel": "its fused loss would replace those of loss_functions",
+    "load_best_model_at_end": "the student is saved as the last step left it",
+    "enable_jit_checkpoint": "SIGTERM is answered with a checkpoint anyway",
+}
+SAVE_MINUTES = 15.0
+"""Minutes between checkpoints of a run whose training_args say nothing of saving."""
+
+
+@dataclass(frozen=True)
+class StudentTechniques:
+    """What is applied to the student alone, and therefore not by Trainer."""
+
+    gradient_checkpointing: bool
+    gradient_checkpointing_kwargs: dict[str, Any]
+    torch_compile: bool
+    torch_compile_backend: str
+    torch_compile_mode: str | None
+
+
+def build_training_arguments(
+    given: Mapping[str, Any], output_path: Path, *, uses_logits: bool
+) -> tuple[TrainingArguments, StudentTechniques]:
+    """TrainingArguments for the `training_args` of a RunConfig, and what is for the student alone.
+
+    `uses_logits`: a loss on the logits gives every parameter of the student a gradient.
+    Raises UserError for what TrainingArguments refuses, and for arguments that make no sense in a distillation.
+    """
+    values = dict(given)
+    for key, reason in REFUSED.items():
+        if values.get(key):
+            raise UserError(f"training_args.{key}: not available, {reason}; remove it")
+    techniques = _take_techniques(values)
+    defaults = {
+        "report_to": "none",
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_total_limit": 2,
+        "save_strategy": "steps" if "save_steps" in values else "no",
+        "use_cpu": not torch.accelerator.is_available(),
+        # Without a loss on logits, the head and the last layers get no gradient, which DDP must be told to expect.
+        "ddp_find_unused_parameters": not uses_logits,
+    }
+    ours = {
+        "output_dir": str(output_path),
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "include_num_input_tokens_seen": "no",  # the trainer counts real tokens itself
+        "disable_tqdm": True,
+    }
+    return _construct({**defaults, **values, **ours}, given), techniques
+
+
+def saves_by_the_clock(given: Mapping[str, Any]) -> bool:
+    """Whether the user left it to this package when checkpoints are written."""
+    return "save_steps" not in given and "save_strategy" not in given
+
+
+def _take_techniques(values: dict[str, Any]) -> StudentTechniques:
+    """Move what is for the student alone out of `values`; transformers knows checkpointing by two names."""
+    checkpointing = [values.pop(f"{name}_checkpointing", None) for name in ("gradient", "activation")]
+    kwargs = [values.pop(f"{name}_checkpointing_kwargs", None) for name in ("gradient", "activation")]
+    backend, mode = values.pop("torch_compile_backend", None), values.pop("torch_compile_mode", None)
+    return StudentTechniques(
+        gradient_checkpointing=any(checkpointing),
+        gradient_checkpointing_kwargs={"use_reentrant": False, **(kwargs[0] or kwargs[1] or {})},
+        torch_compile=bool(values.pop("torch_compile", False) or backend or mode),
+        torch_compile_backend=backend or "inductor",
+        torch_compile_mode=mode,
+    )
+
+
+def _construct(values: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingArguments:
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        culprit = _culprit(values, given)
+        raise UserError(f"training_args{'.' + culprit if culprit else ''}: {error}") from error
+
+
+def _culprit(values: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """The argument of the user's without which TrainingArguments accepts the rest, if there is one."""
+    for key in given:
+        try:
+            TrainingArguments(**{name: value for name, value in values.items() if name != key})
+        except (ValueError, TypeError, ImportError, RuntimeError, OSError):
+            continue
+        return key
+    return None

@@ -1,0 +1,29 @@
+"""Batches for the trainer: those of `distillkit.data`, and how many of their tokens are real."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from distillkit.data.collate import collate
+
+
+@dataclass(frozen=True)
+class Collator:
+    """`collate` with `lengths` [batch]: tokens of each row without its padding."""
+
+    pad_token_id: int
+    sequence_length: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(rows, pad_token_id=self.pad_token_id, sequence_length=self.sequence_length)
+        return {**batch, "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up. It is never looked at, so any will do where the tokenizer has none."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)

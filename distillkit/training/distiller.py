@@ -1,0 +1,78 @@
+"""The module that is trained: student, projections and losses in one forward.
+
+Trainer, DDP and FSDP wrap this module. The whole of the student's computation, the head's included, happens inside of
+its forward, which is where their hooks expect it; the teacher's does not.
+"""
+
+from typing import TypedDict
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distillkit.losses.objective import Objective
+from distillkit.teacher.decoder import decode, head
+from distillkit.teacher.signal import TeacherSignal
+
+
+class DistillerOutput(TypedDict):
+    """A micro-batch's part of a step's loss, and each loss's sum and count for the record."""
+
+    loss: Float[Tensor, ""]
+    sums: dict[str, Tensor]
+    counts: dict[str, Tensor]
+
+
+class Distiller(nn.Module):
+    """A student with its objective.
+
+    The loss of a micro-batch is its share of the whole optimizer step's: sums over its own tokens, divided by the
+    number of counted tokens of all micro-batches of all ranks. Adding up the micro-batches gives the step's loss,
+    however the step is cut.
+    """
+
+    accepts_loss_kwargs = True
+    """Tells Trainer not to divide by the number of micro-batches."""
+
+    def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        position_ids: Int[Tensor, "batch tokens"],
+        labels: Int[Tensor, "batch tokens"],
+        normalizer: Tensor,
+        preference_pairs: dict[str, Tensor] | None = None,
+        signal: TeacherSignal | None = None,
+    ) -> DistillerOutput:
+        """The losses of a batch.
+
+        Args:
+            input_ids, position_ids, labels: as `distillkit.data` collates them.
+            normalizer: counted tokens of the whole optimizer step.
+            preference_pairs: preference pairs of the whole optimizer step, per ranking loss.
+            signal: the teacher's word on this batch; None where no loss asks for it.
+        """
+        final, states = decode(
+            self.student,
+            input_ids,
+            position_ids,
+            self.objective.student_layers,
+            final_norm=self.objective.taps_final_norm,
+        )
+        weight, bias = head(self.student)
+        result = self.objective(
+            final,
+            weight,
+            bias,
+            labels,
+            None if signal is None else signal.distribution,
+            states,
+            {} if signal is None else signal.hidden_states,
+            normalizer,
+            preference_pairs,
+        )
+        return {"loss": result.loss, "sums": result.sums, "counts": result.counts}

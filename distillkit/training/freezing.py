@@ -1,0 +1,84 @@
+"""Which of the student's parameters are trained.
+
+`frozen_res` are regular expressions searched in parameter names, `frozen_modules` are names of modules. Both see
+every name that a tensor has: where the head shares the embeddings, `lm_head` freezes the shared tensor although the
+checkpoint knows it only as `model.embed_tokens.weight`. A pattern that matches nothing is a mistake, and says so.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from distillkit.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """What `freeze` did: numbers of parameters, a shared tensor counted once."""
+
+    trainable: int
+    frozen: int
+    shared_with_frozen: list[tuple[str, str]]
+    """Pairs (matched name, other name) of tensors frozen under a name that no pattern matched."""
+
+
+def freeze(model: nn.Module, frozen_res: Sequence[str] = (), frozen_modules: Sequence[str] = ()) -> Freezing:
+    """Set `requires_grad` of the model's parameters.
+
+    Raises:
+        UserError: a pattern or a module name matches nothing, a pattern is no regular expression, or nothing is
+            left to train.
+    """
+    names: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    matched = _matched_by_expression(names, frozen_res) | _matched_by_module(model, names, frozen_modules)
+    frozen_ids = {id(names[name]) for name in matched}
+    for parameter in names.values():
+        parameter.requires_grad_(id(parameter) not in frozen_ids)
+
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if trainable == 0:
+        raise UserError("frozen_res, frozen_modules: together they freeze every parameter, nothing is left to train")
+    shared = [
+        (name, other)
+        for name in sorted(matched)
+        for other in sorted(names.keys() - matched)
+        if names[name] is names[other]
+    ]
+    return Freezing(trainable=trainable, frozen=total - trainable, shared_with_frozen=shared)
+
+
+def _matched_by_expression(names: Iterable[str], expressions: Sequence[str]) -> set[str]:
+    matched: set[str] = set()
+    for index, expression in enumerate(expressions):
+        try:
+            pattern = re.compile(expression)
+        except re.error as error:
+            raise UserError(f"frozen_res[{index}]: {expression!r} is not a regular expression: {error}") from error
+        found = {name for name in names if pattern.search(name)}
+        if not found:
+            raise UserError(f"frozen_res[{index}]: {expression!r} matches no parameter; there are {_examples(names)}")
+        matched |= found
+    return matched
+
+
+def _matched_by_module(model: nn.Module, names: Iterable[str], modules: Sequence[str]) -> set[str]:
+    known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    matched: set[str] = set()
+    for index, module in enumerate(modules):
+        if module not in known:
+            raise UserError(f"frozen_modules[{index}]: there is no module {module!r}; there are {_examples(known)}")
+        matched |= {name for name in names if name.startswith(f"{module}.")}
+    return matched
+
+
+def _examples(names: Iterable[str]) -> str:
+    """A few names of different kinds: layer numbers other than the first seen add nothing."""
+    kinds: dict[str, str] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "N", name), name)
+    few = list(kinds.values())
+    step = max(1, len(few) // 4)
+    return ", ".join(few[::step][:4])

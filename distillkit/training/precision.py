@@ -1,0 +1,82 @@
+"""Numbers that train and numbers that rest.
+
+A bf16 weight of 0.02 does not move at learning rate 1e-5: the update is smaller than half the distance to the next
+bf16 number. So what trains is kept in float32 (master weights) and cast to bf16 where it is used, by autocast; what is
+frozen is only ever used, and is stored in bf16. Without `training_args.bf16` (or `fp16`) all is float32.
+
+What is saved at the end has the dtype that computed: bf16 after a bf16 run, so the saved student is the network that
+the last forward pass used; float32 after a float32 run, so that nothing is rounded away. The divergence "after" is
+measured on the student as saved. Checkpoints, from which a run goes on, keep the float32 masters.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+
+def compute_dtype(args: TrainingArguments) -> torch.dtype:
+    """The dtype of the student's matrix products, from `training_args`."""
+    if args.bf16:
+        return torch.bfloat16
+    if args.fp16:
+        return torch.float16
+    return torch.float32
+
+
+def cast_for_training(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    """Keep what trains in float32 and what is frozen in `dtype`; the line that says so.
+
+    Modules that the architecture wants in float32 always (`_keep_in_fp32_modules_strict`) stay there.
+    """
+    for name, parameter in model.named_parameters():
+        keep = parameter.requires_grad or stays_float32(model, name)
+        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    if dtype == torch.float32:
+        return f"precision: float32 throughout ({trained:,} parameters train, {frozen:,} are frozen)"
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"precision: {trained:,} parameters train as float32 master weights under {name} autocast, "
+        f"{frozen:,} frozen ones are stored in {name}"
+    )
+
+
+def cast_for_saving(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the whole model `dtype`, except what the architecture keeps in float32."""
+    for name, parameter in model.named_parameters():
+        if not stays_float32(model, name):
+            parameter.data = parameter.data.to(dtype)
+
+
+def stays_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers would load the parameter `name` in float32 even in a 16-bit model."""
+    kept = model._keep_in_fp32_modules_strict or ()
+    return any(part in kept for part in name.split("."))
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to `dtype`; nothing for float32."""
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        yield
+
+
+@contextmanager
+def compiled_layers(model: PreTrainedModel, backend: str, mode: str | None) -> Iterator[None]:
+    """Within, each decoder layer's forward is compiled.
+
+    Layers only: one compiled graph serves all layers of a kind, hooks and gradient checkpointing stay outside of it,
+    and parameter names do not change.
+    """
+    layers: nn.ModuleList = model.get_decoder().layers
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, backend=backend, mode=mode)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,167 @@
+"""What a run says while it trains: a bar on a terminal, plain lines elsewhere, and `metrics.jsonl` always."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+METRICS = "metrics.jsonl"
+NOT_LOSSES = ("step", "epoch", "tokens", "tokens_per_second", "seconds", "grad_norm", "learning_rate")
+
+
+class MetricsFile(TrainerCallback):
+    """Each logged line as JSON in `output_path/metrics.jsonl`, with the seconds trained until then.
+
+    A resumed run goes on with the file: lines of steps that were lost and are made again are dropped.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / METRICS
+        self._seconds_before = 0.0
+        self._start = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep what the resumed checkpoint knows of."""
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in read_metrics(self._path) if line["step"] <= state.global_step]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The last step is logged, whatever `logging_steps` is."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a line."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        seconds = self._seconds_before + time.perf_counter() - self._start
+        line = {"step": state.global_step, **logs, "seconds": round(seconds, 3)}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class ProgressDisplay(TrainerCallback):
+    """Step, tokens, tokens per second, each loss, learning rate and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._first_step = 0
+        self._start = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the bar, on a terminal."""
+        self._first_step, self._start = state.global_step, time.perf_counter()
+        if not state.is_world_process_zero or not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            _TimeLeft(),
+            _Figures(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            left = self._seconds_left(state)
+            self._bar.update(self._task, completed=state.global_step, left=left)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the figures beside the bar, or as a line."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        if self._bar is not None and "loss" in logs:
+            self._bar.update(self._task, figures=figures(logs))
+            return
+        left = f"  left {_clock(self._seconds_left(state))}" if "loss" in logs else ""
+        self._console.print(
+            f"step {state.global_step}/{state.max_steps}  {figures(logs)}{left}", highlight=False, soft_wrap=True
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _seconds_left(self, state: TrainerState) -> float:
+        done = state.global_step - self._first_step
+        spent = time.perf_counter() - self._start
+        return spent / max(done, 1) * (state.max_steps - state.global_step)
+
+
+def figures(logs: dict[str, Any]) -> str:
+    """`412,160 tokens  5,130 tokens/s  loss 1.204  kl 0.811  lr 9.8e-04` from what was logged."""
+    parts = []
+    if "tokens" in logs:
+        parts += [f"{logs['tokens']:,} tokens", f"{logs['tokens_per_second']:,.0f} tokens/s"]
+    parts += [
+        f"{name} {value:.4g}"
+        for name, value in logs.items()
+        if name not in NOT_LOSSES and isinstance(value, int | float)
+    ]
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.2e}")
+    return "  ".join(parts)
+
+
+class _TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_clock(task.fields["left"]) if "left" in task.fields else "-:--:--")
+
+
+class _Figures(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["figures"])
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -1,0 +1,206 @@
+"""transformers' Trainer, taught to distil.
+
+Optimizers, schedulers, trackers, DDP, FSDP, DeepSpeed and pushing to the hub are Trainer's. What is here is what
+differs: the loss is a sum over the whole optimizer step divided by the step's counted tokens; the teacher is asked
+outside of the module that is trained; a checkpoint holds a loadable student and counts only when it is complete; and
+what is logged are the single losses, and tokens.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer
+
+from distillkit.evaluation.divergence import Divergence
+from distillkit.losses.objective import counted_rows
+from distillkit.teacher.signal import Teacher
+from distillkit.training import checkpoints
+from distillkit.training.distiller import Distiller, DistillerOutput
+from distillkit.training.saving import save_student
+
+PROJECTIONS = "projections.safetensors"
+
+
+class DistillationTrainer(Trainer):
+    """Trains `distiller.student` on what `teacher` says.
+
+    Args:
+        distiller: the module to train.
+        teacher: who is asked; None where no loss asks.
+        weights_dtype: the dtype that saved students declare.
+        divergence: measures the student, for `eval_strategy`; None without held-out text.
+        others: as for Trainer. Batches are those of `training.data.collator`.
+    """
+
+    model: Distiller
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        teacher: Teacher | None,
+        *,
+        weights_dtype: torch.dtype,
+        divergence: Callable[[], Divergence] | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__(model=distiller, **others)
+        self.remove_callback(PrinterCallback)
+        self.teacher = teacher
+        self.weights_dtype = weights_dtype
+        self.divergence = divergence
+        self._window = _LogWindow()
+        self._preference_pairs: dict[str, Tensor] = {}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of an optimizer step, and the counted tokens of all of them on all ranks."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counted = sum(len(counted_rows(batch["labels"])) for batch in batches)
+        tokens = sum(int(batch["lengths"].sum()) for batch in batches)
+        totals = self._over_ranks(torch.tensor([counted, tokens], device=device))
+        self._preference_pairs = self._count_preference_pairs(batches)
+        self._window.tokens += int(totals[1])
+        self.state.num_input_tokens_seen += int(totals[1])
+        return batches, totals[0]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss."""
+        batch = {key: inputs[key] for key in ("input_ids", "position_ids")}
+        signal = self.teacher.signal(**batch) if self.teacher is not None else None
+        output: DistillerOutput = model(
+            **batch,
+            labels=inputs["labels"],
+            normalizer=num_items_in_batch,
+            preference_pairs=self._preference_pairs,
+            signal=signal,
+        )
+        self._window.add(output)
+        # DDP, FSDP and DeepSpeed average the gradients of the ranks; these are parts of one sum.
+        loss = output["loss"] * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay is for matrices: not for norms and biases (Trainer's rule), nor for vectors such as A_log."""
+        vectors = {name for name, parameter in model.named_parameters() if parameter.dim() < 2}
+        return [name for name in super().get_decay_parameter_names(model) if name not in vectors]
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """The divergence from the teacher, as `eval_kl`, `eval_agreement`, …"""
+        assert self.divergence is not None
+        with self._window.paused():
+            measured = self.divergence().as_metrics()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.model.train()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the single losses, tokens and tokens per second to what Trainer logs at a step."""
+        if "loss" in logs:
+            logs = {**logs, **self._window.close(self._over_ranks), "tokens": self.state.num_input_tokens_seen}
+        super().log(logs, start_time)
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "sum")
+
+    def _count_preference_pairs(self, batches: list[Any]) -> dict[str, Tensor]:
+        """Ranking losses are divided by the pairs of the whole step, which only the teacher's word on it tells."""
+        objective = self.model.objective
+        if not objective.ranking_terms or self.teacher is None:
+            return {}
+        totals: dict[str, Tensor] = {}
+        for batch in map(self._prepare_inputs, batches):
+            signal = self.teacher.signal(batch["input_ids"], batch["position_ids"])
+            for name, pairs in objective.preference_pairs(batch["labels"], signal.distribution).items():
+                totals[name] = totals.get(name, torch.zeros_like(pairs)) + pairs
+        return {name: self._over_ranks(pairs) for name, pairs in totals.items()}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, marked when complete; older ones are deleted after that, not before."""
+        folder = Path(self.args.output_dir)
+        path = folder / f"{checkpoints.PREFIX}{self.state.global_step}"
+        if (path / checkpoints.MARKER).exists():
+            return
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        with self._window.paused():
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.mark_complete(path)
+                checkpoints.rotate(folder, limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+        self.args.save_total_limit = limit
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A loadable student with its tokenizer; the projections, which are no part of it, beside it."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        everything = self.model.state_dict() if state_dict is None else state_dict
+        student, projections = (
+            {name.removeprefix(prefix): tensor for name, tensor in everything.items() if name.startswith(prefix)}
+            for prefix in ("student.", "objective.")
+        )
+        save_student(self.model.student, folder, self.weights_dtype, student)
+        if projections:
+            save_file({name: tensor.contiguous() for name, tensor in projections.items()}, folder / PROJECTIONS)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The projections. The student was loaded from the checkpoint as any model is, before the trainer was made."""
+        if self.model.objective.state_dict():
+            self.model.objective.load_state_dict(load_file(Path(resume_from_checkpoint) / PROJECTIONS))
+
+
+class _LogWindow:
+    """What happened since the last line of the log. Sums stay on the device until the line is written."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._start = time.perf_counter()
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, output: DistillerOutput) -> None:
+        for name, total in output["sums"].items():
+            pair = torch.stack([total.float(), output["counts"][name].float()])
+            self._totals[name] = self._totals.get(name, torch.zeros_like(pair)) + pair
+
+    def close(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Each loss's mean over its count, and the speed in real tokens; a new window starts."""
+        seconds = time.perf_counter() - self._start
+        report: dict[str, float] = {}
+        for name, pair in self._totals.items():
+            total, count = over_ranks(pair).tolist()
+            report[name] = total / max(count, 1.0)
+        report["tokens_per_second"] = self.tokens / max(seconds, 1e-9)
+        self.tokens, self._start, self._totals = 0, time.perf_counter(), {}
+        return report
+
+    def paused(self) -> "_Pause":
+        """A stretch of time that is not training."""
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, window: _LogWindow) -> None:
+        self._window = window
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._window._start += time.perf_counter() - self._entered

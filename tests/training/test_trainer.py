@@ -1,0 +1,197 @@
+"""A step is a step, however it is cut; what is frozen stays; what is logged is what happened."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from distillkit.config import LossConfig
+from distillkit.losses import ModelShape, Objective
+from distillkit.teacher.online import OnlineTeacher
+from distillkit.training.arguments import build_training_arguments
+from distillkit.training.batches import Collator
+from distillkit.training.checkpoints import complete_checkpoints
+from distillkit.training.distiller import Distiller
+from distillkit.training.freezing import freeze
+from distillkit.training.precision import cast_for_training, compute_dtype
+from distillkit.training.trainer import DistillationTrainer
+from tests.training.tiny import llama, row
+
+CE_KL = [
+    LossConfig(function="cross_entropy", weight=0.2),
+    LossConfig(function="kl", weight=0.8, temperature=2.0),
+]
+ALL_KINDS = [
+    *CE_KL,
+    LossConfig(function="hs_cosine", weight=0.6),
+    LossConfig(function="hinge", weight=0.1, top_k=4, margin=0.1),
+]
+UNEVEN = [
+    row([7, 5], seed=1),
+    row([12], seed=2, ignored=9),
+    row([3, 3, 3, 3], seed=3),
+    row([4], seed=4),
+]
+SGD = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
+
+
+def make_trainer(folder, rows=UNEVEN, losses=ALL_KINDS, frozen=(), teacher_layers=2, checkpointing=False, **given):
+    given = {**SGD, "per_device_train_batch_size": len(rows), **given}
+    arguments, _ = build_training_arguments(given, Path(folder), uses_logits=True)
+    student, teacher = llama(1), llama(0, layers=teacher_layers, hidden_size=32 if teacher_layers == 2 else 48)
+    shapes = [ModelShape(model.config.hidden_size, model.config.num_hidden_layers) for model in (student, teacher)]
+    torch.manual_seed(0)
+    objective = Objective(losses, "all" if teacher_layers == 2 else [(0, 0), (1, 2), (2, 4)], *shapes)
+    freeze(student, frozen)
+    cast_for_training(student, compute_dtype(arguments))
+    if checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return DistillationTrainer(
+        Distiller(student, objective),
+        OnlineTeacher(teacher, objective.teacher_layers, final_norm=objective.taps_final_norm),
+        weights_dtype=compute_dtype(arguments),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=Collator(pad_token_id=0),
+    )
+
+
+def gradients(trainer):
+    """Of one step of SGD at learning rate 1."""
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    return {name: before[name] - parameter.detach() for name, parameter in trainer.model.named_parameters()}
+
+
+def assert_same(actual, expected, tolerance):
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert largest > 1e-3
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).abs().max() <= tolerance * largest, name
+
+
+@pytest.mark.parametrize("teacher_layers", [2, 4])
+def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(tmp_path, teacher_layers):
+    whole = gradients(make_trainer(tmp_path, teacher_layers=teacher_layers))
+    for steps in (2, 4):
+        cut = make_trainer(
+            tmp_path,
+            teacher_layers=teacher_layers,
+            per_device_train_batch_size=4 // steps,
+            gradient_accumulation_steps=steps,
+        )
+        assert_same(gradients(cut), whole, 1e-5)
+
+
+def test_the_step_is_the_sum_over_tokens_divided_by_their_number(tmp_path):
+    trainer = make_trainer(tmp_path, losses=[CE_KL[0]], per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    student = llama(1)
+    total = torch.zeros(())
+    count = 0
+    for each in UNEVEN:
+        documents = torch.tensor(each["input_ids"]).split(each["seq_lengths"])
+        labels = torch.tensor(each["labels"]).split(each["seq_lengths"])
+        for ids, targets in zip(documents, labels, strict=True):
+            logits = student(ids.unsqueeze(0)).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits, targets[1:], reduction="sum")
+            count += int((targets[1:] != -100).sum())
+    (total / count).backward()
+    expected = {f"student.{name}": parameter.grad for name, parameter in student.named_parameters()}
+    actual = gradients(trainer)
+    assert_same({name: actual[name] for name in expected}, expected, 1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    assert_same(gradients(make_trainer(tmp_path, checkpointing=True)), gradients(make_trainer(tmp_path)), 1e-5)
+
+
+def test_a_row_of_several_documents_trains_as_these_documents_alone(tmp_path):
+    packed = [row([5, 7], seed=1), row([9], seed=2)]
+    alone = [
+        {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]}
+        for each in packed
+        for ids, labels in zip(
+            *(
+                [part.tolist() for part in torch.tensor(each[name]).split(each["seq_lengths"])]
+                for name in ("input_ids", "labels")
+            ),
+            strict=True,
+        )
+    ]
+    assert_same(gradients(make_trainer(tmp_path, rows=packed)), gradients(make_trainer(tmp_path, rows=alone)), 1e-5)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_frozen_parameters_are_bitwise_the_same_after_training(tmp_path, bf16):
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 3, "bf16": bf16}
+    trainer = make_trainer(tmp_path, frozen=["embed_tokens", r"norm\.weight", "mlp"], **settings)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+
+
+def test_what_is_logged_is_each_loss_per_token_and_real_tokens(tmp_path):
+    trainer = make_trainer(
+        tmp_path, max_steps=2, logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    first, last, _ = trainer.state.log_history
+    weights = {loss.function: loss.weight / sum(each.weight for each in ALL_KINDS) for loss in ALL_KINDS}
+    assert first["loss"] == pytest.approx(sum(first[name] * weight for name, weight in weights.items()), rel=1e-5)
+    assert first["tokens"] == sum(len(each["input_ids"]) for each in UNEVEN)
+    assert last["tokens"] == 2 * first["tokens"]
+    assert first["tokens_per_second"] > 0
+
+
+def test_a_checkpoint_is_a_loadable_student_with_the_projections_beside_it(tmp_path):
+    trainer = make_trainer(tmp_path, teacher_layers=4, save_steps=1, max_steps=3, save_total_limit=2, bf16=True)
+    trainer.train()
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path)] == [2, 3]
+    newest = complete_checkpoints(tmp_path)[-1].path
+    loaded = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.float32)
+    for name, parameter in trainer.model.student.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    assert AutoModelForCausalLM.from_pretrained(newest).dtype == torch.bfloat16
+    projections = load_file(newest / "projections.safetensors")
+    assert len(projections) == 3
+    for name, tensor in projections.items():
+        assert torch.equal(tensor, trainer.model.objective.get_parameter(name))
+
+
+def test_vectors_do_not_decay(tmp_path):
+    trainer = make_trainer(tmp_path, losses=CE_KL)
+    decaying = trainer.get_decay_parameter_names(trainer.model)
+    assert all(trainer.model.get_parameter(name).dim() >= 2 for name in decaying)
+    assert "student.model.layers.0.mlp.up_proj.weight" in decaying
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    expected = gradients(make_trainer(tmp_path / "one"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([*command, str(tmp_path / "two")], check=True, env=environment, capture_output=True)
+    assert_same(load_file(tmp_path / "two" / "gradients.safetensors"), expected, 1e-5)
+    logged = json.loads((tmp_path / "two" / "log.json").read_text())
+    assert logged["tokens"] == sum(len(each["input_ids"]) for each in UNEVEN)
+
+
+if __name__ == "__main__":
+    from safetensors.torch import save_file
+
+    folder = Path(sys.argv[1])
+    distributed = make_trainer(folder, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    found = gradients(distributed)
+    if distributed.is_world_process_zero():
+        folder.mkdir(exist_ok=True)
+        save_file(found, folder / "gradients.safetensors")
+        (folder / "log.json").write_text(json.dumps(distributed.state.log_history[0]))
