@@ -4,8 +4,10 @@ transformers' own ``LinearAttentionLayer`` does not count tokens, so a cache mad
 ``get_seq_length``, which generation asks for. This layer counts.
 """
 
+from typing import Any, NoReturn
+
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 
 class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -36,7 +38,7 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
         self.has_previous_state[0] = self.is_initialized = True
 
-    def update(self, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a KDA layer has no keys and values to store")
 
     def get_seq_length(self) -> int:
@@ -54,18 +56,18 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.is_initialized = False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
+        if self.conv_state is not None and self.recurrent_state is not None:
             self.conv_states[0] = self.conv_state.repeat_interleave(repeats, dim=0)
             self.recurrent_states[0] = self.recurrent_state.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
+        if self.conv_state is not None and self.recurrent_state is not None:
             self.conv_states[0] = self.conv_state[indices]
             self.recurrent_states[0] = self.recurrent_state[indices]
 
 
 def with_kda_layers(cache: Cache, layer_types: list[str]) -> Cache:
-    """Put a ``KDACacheLayer`` at every ``linear_attention`` place of ``cache``, unless one is there; returns ``cache``."""
+    """Put a ``KDACacheLayer`` at every ``linear_attention`` place of ``cache`` that has none; returns ``cache``."""
     while len(cache.layers) < len(layer_types):  # a DynamicCache made without a config adds its layers as they come
         cache.layers.append(cache.layer_class_to_replicate())
     for index, layer_type in enumerate(layer_types):

@@ -1,5 +1,7 @@
 """Configuration of a student: the teacher's own configuration, and what each layer mixes tokens with."""
 
+from typing import Any, ClassVar
+
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 
@@ -21,7 +23,7 @@ class KDAHybridConfig(PretrainedConfig):
     """
 
     model_type = "kda_hybrid"
-    sub_configs = {"base_config": AutoConfig}
+    sub_configs: ClassVar = {"base_config": AutoConfig}
 
     def __init__(
         self,
@@ -31,13 +33,13 @@ class KDAHybridConfig(PretrainedConfig):
         kv_heads: str = "expand",
         conv_size: int = 4,
         gate_lower_bound: float | None = -5.0,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if base_config is None:
             base_config = {"model_type": "llama"}
         if isinstance(base_config, dict):
             base_config = CONFIG_MAPPING[base_config["model_type"]](**base_config)
-        self.base_config = base_config
+        self.base_config: PretrainedConfig = base_config
         self.layer_types = layer_types or ["linear_attention"] * base_config.num_hidden_layers
         self.use_rope = use_rope
         self.kv_heads = kv_heads

@@ -110,7 +110,15 @@ def chunk_kda(
         return output.view(batch, tokens, heads, value_dim), torch.empty_like(state).index_copy(0, plan.order, state)
 
 
-def _prepare(query, key, value, decay, beta, initial_state, sequences):
+def _prepare(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    sequences: int,
+) -> tuple[torch.Tensor, ...]:
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key, value, decay, beta = (x.to(dtype) for x in (query, key, value, decay, beta))
     query = l2_normalize(query) * query.shape[-1] ** -0.5
@@ -119,7 +127,9 @@ def _prepare(query, key, value, decay, beta, initial_state, sequences):
     return query, l2_normalize(key), value, decay, beta, initial_state.to(dtype)
 
 
-def _in_segments(chunks, state, steps):
+def _in_segments(
+    chunks: list[torch.Tensor], state: torch.Tensor, steps: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The chunked delta rule, its intermediate results (some forty times the input) kept for one segment at a time.
 
     With several segments the backward pass computes each one again.
@@ -130,7 +140,8 @@ def _in_segments(chunks, state, steps):
             segments.append([])
         segments[-1].append(active)
     if len(segments) == 1:
-        return _chunked_delta_rule(*chunks, state, steps)
+        query, key, value, decay, beta = chunks
+        return _chunked_delta_rule(query, key, value, decay, beta, state, steps)
     outputs = []
     for steps, *inputs in zip(segments, *(x.split([sum(s) for s in segments]) for x in chunks), strict=True):
         active, finished = state[: steps[0]], state[steps[0] :]
@@ -142,7 +153,15 @@ def _in_segments(chunks, state, steps):
     return torch.cat(outputs), state
 
 
-def _chunked_delta_rule(query, key, value, decay, beta, state, steps):
+def _chunked_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    steps: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """All chunks at once but for the state, which walks through ``steps`` (chunks in flight at each step)."""
     attention, overlap, prefix, suffix = _intra_chunk(query, key, decay)
     from_start = prefix.exp()
@@ -169,7 +188,9 @@ def _chunked_delta_rule(query, key, value, decay, beta, state, steps):
     return output, torch.cat(final[::-1])
 
 
-def _intra_chunk(query, key, decay):
+def _intra_chunk(
+    query: torch.Tensor, key: torch.Tensor, decay: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decayed products inside each chunk, and the decays from its start and to its end.
 
     Blocks of ``b`` tokens become blocks of ``2b`` until one block is the chunk. Between a token ``i`` of the second

@@ -7,6 +7,7 @@ only ever see that.
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -49,7 +50,10 @@ class Documents:
 
     @classmethod
     def from_attention_mask(cls, attention_mask: torch.Tensor) -> "Documents | None":
-        """One document per row: the tokens where ``attention_mask`` ``[batch, tokens]`` is not 0; ``None`` if all are."""
+        """One document per row, the tokens where ``attention_mask`` is not 0; ``None`` if that is all of them.
+
+        attention_mask: ``[batch, tokens]``.
+        """
         if bool(attention_mask.all()):
             return None
         lengths = attention_mask.ne(0).sum(-1).tolist()
@@ -69,7 +73,7 @@ class Documents:
     @classmethod
     def from_boundaries(cls, boundaries: list[int], device: torch.device) -> "Documents":
         """Boundaries as in ``cu_seqlens``: 0, the end of the first document, …, the number of tokens."""
-        return cls(tuple(b - a for a, b in zip(boundaries, boundaries[1:], strict=False)), None, device)
+        return cls(tuple(end - start for start, end in pairwise(boundaries)), None, device)
 
     @property
     def count(self) -> int:

@@ -5,10 +5,12 @@ flash-linear-attention installed its kernels do the work; anywhere else the PyTo
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import Cache
 
 from .cache import KDACacheLayer
 from .delta_rule import chunk_kda, log_decay, recurrent_kda
@@ -102,8 +104,8 @@ class KimiDeltaAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         documents: Documents | None = None,
-        past_key_values=None,
-        **kwargs,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Mix tokens along the sequence.
 
@@ -116,7 +118,11 @@ class KimiDeltaAttention(nn.Module):
         Returns: the output ``[batch, tokens, hidden_size]``, and ``None`` for attention weights.
         """
         batch, tokens, _ = hidden_states.shape
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = None
+        if past_key_values is not None:
+            cache = past_key_values.layers[self.layer_idx]
+            if not isinstance(cache, KDACacheLayer):
+                raise TypeError(f"layer {self.layer_idx} of the cache is {cache}, not a KDACacheLayer")
         if documents is not None:
             hidden_states = documents.flatten(hidden_states)
         output = self._mix(hidden_states, documents, cache)
@@ -150,19 +156,32 @@ class KimiDeltaAttention(nn.Module):
         beta_gate = self.b_proj(x)
         state = None if cache is None else cache.recurrent_state
         attend = self._attend_with_kernels if kernels else self._attend
-        output, state = attend(query, key, value, decay_gate, beta_gate, state, documents, cache is not None)
-        if cache is not None:
+        output, state = attend([query, key, value, decay_gate, beta_gate], state, documents, cache is not None)
+        if cache is not None and conv_state is not None:
             cache.store(conv_state, state)
         return output
 
-    def _attend(self, query, key, value, decay_gate, beta_gate, state, documents, keep_state):
+    def _attend(
+        self,
+        inputs: list[torch.Tensor],
+        state: torch.Tensor | None,
+        documents: Documents | None,
+        keep_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value, decay_gate, beta_gate = inputs
         decay = log_decay(decay_gate, self.A_log, self.dt_bias, self.gate_lower_bound)
         beta = beta_gate.to(decay.dtype).sigmoid()
         if query.shape[1] == 1 and documents is None:
             return recurrent_kda(query, key, value, decay, beta, state)
         return chunk_kda(query, key, value, decay, beta, state, documents)
 
-    def _attend_with_kernels(self, query, key, value, decay_gate, beta_gate, state, documents, keep_state):
+    def _attend_with_kernels(
+        self,
+        inputs: list[torch.Tensor],
+        state: torch.Tensor | None,
+        documents: Documents | None,
+        keep_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         options = {
             "A_log": self.A_log,
             "dt_bias": self.dt_bias,
@@ -174,8 +193,8 @@ class KimiDeltaAttention(nn.Module):
             "lower_bound": self.gate_lower_bound,
             "cu_seqlens": None if documents is None else documents.cu_seqlens,
         }
-        inputs = [x.contiguous() for x in (query, key, value, decay_gate, beta_gate)]
-        if keep_state and query.shape[1] <= 64 and not torch.is_grad_enabled():
+        inputs = [x.contiguous() for x in inputs]
+        if keep_state and inputs[0].shape[1] <= 64 and not torch.is_grad_enabled():
             return fla_recurrent_kda(*inputs, **options)
         return fla_chunk_kda(*inputs, safe_gate=self.gate_lower_bound is not None, **options)
 

@@ -6,11 +6,11 @@ configuration keeps it. So one class serves Llama, Arcee, Mistral, Qwen2, Qwen3 
 have ``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedModel
+from transformers import MODEL_MAPPING, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -31,8 +31,8 @@ class KDAHybridForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = KDAHybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -84,14 +84,16 @@ class KDAHybridForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             with_kda_layers(model_kwargs["past_key_values"], self.config.layer_types)
         return result
 
 
-def exchange_attention(decoder: nn.Module, config: KDAHybridConfig) -> None:
+def exchange_attention(decoder: Any, config: KDAHybridConfig) -> None:
     """Put KDA layers and NoPE layers into ``decoder``, as ``config.layer_types`` says.
 
     Raises:
