@@ -40,7 +40,7 @@ class KDAHybridConfig(PretrainedConfig):
         if isinstance(base_config, dict):
             base_config = CONFIG_MAPPING[base_config["model_type"]](**base_config)
         self.base_config: PretrainedConfig = base_config
-        self.layer_types = layer_types or ["linear_attention"] * base_config.num_hidden_layers
+        self.layer_types = layer_types or ["linear_attention"] * self.num_hidden_layers
         self.use_rope = use_rope
         self.kv_heads = kv_heads
         self.conv_size = conv_size

@@ -143,13 +143,14 @@ def _in_segments(
         query, key, value, decay, beta = chunks
         return _chunked_delta_rule(query, key, value, decay, beta, state, steps)
     outputs = []
-    for steps, *inputs in zip(segments, *(x.split([sum(s) for s in segments]) for x in chunks), strict=True):
-        active, finished = state[: steps[0]], state[steps[0] :]
-        output, active = checkpoint(
-            _chunked_delta_rule, *inputs, active, steps, use_reentrant=False, preserve_rng_state=False
+    sizes = [sum(segment) for segment in segments]
+    for segment, *inputs in zip(segments, *(x.split(sizes) for x in chunks), strict=True):
+        running, finished = state[: segment[0]], state[segment[0] :]
+        output, running = checkpoint(
+            _chunked_delta_rule, *inputs, running, segment, use_reentrant=False, preserve_rng_state=False
         )
         outputs.append(output)
-        state = torch.cat([active, finished])
+        state = torch.cat([running, finished])
     return torch.cat(outputs), state
 
 
@@ -205,7 +206,7 @@ def _intra_chunk(
     """
     lead, key_dim = query.shape[:-2], query.shape[-1]
 
-    def halves(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def halves(x: torch.Tensor, block: int) -> tuple[torch.Tensor, ...]:
         return x.reshape(*x.shape[:-2], -1, 2, block, x.shape[-1]).unbind(-3)
 
     rows = torch.stack([query, key])
@@ -227,5 +228,5 @@ def _intra_chunk(
         suffix = torch.cat([suffix_first + prefix_second[..., -1:, :], suffix_second], dim=-2)
         prefix, suffix = (x.reshape(*lead, CHUNK_SIZE, key_dim) for x in (prefix, suffix))
         block *= 2
-    attention, overlap = products.squeeze(-3)
-    return attention, overlap, prefix, suffix
+    products = products.squeeze(-3)
+    return products[0], products[1], prefix, suffix
