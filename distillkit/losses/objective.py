@@ -30,9 +30,10 @@ from distillkit.losses.vocabulary_head import (
     chunked_vocabulary_losses,
 )
 
-# What a chunk's logits, and all that losses make of them, may take.
+# What a chunk's logits, and all that losses make of them, may take. (On a CPU not less: glibc gives memory back to the
+# system when it is freed only for blocks above 32 MiB, so that many smaller ones leave holes.)
 CUDA_CHUNK_BYTES = 4 * 2**30
-CPU_CHUNK_BYTES = 256 * 2**20
+CPU_CHUNK_BYTES = 512 * 2**20
 
 TeacherRows = Callable[[Int[Tensor, " rows"]], TeacherChunks]
 

@@ -25,7 +25,7 @@ from distillkit.losses.functions import DISTRIBUTION_LOSSES, masked_totals
 
 IGNORED_LABEL = -100
 # How many float32 copies of a chunk's logits are alive at the worst moment (kl with a dense teacher, measured).
-LIVE_COPIES = 8
+LIVE_COPIES = 9
 
 TeacherChunks = Callable[[slice], Distribution]
 
@@ -117,7 +117,7 @@ def _run_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     vocab = weight.shape[0]
     matmul_dtype = _matmul_dtype(hidden_states)
-    matrix = _padded(weight.detach().to(matmul_dtype))
+    matrix = _padded(weight.detach().to(matmul_dtype), dim=0)
     hidden_gradient = torch.zeros_like(hidden_states) if work.wants[0] else None
     weight_gradient = torch.zeros_like(matrix, dtype=work.loss_dtype) if work.wants[1] else None
     bias_gradient = weight.new_zeros(vocab, dtype=work.loss_dtype) if work.wants[2] else None
@@ -139,7 +139,7 @@ def _run_chunks(
                 continue
             if bias_gradient is not None:
                 bias_gradient += gradient.sum(0)
-            gradient = F.pad(gradient.to(matmul_dtype), (0, len(matrix) - vocab))
+            gradient = _padded(gradient.to(matmul_dtype), dim=1)
             if hidden_gradient is not None:
                 hidden_gradient[rows] = (gradient @ matrix).to(hidden_gradient.dtype)
             if weight_gradient is not None:
@@ -176,9 +176,12 @@ def _matmul_dtype(hidden_states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
 
 
-def _padded(weight: Float[Tensor, "vocab width"]) -> Float[Tensor, "padded_vocab width"]:
-    """A vocabulary that is no multiple of 64 (AFM-4.5B's 128005 is odd) makes the matmul several times slower on CUDA."""
-    return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
+def _padded(tensor: Float[Tensor, "rows columns"], dim: int) -> Float[Tensor, "padded_rows padded_columns"]:
+    """On CUDA a vocabulary that is no multiple of 64 (AFM-4.5B's 128005 is odd) slows the matmul several times."""
+    missing = -tensor.shape[dim] % 64 if tensor.is_cuda else 0
+    if missing == 0:
+        return tensor
+    return F.pad(tensor, (0, missing) if dim == 1 else (0, 0, 0, missing))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -6,8 +6,15 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distillkit.distribution import DenseDistribution
-from distillkit.losses import DISTRIBUTION_LOSSES, DistributionTerm, chunked_vocabulary_losses, reduce
+from distillkit.distribution import DenseDistribution, SparseDistribution
+from distillkit.losses import (
+    DISTRIBUTION_LOSSES,
+    DistributionTerm,
+    chunked_vocabulary_losses,
+    preference_pair_counts,
+    reduce,
+)
+from distillkit.losses.functions import RANKING_LOSSES
 from distillkit.losses.vocabulary_head import chunk_tokens_within
 from tests.losses import golden
 
@@ -119,30 +126,34 @@ def test_a_head_that_sees_no_token_still_gives_its_parameters_gradients_of_zero(
     assert loss == 0 and torch.all(weight.grad == 0)
 
 
-def test_golden_rows_at_any_chunk_size():
+@pytest.mark.parametrize("row", [row for row in golden.ROWS if row["teacher"] != "hidden_states"], ids=golden.row_id)
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 10])
+def test_golden_rows_at_any_chunk_size(row, chunk_tokens):
     """Through an identity head the logits are the hidden states."""
-    logits = golden.INPUTS["student_logits"].flatten(0, 1)
-    teacher = DenseDistribution(golden.INPUTS["teacher_logits"].flatten(0, 1))
-    labels = torch.where(golden.MASK, 5, -100)
-    for row in golden.ROWS:
-        if row["teacher"] != "dense":
-            continue
-        term = DistributionTerm("it", row["function"], 1.0, golden.options(row))
-        for chunk_tokens in (1, 4, 10):
-            hidden = logits.clone().requires_grad_()
-            loss, _, _ = chunked_vocabulary_losses(
-                hidden,
-                torch.eye(97),
-                None,
-                labels,
-                lambda rows: DenseDistribution(teacher.logits[rows]),
-                [term],
-                {"it": golden.MASK.sum()},
-                chunk_tokens,
-            )
-            loss.backward()
-            assert loss.item() == pytest.approx(row["mean_over_unmasked"], rel=1e-4)
-            assert hidden.grad.norm().item() == pytest.approx(row["grad_norm"], rel=1e-4)
+    hidden = golden.INPUTS["student_logits"].flatten(0, 1).requires_grad_()
+
+    def teacher(rows):
+        if row["teacher"] == "dense":
+            return DenseDistribution(golden.INPUTS["teacher_logits"].flatten(0, 1)[rows])
+        ids, logprobs = golden.INPUTS["sparse_ids"], golden.INPUTS["sparse_logprobs"]
+        return SparseDistribution(ids.flatten(0, 1)[rows], logprobs.flatten(0, 1)[rows])
+
+    counts = golden.MASK
+    if row["function"] in RANKING_LOSSES:
+        counts = preference_pair_counts(teacher(slice(None)))[golden.MASK]
+    loss, _, _ = chunked_vocabulary_losses(
+        hidden,
+        torch.eye(97),
+        None,
+        torch.where(golden.MASK, 5, -100),
+        teacher,
+        [DistributionTerm("it", row["function"], 1.0, golden.options(row))],
+        {"it": counts.sum()},
+        chunk_tokens,
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(row["mean_over_unmasked"], rel=1e-4)
+    assert hidden.grad.norm().item() == pytest.approx(row["grad_norm"], rel=1e-4)
 
 
 class Sizes(TorchDispatchMode):
@@ -291,7 +302,7 @@ def test_a_loss_that_needs_a_teacher_says_so():
 
 
 def test_chunks_follow_the_memory_budget():
-    assert chunk_tokens_within(2**30, 49152) == 682
+    assert chunk_tokens_within(2**30, 49152) == 606
     assert chunk_tokens_within(1, 49152) == 1
 
 

@@ -1,0 +1,153 @@
+"""Peak memory and time of cross-entropy + kl, forward and backward: all logits at once against the chunked head.
+
+    python benchmarks/losses.py                       # 2k, 8k and 32k tokens x 49,152 columns; writes the JSON
+    python benchmarks/losses.py --tokens 512 1024 --output small.json
+
+Teacher and student are hidden states and a trainable head each, so both sides make logits. Every configuration runs in
+a process of its own; its memory is the peak resident size of that process less the peak before the losses began (the
+inputs, and a warm-up of 64 tokens x 1,024 columns). One that does not fit into
+free memory is recorded so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from distillkit.distribution import DenseDistribution
+from distillkit.losses import DISTRIBUTION_LOSSES, DistributionTerm, chunked_vocabulary_losses
+from distillkit.losses.objective import CPU_CHUNK_BYTES
+from distillkit.losses.vocabulary_head import chunk_tokens_within
+
+TERMS = [
+    DistributionTerm("cross_entropy", "cross_entropy", 0.5),
+    DistributionTerm("kl", "kl", 0.5, {"temperature": 2.0}),
+]
+METHODS = ("dense", "chunked")
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--hidden-size", type=int, default=576)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "losses.json")
+    parser.add_argument("--method", choices=METHODS, help="measure this one, in this process, and print the result")
+    arguments = parser.parse_args()
+    if arguments.method:
+        sizes = (arguments.tokens[0], arguments.vocabulary, arguments.hidden_size)
+        print(json.dumps(measure(arguments.method, *sizes)))
+        return
+    rows = [measured_apart(method, tokens, arguments) for tokens in arguments.tokens for method in METHODS]
+    result = {
+        "benchmark": "cross_entropy + kl at temperature 2, forward and backward, float32, trainable head",
+        **provenance(),
+        "rows": rows,
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measured_apart(method: str, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in a fresh process, so that no peak hides in an earlier one's."""
+    sizes = ["--vocabulary", str(arguments.vocabulary), "--hidden-size", str(arguments.hidden_size)]
+    command = [sys.executable, __file__, "--method", method, "--tokens", str(tokens), *sizes]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    row = json.loads(output.splitlines()[-1])
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def measure(method: str, tokens: int, vocabulary: int, hidden_size: int) -> dict[str, Any]:
+    free = free_memory()
+    # Beyond this an allocation fails, instead of pushing the machine into swapping or the killer.
+    resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * free),) * 2)
+    run = {"dense": dense, "chunked": chunked}[method]
+    row: dict[str, Any] = {"method": method, "tokens": tokens, "vocabulary": vocabulary, "hidden_size": hidden_size}
+    if method == "chunked":
+        row["chunk_tokens"] = chunk_tokens_within(CPU_CHUNK_BYTES, vocabulary)
+    run(*inputs(64, 1024, hidden_size))
+    problem = inputs(tokens, vocabulary, hidden_size)
+    baseline, started = peak_memory(), time.perf_counter()
+    try:
+        loss = run(*problem)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        return row | {"peak_mib": None, "seconds": None, "error": f"does not fit into {free / MIB:.0f} MiB"}
+    seconds = time.perf_counter() - started
+    return row | {"peak_mib": round((peak_memory() - baseline) / MIB, 1), "seconds": round(seconds, 3), "loss": loss}
+
+
+def inputs(tokens: int, vocabulary: int, hidden_size: int) -> tuple[torch.Tensor, ...]:
+    """Hidden states and head of the student and of the teacher, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = (torch.randn(tokens, hidden_size, generator=generator) for _ in range(2))
+    head, teacher_head = (torch.randn(vocabulary, hidden_size, generator=generator).div_(20) for _ in range(2))
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    return hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, labels
+
+
+def dense(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, labels: Any) -> float:
+    logits = F.linear(hidden, head)
+    teacher = DenseDistribution(F.linear(teacher_hidden, teacher_head))
+    loss = torch.zeros(())
+    for term in TERMS:
+        sums, _ = DISTRIBUTION_LOSSES[term.function](logits, teacher, labels, **term.options)
+        loss = loss + term.weight * sums.mean()
+    loss.backward()
+    return loss.item()
+
+
+def chunked(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, labels: Any) -> float:
+    loss, _, _ = chunked_vocabulary_losses(
+        hidden,
+        head,
+        None,
+        labels,
+        lambda rows: DenseDistribution(F.linear(teacher_hidden[rows], teacher_head)),
+        TERMS,
+        {term.name: len(labels) for term in TERMS},
+        chunk_tokens_within(CPU_CHUNK_BYTES, len(head)),
+    )
+    loss.backward()
+    return loss.item()
+
+
+def peak_memory() -> int:
+    """Bytes; Linux reports KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def provenance() -> dict[str, Any]:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
+    return {
+        "machine": {"cpu": cpu, "threads": torch.get_num_threads(), "memory_gib": memory},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+if __name__ == "__main__":
+    main()
