@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import MIB, RESULTS, free_memory, in_own_process, peak_memory, provenance
 
 from distillkit.distribution import DenseDistribution
 from distillkit.losses import DISTRIBUTION_LOSSES, DistributionTerm, chunked_vocabulary_losses
@@ -35,7 +32,6 @@ TERMS = [
     DistributionTerm("kl", "kl", 0.5, {"temperature": 2.0}),
 ]
 METHODS = ("dense", "chunked")
-MIB = 2**20
 
 
 def main() -> None:
@@ -43,30 +39,25 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--hidden-size", type=int, default=576)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "losses.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "losses.json")
     parser.add_argument("--method", choices=METHODS, help="measure this one, in this process, and print the result")
     arguments = parser.parse_args()
     if arguments.method:
         sizes = (arguments.tokens[0], arguments.vocabulary, arguments.hidden_size)
         print(json.dumps(measure(arguments.method, *sizes)))
         return
-    rows = [measured_apart(method, tokens, arguments) for tokens in arguments.tokens for method in METHODS]
+    sizes = ("--vocabulary", arguments.vocabulary, "--hidden-size", arguments.hidden_size)
+    rows = [
+        in_own_process(__file__, "--method", method, "--tokens", tokens, *sizes)
+        for tokens in arguments.tokens
+        for method in METHODS
+    ]
     result = {
         "benchmark": "cross_entropy + kl at temperature 2, forward and backward, float32, trainable head",
         **provenance(),
         "rows": rows,
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def measured_apart(method: str, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a fresh process, so that no peak hides in an earlier one's."""
-    sizes = ["--vocabulary", str(arguments.vocabulary), "--hidden-size", str(arguments.hidden_size)]
-    command = [sys.executable, __file__, "--method", method, "--tokens", str(tokens), *sizes]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    row = json.loads(output.splitlines()[-1])
-    print(json.dumps(row), flush=True)
-    return row
 
 
 def measure(method: str, tokens: int, vocabulary: int, hidden_size: int) -> dict[str, Any]:
@@ -123,30 +114,6 @@ def chunked(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, labe
     )
     loss.backward()
     return loss.item()
-
-
-def peak_memory() -> int:
-    """Bytes; Linux reports KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def free_memory() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def provenance() -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
-    return {
-        "machine": {"cpu": cpu, "threads": torch.get_num_threads(), "memory_gib": memory},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit.stdout.strip() or None,
-    }
 
 
 if __name__ == "__main__":
