@@ -74,10 +74,12 @@ def convert(
         options["full_attention_layers"] = _numbers("--full-attention-layers", full_attention_layers)
     student = StudentConfig.parse(options)
     check_model_path("TEACHER", teacher)
+    from rich.console import Console
+
     from distillkit.conversion import convert
 
-    kwargs = {} if gguf_file is None else {"gguf_file": gguf_file}
-    convert(teacher, out, student, trust_remote_code=trust_remote_code, **kwargs)
+    summary = convert(teacher, out, student, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+    Console().print(summary)
 
 
 @app.command()
@@ -87,6 +89,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Held-out text: a file, a folder, or a pattern of files.")],
     num_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it are measured.")] = 16384,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 2048,
+    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")
     ] = False,
@@ -99,9 +102,14 @@ def evaluate(
     from distillkit.evaluation import evaluate
 
     evaluate(
-        teacher, student, source, num_tokens=num_tokens, sequence_length=sequence_length,
+        teacher,
+        student,
+        source,
+        num_tokens=num_tokens,
+        sequence_length=sequence_length,
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        gguf_file=gguf_file,
+    )
 
 
 def _numbers(option: str, text: str) -> list[int]:

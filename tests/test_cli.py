@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distillkit.cli import main
 
@@ -117,3 +118,34 @@ def test_importing_the_package_registers_the_student() -> None:
     driver = "import transformers, distillkit; transformers.AutoConfig.for_model('kda_hybrid')"
     done = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, cwd=SEED.parents[2])
     assert done.returncode == 0, done.stderr
+
+
+def test_convert_and_evaluate(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A conversion that keeps all attention and its rotary embedding is the teacher: no divergence is measured."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=len(tiny_tokenizer), num_hidden_layers=2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("A text to be measured on. " * 20)
+    teacher, student, text = (str(tmp_path / name) for name in ("teacher", "student", "text.txt"))
+
+    assert main(["convert", teacher, student, "--full-attention-layers", "0,1", "--keep-rope"]) == 0
+    assert "full attention" in capsys.readouterr().out
+    words = [
+        "--teacher",
+        teacher,
+        "--student",
+        student,
+        "--data",
+        text,
+        "--num-tokens",
+        "50",
+        "--sequence-length",
+        "32",
+    ]
+    assert main(["evaluate", *words]) == 0
+    assert "0.0000" in capsys.readouterr().out
+    assert main(["convert", teacher, student]) == 2
+    assert "exists already" in capsys.readouterr().err
