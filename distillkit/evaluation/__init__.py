@@ -1,1 +1,7 @@
 """How far a student is from its teacher, and what it writes."""
+
+from distillkit.evaluation.divergence import Divergence as Divergence
+from distillkit.evaluation.divergence import measure_divergence as measure_divergence
+from distillkit.evaluation.evaluate import evaluate as evaluate
+from distillkit.evaluation.samples import Sample as Sample
+from distillkit.evaluation.samples import generate_samples as generate_samples

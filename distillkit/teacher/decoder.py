@@ -6,6 +6,7 @@ fact the sum of these parts.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float, Int
@@ -32,10 +33,10 @@ def decode(
     if "flash" in (model.config._attn_implementation or ""):
         # transformers' flash attention looks for documents in a single row only, and a row is as good as a document.
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-    decoder = model.get_decoder()
-    with HiddenStateTaps(decoder, layers, final_norm=final_norm) as taps:
+    decoder, wanted = model.get_decoder(), list(layers)
+    with HiddenStateTaps(decoder, wanted, final_norm=final_norm) if wanted else nullcontext() as taps:
         output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    states = {index: state.view(batch, tokens, -1) for index, state in taps.states.items()}
+    states = {} if taps is None else {index: state.view(batch, tokens, -1) for index, state in taps.states.items()}
     return output.last_hidden_state.view(batch, tokens, -1), states
 
 

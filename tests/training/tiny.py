@@ -1,18 +1,24 @@
-"""Small real models, and batches of packed documents for them."""
+"""Small real models with a tokenizer of bytes, and batches of packed documents for them."""
+
+import json
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from distillkit.data.collate import collate
 
 VOCAB = 97
+BYTES = 259
 
 
-def llama(seed: int, layers: int = 2, hidden_size: int = 32, tied: bool = True, dtype=torch.float32, **options):
+def llama(
+    seed: int, layers: int = 2, hidden_size: int = 32, tied: bool = True, dtype=torch.float32, vocab=VOCAB, **options
+):
     """A Llama with weights large enough that its distributions differ from one another."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=layers,
@@ -26,6 +32,38 @@ def llama(seed: int, layers: int = 2, hidden_size: int = 32, tied: bool = True, 
     )
     model: PreTrainedModel = LlamaForCausalLM(config).to(dtype)
     return model.eval()
+
+
+def tokenizer():
+    """One token per byte."""
+    alphabet = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_llama(folder, seed, **options):
+    """A model folder as a user has it."""
+    llama(seed, vocab=BYTES, **options).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_text(path, documents=40, words=30):
+    """Documents of unequal length, in a .jsonl file."""
+    lines = [
+        json.dumps({"text": " ".join(f"{(7 * document * word) % 101}" for word in range(3 + document % words))})
+        for document in range(documents)
+    ]
+    path.write_text("\n".join(lines))
+    return str(path)
 
 
 def row(lengths, seed=0, ignored=0):

@@ -1,0 +1,134 @@
+"""The two models of a run and their tokenizer, loaded and made ready: the student converted first if need be."""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import is_flash_attn_2_available
+
+from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.conversion import convert
+from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.teacher.decoder import check_head
+from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabulary
+from distillkit.training.arguments import StudentTechniques
+from distillkit.training.freezing import Freezing, freeze
+from distillkit.training.precision import cast_for_training, compute_dtype
+from distillkit.training.run_folder import RunFolder
+
+OF_THE_ORIGINAL_ALONE = ("revision", "gguf_file", "subfolder", "torch_dtype", "dtype")
+"""Keyword arguments for loading a student that say where it is, or in which dtype: not for a checkpoint of it."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher and student on the device of the run; the student frozen and cast as it trains."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary_size: int | None
+    freezing: Freezing
+
+
+def load_models(
+    config: RunConfig,
+    folder: RunFolder,
+    arguments: TrainingArguments,
+    techniques: StudentTechniques,
+    console: Console,
+) -> Models:
+    """Load what a run needs. A student that goes on comes from its checkpoint, float32 masters and all."""
+    teacher_config = config.teacher
+    if not isinstance(teacher_config, HFTeacherConfig):
+        raise UserError(f"teacher.kind: {teacher_config.kind} is not built yet; use kind: hf")
+    origin = _origin(config, teacher_config, folder, arguments, console)
+    teacher = load_model(
+        teacher_config.path, key="teacher.path", trust_remote_code=config.trust_remote_code, **teacher_config.kwargs
+    ).to(arguments.device)
+    student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, arguments)
+    tokenizer = _load_tokenizer(config, teacher_config, origin)
+    check_head(teacher, "teacher.path")
+    check_head(student, "model")
+    vocabulary_size = common_vocabulary(teacher, student, tokenizer)
+
+    freezing = freeze(student, config.frozen_res, config.frozen_modules)
+    for matched, other in freezing.shared_with_frozen:
+        console.print(f"frozen: {other} too, for it is the same tensor as {matched}", highlight=False)
+    console.print(cast_for_training(student, compute_dtype(arguments)), highlight=False)
+    if techniques.gradient_checkpointing:
+        options = dict(techniques.gradient_checkpointing_kwargs)
+        layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers renames it, from 5.20 on
+            student.gradient_checkpointing_enable(options, **layers)
+    return Models(teacher, student.to(arguments.device), tokenizer, vocabulary_size, freezing)
+
+
+def _origin(
+    config: RunConfig,
+    teacher: HFTeacherConfig,
+    folder: RunFolder,
+    arguments: TrainingArguments,
+    console: Console,
+) -> str:
+    """The folder or hub id of the untrained student; the teacher is converted unless that was done already."""
+    if config.student is None:
+        assert config.model is not None
+        return config.model
+    recipe = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
+    with arguments.main_process_first():
+        if arguments.process_index == 0 and not (folder.untrained.exists() and folder.noted("converted") == recipe):
+            for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
+                shutil.rmtree(remains, ignore_errors=True)
+            options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
+            console.print(convert(teacher.path, folder.untrained, config.student, **options))
+            folder.note("converted", recipe)
+    return str(folder.untrained)
+
+
+def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArguments) -> PreTrainedModel:
+    """In float32, from which everything else is cast."""
+    kwargs: dict[str, Any] = {
+        name: value for name, value in config.model_kwargs.items() if name not in ("torch_dtype", "dtype")
+    }
+    if str(path) != config.model:
+        kwargs = {name: value for name, value in kwargs.items() if name not in OF_THE_ORIGINAL_ALONE}
+    if _wants_flash_attention(config, arguments):
+        kwargs.setdefault("attn_implementation", "flash_attention_2")
+    return load_model(
+        path,
+        key="model",
+        auto_class=config.model_auto_class or "AutoModelForCausalLM",
+        trust_remote_code=config.trust_remote_code,
+        dtype=torch.float32,
+        **kwargs,
+    )
+
+
+def _wants_flash_attention(config: RunConfig, arguments: TrainingArguments) -> bool:
+    """It computes in 16 bits only. Where nobody asked, its absence is no news either."""
+    asked = "use_flash_attention" in config.model_fields_set
+    in_16_bits = compute_dtype(arguments) != torch.float32
+    return config.use_flash_attention and in_16_bits and (asked or is_flash_attn_2_available())
+
+
+def _load_tokenizer(config: RunConfig, teacher: HFTeacherConfig, origin: str) -> PreTrainedTokenizerBase:
+    """The student's tokenizer, or the teacher's where the student comes without."""
+    where = {name: teacher.kwargs[name] for name in ("gguf_file", "revision") if name in teacher.kwargs}
+    options = {"trust_remote_code": config.trust_remote_code}
+    teachers = load_tokenizer(teacher.path, key="teacher.path", **options, **where)
+    if config.model is None:
+        return teachers
+    where = {name: config.model_kwargs[name] for name in ("gguf_file", "revision") if name in config.model_kwargs}
+    try:
+        students = load_tokenizer(origin, key="model", **options, **where)
+    except UserError:
+        return teachers
+    check_same_tokenizer(teachers, students)
+    return students

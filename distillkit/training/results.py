@@ -1,0 +1,72 @@
+"""How a run ended: a table for the person, `results.json` for programs."""
+
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from distillkit.config import RunConfig
+from distillkit.evaluation import Divergence, Sample
+from distillkit.evaluation.evaluate import divergence_table
+from distillkit.training.freezing import Freezing
+from distillkit.training.progress import NOT_LOSSES, read_metrics
+from distillkit.training.run_folder import METRICS, RESULTS, RunFolder, versions, write_json
+
+
+def write_results(
+    config: RunConfig,
+    folder: RunFolder,
+    freezing: Freezing,
+    before: Divergence | None,
+    after: Divergence | None,
+    samples: list[Sample],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Write `results.json`: what was measured, and on what, with what, from what it came."""
+    lines = [line for line in read_metrics(folder.path / METRICS) if "loss" in line]
+    last = lines[-1] if lines else {}
+    results = {
+        "divergence": {
+            name: asdict(measured) for name, measured in (("before", before), ("after", after)) if measured is not None
+        },
+        "training": {name: last.get(name) for name in ("step", "tokens", "seconds")},
+        "losses": {name: value for name, value in last.items() if name not in NOT_LOSSES},
+        "parameters": {"trained": freezing.trainable, "frozen": freezing.frozen},
+        "samples": [asdict(sample) for sample in samples],
+        "seeds": {
+            "training": config.training_args.get("seed", 42),
+            "data": config.dataset.seed,
+            "samples": None if config.evaluation is None else config.evaluation.seed,
+        },
+        "versions": versions(),
+        "machine": {"system": platform.platform(), "device": _device_name(device)},
+        "config": config.model_dump(mode="json"),
+    }
+    write_json(folder.path / RESULTS, results)
+    return results
+
+
+def print_results(
+    console: Console, results: dict[str, Any], before: Divergence | None, after: Divergence | None
+) -> None:
+    """The result as a person wants it: before and after, what it took, what the student writes now."""
+    columns = {name: measured for name, measured in (("before", before), ("after", after)) if measured is not None}
+    if columns:
+        console.print(divergence_table(columns))
+    training = results["training"]
+    if training["step"]:
+        rate = training["tokens"] / max(training["seconds"], 1e-9)
+        console.print(
+            f"trained {results['parameters']['trained']:,} parameters for {training['step']} steps, "
+            f"{training['tokens']:,} tokens, {training['seconds']:,.0f} s ({rate:,.0f} tokens/s)",
+            highlight=False,
+        )
+    for sample in results["samples"]:
+        console.print(Text.assemble("\n", (sample["prompt"], "bold"), sample["continuation"], "\n"))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,203 @@
+"""A whole run, from a configuration to a student that loads, with what it says on the way."""
+
+import io
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distillkit.config import RunConfig, UserError
+from distillkit.training import distill
+from tests.training.tiny import save_llama, save_text
+
+TRAINING = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 5e-3,
+    "logging_steps": 4,
+    "save_steps": 5,
+    "use_cpu": True,
+}
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return {
+        "teacher": save_llama(folder / "teacher", 0),
+        "student": save_llama(folder / "student", 1, attention_dropout=0.1),
+        "text": save_text(folder / "train.jsonl"),
+        "held_out": save_text(folder / "valid.jsonl", documents=30),
+    }
+
+
+def configuration(inputs, folder, training=None, **changes):
+    return RunConfig.parse(
+        {
+            "model": inputs["student"],
+            "teacher": {"kind": "hf", "path": inputs["teacher"]},
+            "output_path": str(folder),
+            "sequence_length": 64,
+            "dataset": {
+                "train_dataset": {"disk_path": inputs["text"]},
+                "eval_dataset": {"disk_path": inputs["held_out"]},
+            },
+            "loss_functions": [
+                {"function": "cross_entropy", "weight": 0.2},
+                {"function": "kl", "weight": 0.4, "temperature": 2.0},
+                {"function": "hs_cosine", "weight": 0.4},
+            ],
+            "layer_mapping": "all",
+            "frozen_res": ["embed_tokens", r"norm\.weight"],
+            "evaluation": {"num_tokens": 500, "prompts": ["12 24"], "max_new_tokens": 8},
+            "training_args": {**TRAINING, **(training or {})},
+            **changes,
+        }
+    )
+
+
+def run(config):
+    """What the run says, off a terminal."""
+    said = io.StringIO()
+    distill(config, Console(file=said, width=200))
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, run(configuration(inputs, folder))
+
+
+def test_the_student_is_closer_to_the_teacher_and_both_numbers_are_said(finished):
+    folder, said = finished
+    results = json.loads((folder / "results.json").read_text())
+    before, after = (results["divergence"][name] for name in ("before", "after"))
+    assert after["kl"] < 0.95 * before["kl"]
+    assert before["tokens"] == after["tokens"] == 500
+    assert f"{before['kl']:.4f}" in said
+    assert f"{after['kl']:.4f}" in said
+    assert results["training"]["step"] == 12
+    assert results["samples"][0]["prompt"] == "12 24"
+    assert len(results["samples"][0]["continuation"]) > 0
+    assert {"python", "torch", "transformers"} <= results["versions"].keys()
+    assert results["config"]["sequence_length"] == 64
+
+
+def test_the_student_loads_with_its_tokenizer_and_is_the_one_that_was_measured(finished, inputs):
+    folder, _ = finished
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    assert student.dtype == torch.float32
+    assert (
+        AutoTokenizer.from_pretrained(folder)("1 2").input_ids
+        == AutoTokenizer.from_pretrained(inputs["teacher"])("1 2").input_ids
+    )
+    untrained = AutoModelForCausalLM.from_pretrained(inputs["student"])
+    same = {name for name, tensor in untrained.state_dict().items() if torch.equal(tensor, student.state_dict()[name])}
+    assert same == {name for name in untrained.state_dict() if "embed" in name or "lm_head" in name or "norm" in name}
+
+
+def test_every_logged_line_is_said_and_kept(finished):
+    folder, said = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 4, 8, 12]
+    assert all(name in lines[0] for name in ("loss", "cross_entropy", "kl", "hs_cosine", "tokens", "tokens_per_second"))
+    assert [line for line in said.splitlines() if line.startswith("step ")][1].startswith("step 4/12  ")
+    assert all(word in said for word in ("tokens/s", "lr ", "left 0:00:"))
+
+
+def test_precision_is_said_in_one_line_and_bf16_students_are_saved_as_bf16(inputs, tmp_path):
+    said = run(configuration(inputs, tmp_path / "run", {"bf16": True, "max_steps": 2}))
+    assert "train as float32 master weights under bfloat16 autocast" in said
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished, inputs):
+    folder, _ = finished
+    with pytest.raises(UserError, match=r"output_path: .* holds a run already \(checkpoint-12.*pass --resume"):
+        run(configuration(inputs, folder))
+
+
+def test_a_folder_with_something_else_is_left_alone(inputs, tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    for resume in (False, True):
+        with pytest.raises(UserError, match="checkpoint-7, which is not of a run of distillkit"):
+            run(configuration(inputs, tmp_path, resume=resume))
+    assert (tmp_path / "checkpoint-7").exists()
+
+
+def test_resuming_a_finished_run_does_nothing(finished, inputs):
+    folder, _ = finished
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert "finished already" in run(configuration(inputs, folder, resume=True))
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_resuming_nothing_starts_from_the_beginning(inputs, tmp_path):
+    said = run(configuration(inputs, tmp_path / "run", {"max_steps": 1}, resume=True))
+    assert "no checkpoint to resume from, the run starts from the beginning" in said
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("training", "changes", "key"),
+    [
+        ({"learning_rate": 1e-3}, {}, r"training_args\.learning_rate: is 0\.001, but .* 0\.005"),
+        ({}, {"sequence_length": 32}, "sequence_length"),
+        ({}, {"loss_functions": [{"function": "kl", "weight": 1.0}]}, r"loss_functions\[0\]\.function"),
+        ({}, {"frozen_res": ["embed_tokens"]}, r"frozen_res\[1\]"),
+    ],
+)
+def test_a_run_is_resumed_only_as_it_was_started(finished, inputs, training, changes, key):
+    folder, _ = finished
+    with pytest.raises(UserError, match=f"^{key}"):
+        run(configuration(inputs, folder, training, resume=True, **changes))
+
+
+def test_what_does_not_touch_the_weights_may_change(finished, inputs):
+    folder, _ = finished
+    changed = configuration(inputs, folder, {"logging_steps": 1, "save_steps": 2}, resume=True, project_name="other")
+    assert "finished already" in run(changed)
+
+
+def test_evaluation_without_text_is_refused(inputs, tmp_path):
+    dataset = {"train_dataset": {"disk_path": inputs["text"]}}
+    with pytest.raises(UserError, match=r"evaluation\.dataset: is missing"):
+        run(configuration(inputs, tmp_path / "a", dataset=dataset, evaluation={}))
+    with pytest.raises(UserError, match=r"training_args\.eval_strategy: there is no held-out text"):
+        run(configuration(inputs, tmp_path / "b", {"eval_strategy": "steps"}, dataset=dataset, evaluation=None))
+
+
+def test_the_divergence_can_be_followed_during_training(inputs, tmp_path):
+    said = run(configuration(inputs, tmp_path / "run", {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 8}))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_kl" in line] == [4, 8]
+    assert "eval_kl " in said
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(inputs, tmp_path):
+    config = configuration(inputs, tmp_path / "run", {"max_steps": 10_000, "logging_steps": 1})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def interrupt():
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    said = io.StringIO()
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(SystemExit) as exit_code:
+        distill(config, Console(file=said, width=200))
+    assert exit_code.value.code == 130
+    step = int(said.getvalue().split("interrupted after step ")[1].split(",")[0])
+    assert said.getvalue().endswith("saved; go on with --resume\n")
+    assert (tmp_path / "run" / f"checkpoint-{step}" / "complete").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
