@@ -12,11 +12,36 @@ KVHeads = Literal["expand", "grouped"]
 
 
 class InitializationConfig(Section):
-    """`student.initialization`: the start of those KDA parameters that the teacher has no counterpart for."""
+    """`student.initialization`: the start of those KDA parameters that the teacher has no counterpart for.
+
+    The defaults are what `benchmarks/initialization.py` found best.
+    """
 
     short_convolution: Literal["identity", "default"] = Field(
-        "identity", description="identity: the short convolutions pass their input on; default: fla's initialisation"
+        "identity",
+        description="identity: each token's queries, keys and values start without their neighbours'; default: random, "
+        "as fla and PyTorch start a convolution",
     )
+    output_scale: Literal["fitted", "default"] = Field(
+        "fitted",
+        description="fitted: output norm and output gate start such that each channel of the layer's output is closest "
+        "to the teacher's (measured on 512 random tokens); default: norm 1, gate half open",
+    )
+    shortest_memory: float = Field(
+        2.0,
+        ge=1,
+        description="the state's channels forget at rates spread log-uniformly: tokens after which the fastest channel "
+        "has decayed by a factor e at the start",
+    )
+    longest_memory: float = Field(200.0, ge=1, description="the same for the slowest channel")
+
+    @model_validator(mode="after")
+    def check_memory(self) -> Self:
+        if self.longest_memory < self.shortest_memory:
+            raise KeyProblem(
+                "longest_memory", f"must be >= shortest_memory ({self.shortest_memory:g}), got {self.longest_memory:g}"
+            )
+        return self
 
 
 class StudentConfig(Section):

@@ -1,0 +1,194 @@
+"""A teacher becomes an untrained student: the same network, with Kimi Delta Attention in place of some attention.
+
+The student is laid out without memory and given the teacher's own tensors, so a conversion holds the teacher and the
+new layers, and nothing twice.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from distillkit.config import StudentConfig, UserError
+from distillkit.conversion.initialize import (
+    calibration_tokens,
+    copy_attention,
+    fit_output_scale,
+    initialize_new_parameters,
+)
+from distillkit.conversion.layouts import layer_types
+from distillkit.conversion.summary import ConversionSummary, summarize
+from distillkit.model import KDAHybridConfig, KDAHybridForCausalLM
+from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.teacher.decoder import check_head
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
+
+
+def convert(
+    teacher_path: str | os.PathLike[str],
+    output_path: str | os.PathLike[str],
+    student: StudentConfig,
+    *,
+    trust_remote_code: bool = False,
+    **teacher_kwargs: Any,
+) -> ConversionSummary:
+    """Write the untrained student of a teacher into a new folder, which appears whole or not at all.
+
+    The folder holds safetensors weights, configuration, generation configuration, tokenizer and the model's code.
+
+    teacher_path: a folder, a hub id or a `.gguf` file. teacher_kwargs: of `from_pretrained` (`gguf_file`, `revision`,
+        `dtype`, `device_map` …).
+
+    Raises `UserError` where the folder exists and is not empty, and where the teacher cannot be loaded or converted.
+    """
+    output = Path(output_path)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{os.fspath(output_path)!r} exists already; name a new folder, or remove it first")
+    teacher = load_model(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs)
+    which = {name: value for name, value in teacher_kwargs.items() if name in ("gguf_file", "revision")}
+    tokenizer = load_tokenizer(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **which)
+    model = build_student(teacher, student)
+    with _whole_or_not_at_all(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return summarize(teacher, model)
+
+
+def build_student(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybridForCausalLM:
+    """The untrained student of a loaded teacher, in evaluation mode.
+
+    What is not exchanged is the teacher's own tensors, shared with it: training one of the two changes the other.
+
+    Raises `UserError` for a teacher that cannot be converted.
+    """
+    check_teacher(teacher)
+    check_head(teacher, "teacher")
+    model = student_on_meta(teacher.config, student)
+    _share_tensors(teacher, model)
+    generator = torch.Generator().manual_seed(student.seed)
+    exchanged = [index for index, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
+    for index in exchanged:
+        attention = teacher.get_decoder().layers[index].self_attn
+        kda = model.model.layers[index].self_attn
+        kda.to_empty(device=attention.q_proj.weight.device).to(attention.q_proj.weight.dtype)
+        copy_attention(kda, attention)
+        initialize_new_parameters(kda, student.initialization, teacher.config.initializer_range, generator)
+    model.tie_weights()
+    model.eval()
+    if student.initialization.output_scale == "fitted":
+        input_ids = calibration_tokens(model.config.vocab_size, generator)
+        for index, (hidden_states, attention_output) in _attention_traffic(teacher, exchanged, input_ids).items():
+            fit_output_scale(model.model.layers[index].self_attn, hidden_states, attention_output)
+    model.generation_config = copy.deepcopy(teacher.generation_config)
+    return model
+
+
+def student_on_meta(teacher_config: PreTrainedConfig, student: StudentConfig) -> KDAHybridForCausalLM:
+    """The student without memory for its weights, to be filled or counted."""
+    base_config = copy.deepcopy(teacher_config)
+    base_config.__dict__.pop("quantization_config", None)
+    config = KDAHybridConfig(
+        base_config=base_config,
+        layer_types=layer_types(teacher_config.num_hidden_layers, student),
+        kv_heads=student.kv_heads,
+        use_rope=student.keep_rope,
+        attn_implementation=teacher_config._attn_implementation,
+        dtype=teacher_config.dtype,
+    )
+    with torch.device("meta"):
+        return KDAHybridForCausalLM(config).to(teacher_config.dtype or torch.float32)
+
+
+def check_teacher(teacher: PreTrainedModel) -> None:
+    """Raise `UserError`, naming what is missing, for a model whose attention cannot be exchanged."""
+    name = type(teacher).__name__
+    if type(teacher.config) not in MODEL_MAPPING:
+        raise UserError(f"teacher: {name} is no decoder of transformers' own and cannot be converted")
+    layers = dict(teacher.get_decoder().named_children()).get("layers")
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(f"teacher: {name} cannot be converted: its decoder has no `layers`")
+    for index, layer in enumerate(layers):
+        place = f"teacher: {name} cannot be converted: layer {index}"
+        attention = dict(layer.named_children()).get("self_attn")
+        if attention is None:
+            raise UserError(f"{place} has no self_attn")
+        linear = {name: part for name, part in attention.named_children() if isinstance(part, nn.Linear)}
+        if missing := [part for part in PROJECTIONS if part not in linear]:
+            raise UserError(f"{place}.self_attn has no linear {', '.join(missing)}")
+        if unknown := sorted({each.split(".")[0] for each, _ in attention.named_parameters()} - {*PROJECTIONS, *NORMS}):
+            raise UserError(f"{place}.self_attn has {', '.join(unknown)}, for which KDA has no place")
+        query, key, value = (linear[part].out_features for part in PROJECTIONS[:3])
+        if query != linear["o_proj"].in_features or key != value:
+            raise UserError(f"{place}.self_attn has heads of different sizes for queries, keys and values")
+
+
+def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM) -> None:
+    """Give the student every tensor of the teacher but those of the exchanged attention.
+
+    Raises `UserError` where the two do not have the same names, apart from that attention.
+    """
+    exchanged = tuple(
+        f"model.layers.{index}.self_attn."
+        for index, kind in enumerate(model.config.layer_types)
+        if kind == "linear_attention"
+    )
+    kept = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(exchanged)}
+    report = model.load_state_dict(kept, strict=False, assign=True)
+    missing = [name for name in report.missing_keys if not name.startswith(exchanged)]
+    if missing or report.unexpected_keys:
+        difference = (missing + report.unexpected_keys)[0]
+        raise UserError(f"teacher: {type(teacher).__name__} cannot be converted: no counterpart for {difference}")
+    for name, buffer in teacher.named_buffers():  # those that are not in the state_dict: rotary frequencies
+        if not name.startswith(exchanged):
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, buffer)
+
+
+@torch.no_grad()
+def _attention_traffic(
+    teacher: PreTrainedModel, layers: list[int], input_ids: Tensor
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """What the attention of each of the layers is given, and what its heads make of it before `o_proj`."""
+    given: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}
+    handles = []
+    decoder = teacher.get_decoder()
+    for index in layers:
+        attention = decoder.layers[index].self_attn
+
+        def take_input(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], index: int = index) -> None:
+            given[index] = args[0] if args else kwargs["hidden_states"]
+
+        def take_output(_: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
+            made[index] = args[0]
+
+        handles.append(attention.register_forward_pre_hook(take_input, with_kwargs=True))
+        handles.append(attention.o_proj.register_forward_pre_hook(take_output))
+    try:
+        decoder(input_ids=input_ids.to(teacher.get_input_embeddings().weight.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {index: (given[index], made[index]) for index in layers}
+
+
+@contextmanager
+def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place once everything is in it."""
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,125 @@
+"""What a conversion changed, as a table: mixers, parameters, and what a sequence costs in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from transformers import DynamicCache, PreTrainedModel
+
+from distillkit.model import KDAHybridForCausalLM, KimiDeltaAttention
+
+CONTEXT_LENGTHS = (4096, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One decoder layer: its mixer, and the parameters of that mixer in the teacher and the student."""
+
+    mixer: str
+    teacher_parameters: int
+    student_parameters: int
+
+
+@dataclass(frozen=True)
+class MemorySummary:
+    """Bytes that one sequence of `tokens` tokens keeps between two decoding steps."""
+
+    tokens: int
+    teacher_kv_cache: int
+    student_kv_cache: int
+    student_state: int
+
+
+@dataclass(frozen=True)
+class ConversionSummary:
+    """Printed by rich as two tables. Parameters are counted once where weights are tied."""
+
+    layers: Sequence[LayerSummary]
+    teacher_parameters: int
+    student_parameters: int
+    memory: Sequence[MemorySummary]
+
+    def __rich__(self) -> Group:
+        return Group(self._layer_table(), self._memory_table())
+
+    def _layer_table(self) -> Table:
+        table = Table(title="Layers and parameters")
+        table.add_column("layers")
+        table.add_column("mixer")
+        table.add_column("teacher, each", justify="right")
+        table.add_column("student, each", justify="right")
+        for layer, group in groupby(enumerate(self.layers), key=lambda item: item[1]):
+            indices = [index for index, _ in group]
+            span = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+            table.add_row(span, layer.mixer, f"{layer.teacher_parameters:,}", f"{layer.student_parameters:,}")
+        table.add_section()
+        table.add_row("all", "whole model", f"{self.teacher_parameters:,}", f"{self.student_parameters:,}")
+        return table
+
+    def _memory_table(self) -> Table:
+        table = Table(title="Memory per sequence while decoding")
+        table.add_column("tokens", justify="right")
+        table.add_column("teacher KV cache", justify="right")
+        table.add_column("student KV cache", justify="right")
+        table.add_column("student state", justify="right")
+        for row in self.memory:
+            sizes = (row.teacher_kv_cache, row.student_kv_cache, row.student_state)
+            table.add_row(f"{row.tokens // 1024}k", *map(_readable, sizes))
+        return table
+
+
+def summarize(teacher: PreTrainedModel, student: KDAHybridForCausalLM) -> ConversionSummary:
+    """Count both models; they may lie on the meta device."""
+    layers = [
+        LayerSummary(_mixer(new.self_attn, student), _count(old.self_attn), _count(new.self_attn))
+        for old, new in zip(teacher.get_decoder().layers, student.model.layers, strict=True)
+    ]
+    kda_layers = [layer.self_attn for layer in student.model.layers if isinstance(layer.self_attn, KimiDeltaAttention)]
+    full = [kind == "full_attention" for kind in student.config.layer_types]
+    memory = [
+        MemorySummary(
+            tokens,
+            teacher_kv_cache=_kv_cache_bytes(teacher, tokens, [True] * len(full)),
+            student_kv_cache=_kv_cache_bytes(teacher, tokens, full),
+            student_state=sum(state_bytes(layer) for layer in kda_layers),
+        )
+        for tokens in CONTEXT_LENGTHS
+    ]
+    return ConversionSummary(layers, _count(teacher), _count(student), memory)
+
+
+def state_bytes(kda: KimiDeltaAttention) -> int:
+    """Bytes of a KDA layer's state per sequence: the recurrent state in float32, and the convolutions' last inputs."""
+    recurrent = kda.num_heads * kda.head_dim**2 * torch.float32.itemsize
+    weights = [convolution.weight for convolution in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d)]
+    convolution = sum(weight.shape[0] * (weight.shape[-1] - 1) * weight.dtype.itemsize for weight in weights)
+    return recurrent + convolution
+
+
+def _kv_cache_bytes(teacher: PreTrainedModel, tokens: int, kept: Sequence[bool]) -> int:
+    """Keys and values of `tokens` tokens in the layers that are kept; no more than the window where one slides."""
+    total = 0
+    for layer, cache_layer, keep in zip(
+        teacher.get_decoder().layers, DynamicCache(config=teacher.config).layers, kept, strict=True
+    ):
+        cached_tokens = min(tokens, cache_layer.sliding_window) if cache_layer.is_sliding else tokens
+        channels = layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features
+        total += keep * cached_tokens * channels * teacher.dtype.itemsize
+    return total
+
+
+def _mixer(attention: torch.nn.Module, student: KDAHybridForCausalLM) -> str:
+    if isinstance(attention, KimiDeltaAttention):
+        return "KDA"
+    return "full attention" if student.config.use_rope else "full attention, NoPE"
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,107 @@
+"""What a KDA layer starts from: the teacher's projections, and new parameters that mean what the options say."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distillkit.config import StudentConfig
+from distillkit.conversion import build_student
+from distillkit.model.delta_rule import log_decay
+from tests.conversion.teachers import teacher_of, token_ids
+
+
+def first_layer(family: str = "llama", teacher_changes: dict | None = None, **student):
+    """The teacher's first attention, and the KDA layer that takes its place."""
+    teacher = teacher_of(family, **(teacher_changes or {}))
+    model = build_student(teacher, StudentConfig.parse(student))
+    return teacher.model.layers[0].self_attn, model.model.layers[0].self_attn
+
+
+def test_expanded_heads_repeat_the_key_and_value_heads_of_their_group():
+    teacher, kda = first_layer("llama")
+    assert torch.equal(kda.q_proj.weight, teacher.q_proj.weight)
+    assert torch.equal(kda.o_proj.weight, teacher.o_proj.weight)
+    for name in ("k_proj", "v_proj"):
+        old = teacher.get_submodule(name).weight.unflatten(0, (2, 16))
+        new = kda.get_submodule(name).weight.unflatten(0, (4, 16))
+        for head in range(4):  # query heads 0 and 1 look at key/value head 0, 2 and 3 at head 1
+            assert torch.equal(new[head], old[head // 2])
+
+
+def test_grouped_heads_keep_the_teachers_projections():
+    teacher, kda = first_layer("llama", kv_heads="grouped")
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        assert torch.equal(kda.get_submodule(name).weight, teacher.get_submodule(name).weight)
+
+
+def test_expanded_and_grouped_heads_compute_the_same():
+    options = {"initialization": {"output_scale": "default"}}
+    _, expanded = first_layer("llama", **options)
+    _, grouped = first_layer("llama", kv_heads="grouped", **options)
+    hidden_states = torch.randn(2, 30, 48)
+    for name in ("f_proj", "g_proj", "b_proj"):  # drawn alike in both
+        grouped.get_submodule(name).load_state_dict(expanded.get_submodule(name).state_dict())
+    grouped.dt_bias.data.copy_(expanded.dt_bias)
+    torch.testing.assert_close(expanded(hidden_states)[0], grouped(hidden_states)[0])
+
+
+def test_biases_of_qwen2_are_repeated_with_their_heads():
+    teacher, kda = first_layer("qwen2")
+    assert torch.equal(kda.q_proj.bias, teacher.q_proj.bias)
+    assert torch.equal(
+        kda.v_proj.bias.unflatten(0, (4, 16)), teacher.v_proj.bias.unflatten(0, (2, 16)).repeat_interleave(2, 0)
+    )
+    assert kda.o_proj.bias is None
+
+
+@pytest.mark.parametrize(("part", "heads"), [("q", 4), ("k", 2)])
+def test_norms_of_qwen3_keep_the_direction_of_queries_and_keys(part, heads):
+    teacher, kda = first_layer("qwen3", kv_heads="grouped")
+    hidden_states = torch.randn(5, 48)
+    projected = teacher.get_submodule(f"{part}_proj")(hidden_states).unflatten(-1, (heads, 16))
+    theirs = teacher.get_submodule(f"{part}_norm")(projected)
+    ours = kda.get_submodule(f"{part}_proj")(hidden_states).unflatten(-1, (heads, 16))
+    torch.testing.assert_close(F.normalize(ours, dim=-1), F.normalize(theirs, dim=-1))
+
+
+def test_identity_convolution_sees_only_the_token_itself():
+    _, kda = first_layer("llama")
+    for convolution in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d):
+        assert torch.equal(convolution.weight[..., -1], torch.ones_like(convolution.weight[..., -1]))
+        assert not convolution.weight[..., :-1].any()
+
+
+def test_memory_of_the_channels_spans_the_range():
+    _, kda = first_layer("llama", initialization={"shortest_memory": 10, "longest_memory": 1000})
+    decay = log_decay(torch.zeros(4, 16), kda.A_log, kda.dt_bias, kda.gate_lower_bound)
+    memory = -1 / decay
+    assert 10 <= memory.min() < 20
+    assert 500 < memory.max() <= 1000
+    assert 70 < memory.median() < 140
+
+
+def test_fitted_scale_brings_the_output_closer_to_the_teachers():
+    """On other tokens than those it was fitted on."""
+    errors = {}
+    for scale in ("default", "fitted"):
+        teacher = teacher_of("llama")
+        model = build_student(teacher, StudentConfig.parse({"initialization": {"output_scale": scale}}))
+        with torch.no_grad():
+            hidden_states = teacher.model.layers[0].input_layernorm(teacher.model.embed_tokens(token_ids(4, 64)))
+            positions = teacher.model.rotary_emb(hidden_states, torch.arange(64)[None])
+            theirs, _ = teacher.model.layers[0].self_attn(hidden_states, position_embeddings=positions)
+            ours, _ = model.model.layers[0].self_attn(hidden_states)
+        errors[scale] = ((ours - theirs).square().sum() / theirs.square().sum()).item()
+    assert errors["fitted"] < 1  # nearer than saying nothing
+    assert errors["fitted"] < errors["default"] / 2
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_parameter_of_a_new_layer_is_set(seed):
+    """Memory that was laid out but not written may hold anything."""
+    initialization = {"short_convolution": "default"}
+    _, kda = first_layer("llama", seed=seed, initialization=initialization)
+    _, again = first_layer("llama", seed=seed, initialization=initialization)
+    for (name, one), other in zip(kda.named_parameters(), again.parameters(), strict=True):
+        assert one.isfinite().all(), name
+        assert torch.equal(one, other), name
