@@ -1,20 +1,20 @@
 """`distillkit CONFIG.yaml`: one distillation from beginning to end.
 
-convert (if asked for) → measure → train → save → measure → write. The steps are idempotent or checkpointed, so that a
-run killed anywhere ends, after `--resume`, as if it had not been.
+convert (if asked for) → measure → train → save → measure → write. Each step leaves its result in the run's folder or
+is checkpointed, so a run killed anywhere ends, after `--resume`, as if it had not been.
 """
 
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from distillkit.config import EvaluationConfig, RunConfig, UserError
 from distillkit.config.losses import HIDDEN_STATE_FUNCTIONS
@@ -23,17 +23,35 @@ from distillkit.evaluation import Divergence, generate_samples, measure_divergen
 from distillkit.evaluation.evaluate import held_out_batches
 from distillkit.losses import ModelShape, Objective
 from distillkit.teacher.online import OnlineTeacher
-from distillkit.training.arguments import SAVE_MINUTES, build_training_arguments, saves_by_the_clock
+from distillkit.training.arguments import (
+    SAVE_MINUTES,
+    StudentTechniques,
+    build_training_arguments,
+    saves_by_the_clock,
+)
 from distillkit.training.batches import Collator, padding_token
 from distillkit.training.distiller import Distiller
 from distillkit.training.interruption import EXIT_CODE, SaveRequests
 from distillkit.training.models import Models, load_models
 from distillkit.training.precision import cast_for_saving, compiled_layers, compute_dtype
-from distillkit.training.progress import MetricsFile, ProgressDisplay
+from distillkit.training.progress import MetricsFile, ProgressDisplay, say
 from distillkit.training.results import print_results, write_results
 from distillkit.training.run_folder import RunFolder, open_run_folder
 from distillkit.training.saving import save_student
 from distillkit.training.trainer import DistillationTrainer
+
+Measurement = Callable[[], Divergence]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has begun: what was asked for, and where and with what it is done."""
+
+    config: RunConfig
+    folder: RunFolder
+    arguments: TrainingArguments
+    techniques: StudentTechniques
+    console: Console
 
 
 def distill(config: RunConfig, console: Console | None = None) -> Path:
@@ -43,78 +61,98 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
         UserError: something in the configuration cannot be; the line names the key.
         SystemExit: with code 130, after Ctrl-C or SIGTERM and a last checkpoint.
     """
+    run = _begin(config, console or Console())
+    if run.folder.finished:
+        say(run.console, f"{run.folder.path}: this run is finished already, nothing is left to do")
+        return run.folder.path
+    models = load_models(config, run.folder, run.arguments, run.techniques, run.console)
+    train_rows, held_out = _datasets(run, models)
+    measure = _measurement(run, models, held_out)
+    requests = SaveRequests(SAVE_MINUTES if saves_by_the_clock(config.training_args) else None)
+    display = ProgressDisplay(run.console)
+    trainer = _trainer(run, models, train_rows, held_out, measure)
+    for callback in (requests, MetricsFile(run.folder.path), display):
+        trainer.add_callback(callback)
+
+    before = _before(run, measure)
+    try:
+        _train(run, models, trainer)
+    finally:
+        requests.release()
+        display.close()
+    if requests.interrupted:
+        say(run.console, f"interrupted after step {trainer.state.global_step}, saved; go on with --resume")
+        raise SystemExit(EXIT_CODE)
+    _finish(run, models, trainer, measure, before)
+    return run.folder.path
+
+
+def _begin(config: RunConfig, console: Console) -> Run:
+    """Read the training arguments, which set up the devices and processes, and open the run's folder."""
     uses_logits = any(loss.function not in HIDDEN_STATE_FUNCTIONS for loss in config.loss_functions)
-    arguments, techniques = build_training_arguments(
-        config.training_args, Path(config.output_path), uses_logits=uses_logits
-    )
-    console = console or Console()
+    path = Path(config.output_path)
+    arguments, techniques = build_training_arguments(config.training_args, path, uses_logits=uses_logits)
     console.quiet = console.quiet or arguments.process_index > 0
     os.environ.setdefault("WANDB_PROJECT", config.project_name)
     transformers.utils.logging.disable_progress_bar()
     if not console.is_terminal:
         datasets.disable_progress_bars()
-
     with arguments.main_process_first():
         folder = open_run_folder(config, main_process=arguments.process_index == 0)
-    if folder.finished:
-        console.print(f"{folder.path}: this run is finished already, nothing is left to do", highlight=False)
-        return folder.path
-    if config.resume and folder.checkpoint is None:
-        console.print(
-            f"{folder.path}: no checkpoint to resume from, the run starts from the beginning", highlight=False
-        )
+    if folder.checkpoint is not None and not folder.finished:
+        say(console, f"resuming after step {folder.checkpoint.step}")
+    elif config.resume and not folder.finished:
+        say(console, f"{path}: no checkpoint to resume from, the run starts from the beginning")
     set_seed(arguments.seed)
-    models = load_models(config, folder, arguments, techniques, console)
-    with arguments.main_process_first():
+    return Run(config, folder, arguments, techniques, console)
+
+
+def _datasets(run: Run, models: Models) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out rows; the first process prepares them, the others find them prepared."""
+    config, evaluation = run.config, run.config.evaluation
+    with run.arguments.main_process_first():
         train_rows, held_out = build_datasets(
             config.dataset,
             models.tokenizer,
             config.sequence_length,
-            config.evaluation.dataset if config.evaluation is not None else None,
+            None if evaluation is None else evaluation.dataset,
         )
-    measure = _measurement(config, models, held_out, compute_dtype(arguments), arguments.per_device_train_batch_size)
-    if arguments.eval_strategy != "no" and measure is None:
+    if held_out is None and evaluation is not None and not evaluation.prompts:
+        raise UserError("evaluation.dataset: is missing: name held-out text here or in dataset.eval_dataset")
+    if held_out is None and run.arguments.eval_strategy != "no":
         raise UserError("training_args.eval_strategy: there is no held-out text; name it in dataset.eval_dataset")
+    return train_rows, held_out
 
-    requests = SaveRequests(SAVE_MINUTES if saves_by_the_clock(config.training_args) else None)
-    display = ProgressDisplay(console)
-    objective = _objective(config, models)
-    trainer = DistillationTrainer(
-        Distiller(models.student, objective),
-        _teacher(config, models, objective),
-        weights_dtype=compute_dtype(arguments),
-        divergence=measure,
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=held_out,
-        data_collator=Collator(padding_token(models.tokenizer), config.sequence_length),
-        processing_class=models.tokenizer,
-        callbacks=[requests, MetricsFile(folder.path), display],
-    )
-    before = _before(config, folder, measure)
-    if folder.checkpoint is None or not folder.checkpoint.reached_the_end():
-        compiled = compiled_layers(models.student, techniques.torch_compile_backend, techniques.torch_compile_mode)
-        try:
-            with compiled if techniques.torch_compile else nullcontext():
-                trainer.train(resume_from_checkpoint=folder.checkpoint and str(folder.checkpoint.path))
-        finally:
-            requests.release()
-            display.close()
-    if requests.interrupted:
-        console.print(
-            f"interrupted after step {trainer.state.global_step}, saved; go on with --resume", highlight=False
+
+def _measurement(run: Run, models: Models, held_out: Dataset | None) -> Measurement | None:
+    """Measures the student as it is when called; None without held-out text."""
+    if held_out is None:
+        return None
+    settings = run.config.evaluation or EvaluationConfig()
+
+    def measure() -> Divergence:
+        return measure_divergence(
+            models.teacher,
+            models.student,
+            held_out_batches(held_out, run.arguments.per_device_train_batch_size),
+            num_tokens=settings.num_tokens,
+            vocabulary_size=models.vocabulary_size,
+            student_autocast=compute_dtype(run.arguments),
         )
-        raise SystemExit(EXIT_CODE)
-    _finish(config, folder, models, trainer, measure, before, console)
-    return folder.path
+
+    return measure
 
 
-def _objective(config: RunConfig, models: Models) -> Objective:
+def _trainer(
+    run: Run, models: Models, train_rows: Dataset, held_out: Dataset | None, measure: Measurement | None
+) -> DistillationTrainer:
+    config = run.config
+    assert config.teacher.kind == "hf"
     student, teacher = (
         ModelShape(model.config.hidden_size, model.config.num_hidden_layers)
         for model in (models.student, models.teacher)
     )
-    return Objective(
+    objective = Objective(
         config.loss_functions,
         config.layer_mapping,
         student,
@@ -122,81 +160,67 @@ def _objective(config: RunConfig, models: Models) -> Objective:
         force_hidden_state_projection=config.force_hidden_state_projection,
         vocabulary_size=models.vocabulary_size,
     )
-
-
-def _teacher(config: RunConfig, models: Models, objective: Objective) -> OnlineTeacher | None:
-    if not objective.needs_teacher:
-        return None
-    assert config.teacher.kind == "hf"
-    return OnlineTeacher(
+    online = OnlineTeacher(
         models.teacher,
         objective.teacher_layers,
         final_norm=objective.taps_final_norm,
         top_k=config.teacher.top_k,
         vocabulary_size=models.vocabulary_size,
     )
+    return DistillationTrainer(
+        Distiller(models.student, objective),
+        online if objective.needs_teacher else None,
+        weights_dtype=compute_dtype(run.arguments),
+        divergence=measure,
+        args=run.arguments,
+        train_dataset=train_rows,
+        eval_dataset=held_out,
+        data_collator=Collator(padding_token(models.tokenizer), config.sequence_length),
+        processing_class=models.tokenizer,
+    )
 
 
-def _measurement(
-    config: RunConfig, models: Models, held_out: Dataset | None, dtype: torch.dtype, batch_size: int
-) -> Callable[[], Divergence] | None:
-    """Measures the student as it is when called; None without held-out text."""
-    if held_out is None:
-        if config.evaluation is not None and not config.evaluation.prompts:
-            raise UserError("evaluation.dataset: is missing: name held-out text here or in dataset.eval_dataset")
-        return None
-    settings = config.evaluation or EvaluationConfig()
-
-    def measure() -> Divergence:
-        return measure_divergence(
-            models.teacher,
-            models.student,
-            held_out_batches(held_out, batch_size),
-            num_tokens=settings.num_tokens,
-            vocabulary_size=models.vocabulary_size,
-            student_autocast=dtype,
-        )
-
-    return measure
-
-
-def _before(config: RunConfig, folder: RunFolder, measure: Callable[[], Divergence] | None) -> Divergence | None:
+def _before(run: Run, measure: Measurement | None) -> Divergence | None:
     """The untrained student's divergence: measured once, and kept for when the run is resumed."""
-    if measure is None or config.evaluation is None:
+    if measure is None or run.config.evaluation is None:
         return None
-    if (noted := folder.noted("divergence_before")) is not None:
+    if (noted := run.folder.noted("divergence_before")) is not None:
         return Divergence(**noted)
-    if folder.checkpoint is not None:
+    if run.folder.checkpoint is not None:
         return None
     before = measure()
-    folder.note("divergence_before", before.as_metrics())
+    run.folder.note("divergence_before", before.as_metrics())
     return before
 
 
+def _train(run: Run, models: Models, trainer: DistillationTrainer) -> None:
+    """All steps that are left; none where the checkpoint was the last of its run."""
+    checkpoint, techniques = run.folder.checkpoint, run.techniques
+    if checkpoint is not None and checkpoint.reached_the_end():
+        return
+    compiled = compiled_layers(models.student, techniques.torch_compile_backend, techniques.torch_compile_mode)
+    with compiled if techniques.torch_compile else nullcontext():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+
+
 def _finish(
-    config: RunConfig,
-    folder: RunFolder,
-    models: Models,
-    trainer: DistillationTrainer,
-    measure: Callable[[], Divergence] | None,
-    before: Divergence | None,
-    console: Console,
+    run: Run, models: Models, trainer: DistillationTrainer, measure: Measurement | None, before: Divergence | None
 ) -> None:
     """Save the student, measure it as saved, let it write, and say how the run ended."""
+    folder, evaluation = run.folder, run.config.evaluation
     cast_for_saving(models.student, trainer.weights_dtype)
-    main_process = trainer.is_world_process_zero()
-    if main_process:
+    if folder.main_process:
         save_student(models.student, folder.path, trainer.weights_dtype)
         models.tokenizer.save_pretrained(folder.path)
-    after = measure() if measure is not None and config.evaluation is not None else None
-    if main_process:
+    after = measure() if measure is not None and evaluation is not None else None
+    if folder.main_process:
         samples = []
-        if config.evaluation is not None:
-            wanted = config.evaluation.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
-            samples = generate_samples(models.student, models.tokenizer, config.evaluation.prompts, **wanted)
-        results = write_results(config, folder, models.freezing, before, after, samples, trainer.args.device)
-        print_results(console, results, before, after)
-        console.print(f"the student is in {folder.path}", highlight=False)
-    if trainer.args.push_to_hub:
+        if evaluation is not None:
+            settings = evaluation.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
+            samples = generate_samples(models.student, models.tokenizer, evaluation.prompts, **settings)
+        results = write_results(run.config, folder, models.freezing, before, after, samples, run.arguments.device)
+        print_results(run.console, results, before, after)
+        say(run.console, f"the student is in {folder.path}")
+    if run.arguments.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.end_training()

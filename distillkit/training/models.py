@@ -19,6 +19,7 @@ from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabular
 from distillkit.training.arguments import StudentTechniques
 from distillkit.training.freezing import Freezing, freeze
 from distillkit.training.precision import cast_for_training, compute_dtype
+from distillkit.training.progress import say
 from distillkit.training.run_folder import RunFolder
 
 OF_THE_ORIGINAL_ALONE = ("revision", "gguf_file", "subfolder", "torch_dtype", "dtype")
@@ -59,8 +60,8 @@ def load_models(
 
     freezing = freeze(student, config.frozen_res, config.frozen_modules)
     for matched, other in freezing.shared_with_frozen:
-        console.print(f"frozen: {other} too, for it is the same tensor as {matched}", highlight=False)
-    console.print(cast_for_training(student, compute_dtype(arguments)), highlight=False)
+        say(console, f"frozen: {other} too, for it is the same tensor as {matched}")
+    say(console, cast_for_training(student, compute_dtype(arguments)))
     if techniques.gradient_checkpointing:
         options = dict(techniques.gradient_checkpointing_kwargs)
         layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}

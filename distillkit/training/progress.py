@@ -15,6 +15,11 @@ from distillkit.training.run_folder import METRICS
 NOT_LOSSES = ("step", "epoch", "tokens", "tokens_per_second", "seconds", "grad_norm", "learning_rate")
 
 
+def say(console: Console, line: str) -> None:
+    """One line as it is: no colours, no markup, not wrapped."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class MetricsFile(TrainerCallback):
     """Each logged line as JSON in `output_path/metrics.jsonl`, with the seconds trained until then.
 
@@ -120,9 +125,7 @@ class ProgressDisplay(TrainerCallback):
             self._bar.update(self._task, figures=figures(logs))
             return
         left = f"  left {_clock(self._seconds_left(state))}" if "loss" in logs else ""
-        self._console.print(
-            f"step {state.global_step}/{state.max_steps}  {figures(logs)}{left}", highlight=False, soft_wrap=True
-        )
+        say(self._console, f"step {state.global_step}/{state.max_steps}  {figures(logs)}{left}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

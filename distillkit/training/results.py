@@ -12,7 +12,7 @@ from distillkit.config import RunConfig
 from distillkit.evaluation import Divergence, Sample
 from distillkit.evaluation.evaluate import divergence_table
 from distillkit.training.freezing import Freezing
-from distillkit.training.progress import NOT_LOSSES, read_metrics
+from distillkit.training.progress import NOT_LOSSES, read_metrics, say
 from distillkit.training.run_folder import METRICS, RESULTS, RunFolder, versions, write_json
 
 
@@ -59,10 +59,10 @@ def print_results(
     training = results["training"]
     if training["step"]:
         rate = training["tokens"] / max(training["seconds"], 1e-9)
-        console.print(
+        say(
+            console,
             f"trained {results['parameters']['trained']:,} parameters for {training['step']} steps, "
             f"{training['tokens']:,} tokens, {training['seconds']:,.0f} s ({rate:,.0f} tokens/s)",
-            highlight=False,
         )
     for sample in results["samples"]:
         console.print(Text.assemble("\n", (sample["prompt"], "bold"), sample["continuation"], "\n"))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerControl
 
 from distillkit.evaluation.divergence import Divergence
 from distillkit.losses.objective import counted_rows
@@ -38,6 +38,7 @@ class DistillationTrainer(Trainer):
     """
 
     model: Distiller
+    control: TrainerControl
 
     def __init__(
         self,
