@@ -1,6 +1,7 @@
 """`distillkit evaluate`: how far a student is from its teacher, as a table."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def evaluate(
         num_tokens=num_tokens,
         vocabulary_size=common_vocabulary(teacher_model, student_model, tokenizer),
     )
-    (console or Console()).print(divergence_table({"": measured}))
+    (console or Console()).print(divergence_table({Path(student).name: measured}))
     return measured
 
 

@@ -17,13 +17,13 @@ def common_vocabulary(
 
     Raises UserError where the heads differ and one is too narrow for the tokenizer.
     """
-    widths = {"teacher.path": head(teacher)[0].shape[0], "model": head(student)[0].shape[0]}
+    widths = {"teacher": head(teacher)[0].shape[0], "student": head(student)[0].shape[0]}
     if len(set(widths.values())) == 1:
         return None
     tokens: int = max(tokenizer.get_vocab().values()) + 1
-    for key, width in widths.items():
+    for role, width in widths.items():
         if width < tokens:
-            raise UserError(f"{key}: its head has {width} columns, but the tokenizer knows {tokens} tokens")
+            raise UserError(f"{role}: its head has {width} columns, but the tokenizer knows {tokens} tokens")
     return tokens
 
 
@@ -34,11 +34,11 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
     for token in sorted(shared, key=ours.__getitem__):
         if theirs[token] != ours[token]:
             raise UserError(
-                f"teacher.path: its tokenizer is not the student's: {token!r} is {theirs[token]} for the teacher and "
+                f"teacher: its tokenizer is not the student's: {token!r} is {theirs[token]} for the teacher and "
                 f"{ours[token]} for the student"
             )
     if 2 * len(shared) < min(len(theirs), len(ours)):
         raise UserError(
-            f"teacher.path: its tokenizer is not the student's: of {len(theirs)} and {len(ours)} tokens, {len(shared)} "
+            f"teacher: its tokenizer is not the student's: of {len(theirs)} and {len(ours)} tokens, {len(shared)} "
             "are the same"
         )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from distillkit.config import RunConfig
 from distillkit.training.checkpoints import MARKER, complete_checkpoints
+from distillkit.training.interruption import SAME_SIGNAL_SECONDS, SaveRequests
 from tests.training.test_distill import configuration, run
 from tests.training.tiny import save_llama, save_text
 
@@ -114,3 +115,25 @@ def test_killed_while_the_student_is_saved(inputs, tmp_path, undisturbed):
     assert_ends_as(folder, undisturbed)
     results = [Path(each, "results.json").read_text().split('"losses"')[0] for each in (folder, undisturbed)]
     assert results[0].split('"seconds"')[0] == results[1].split('"seconds"')[0]
+
+
+def wait_for_signals(ready):
+    requests = SaveRequests(minutes=None)
+    requests.on_train_begin(None, None, None)
+    ready.set()
+    while True:
+        time.sleep(0.01)
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    ready = processes.Event()
+    process = processes.Process(target=wait_for_signals, args=(ready,))
+    process.start()
+    assert ready.wait(60)
+    for pause in (0.1, SAME_SIGNAL_SECONDS):  # the second is torchrun's echo of the first
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(pause)
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
