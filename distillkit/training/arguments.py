@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from distillkit.config.errors import UserError
 
@@ -68,7 +69,14 @@ def build_training_arguments(
         "include_num_input_tokens_seen": "no",  # the trainer counts real tokens itself
         "disable_tqdm": True,
     }
-    return _construct({**defaults, **values, **ours}, given), techniques
+    arguments = _construct({**defaults, **values, **ours}, given)
+    installed = get_available_reporting_integrations()
+    for tracker in arguments.report_to:
+        if tracker not in installed:
+            raise UserError(
+                f"training_args.report_to: {tracker!r} is not installed; there is {', '.join(installed) or 'none'}"
+            )
+    return arguments, techniques
 
 
 def saves_by_the_clock(given: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import is_flash_attn_2_available
 
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
-from distillkit.conversion import convert
+from distillkit.conversion.convert import convert
 from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.teacher.decoder import check_head
 from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabulary
@@ -51,24 +51,31 @@ def load_models(
     origin = _origin(config, teacher_config, folder, arguments, console)
     teacher = load_model(
         teacher_config.path, key="teacher.path", trust_remote_code=config.trust_remote_code, **teacher_config.kwargs
-    ).to(arguments.device)
-    student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, arguments)
-    tokenizer = _load_tokenizer(config, teacher_config, origin)
+    )
+    if "device_map" not in teacher_config.kwargs:
+        teacher = teacher.to(arguments.device)
     check_head(teacher, "teacher.path")
-    check_head(student, "model")
-    vocabulary_size = common_vocabulary(teacher, student, tokenizer)
-
+    tokenizer = _load_tokenizer(config, teacher_config, origin)
+    student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, arguments)
     freezing = freeze(student, config.frozen_res, config.frozen_modules)
     for matched, other in freezing.shared_with_frozen:
         say(console, f"frozen: {other} too, for it is the same tensor as {matched}")
-    say(console, cast_for_training(student, compute_dtype(arguments)))
+    dtype = compute_dtype(arguments)
+    say(console, cast_for_training(student, dtype))
+    student = student.to(arguments.device)
+    with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        check_head(student, "model")
     if techniques.gradient_checkpointing:
-        options = dict(techniques.gradient_checkpointing_kwargs)
-        layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers renames it, from 5.20 on
-            student.gradient_checkpointing_enable(options, **layers)
-    return Models(teacher, student.to(arguments.device), tokenizer, vocabulary_size, freezing)
+        _checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
+    return Models(teacher, student, tokenizer, common_vocabulary(teacher, student, tokenizer), freezing)
+
+
+def _checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Gradient checkpointing, with the options that Trainer takes for it."""
+    layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.17 does not know the new name of this method
+        student.gradient_checkpointing_enable(options, **layers)
 
 
 def _origin(

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerControl
 
+from distillkit.config import UserError
 from distillkit.evaluation.divergence import Divergence
-from distillkit.losses.objective import counted_rows
+from distillkit.losses.objective import shifted_labels
+from distillkit.losses.vocabulary_head import IGNORED_LABEL
 from distillkit.teacher.signal import Teacher
 from distillkit.training import checkpoints
 from distillkit.training.distiller import Distiller, DistillerOutput
@@ -55,6 +57,7 @@ class DistillationTrainer(Trainer):
         self.weights_dtype = weights_dtype
         self.divergence = divergence
         self._window = _LogWindow()
+        self._unread_tokens = torch.zeros((), dtype=torch.long)
         self._preference_pairs: dict[str, Tensor] = {}
 
     def get_batch_samples(
@@ -62,13 +65,15 @@ class DistillationTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and the counted tokens of all of them on all ranks."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counted = sum(len(counted_rows(batch["labels"])) for batch in batches)
-        tokens = sum(int(batch["lengths"].sum()) for batch in batches)
-        totals = self._over_ranks(torch.tensor([counted, tokens], device=device))
+        counts = [
+            torch.stack([(shifted_labels(batch["labels"]) != IGNORED_LABEL).sum(), batch["lengths"].sum()])
+            for batch in batches
+        ]
+        counted, tokens = self._over_ranks((torch.stack(counts).sum(0) if counts else torch.zeros(2)).to(device))
         self._preference_pairs = self._count_preference_pairs(batches)
-        self._window.tokens += int(totals[1])
-        self.state.num_input_tokens_seen += int(totals[1])
-        return batches, totals[0]
+        self._window.begin(self.state.num_input_tokens_seen)
+        self._unread_tokens = self._unread_tokens + tokens
+        return batches, counted
 
     def compute_loss(
         self,
@@ -92,6 +97,13 @@ class DistillationTrainer(Trainer):
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer by name. Raises UserError where it needs a package that is not there."""
+        try:
+            return super().create_optimizer(model)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"training_args.optim: {self.args.optim.value}: {error}") from error
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices: not for norms and biases (Trainer's rule), nor for vectors such as A_log."""
         vectors = {name for name, parameter in model.named_parameters() if parameter.dim() < 2}
@@ -103,16 +115,22 @@ class DistillationTrainer(Trainer):
         with self._window.paused():
             measured = self.divergence().as_metrics()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-        self.model.train()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the single losses, tokens and tokens per second to what Trainer logs at a step."""
+        self._read_tokens()
         if "loss" in logs:
-            logs = {**logs, **self._window.close(self._over_ranks), "tokens": self.state.num_input_tokens_seen}
+            tokens = self.state.num_input_tokens_seen
+            logs = {**logs, **self._window.close(tokens, self._over_ranks), "tokens": tokens}
         super().log(logs, start_time)
+
+    def _read_tokens(self) -> None:
+        """Bring the token counter up to date; only now and then, because it waits for the device."""
+        self.state.num_input_tokens_seen += int(self._unread_tokens)
+        self._unread_tokens = torch.zeros((), dtype=torch.long)
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
@@ -135,6 +153,7 @@ class DistillationTrainer(Trainer):
         path = folder / f"{checkpoints.PREFIX}{self.state.global_step}"
         if (path / checkpoints.MARKER).exists():
             return
+        self._read_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with self._window.paused():
             super()._save_checkpoint(model, trial)
@@ -171,7 +190,7 @@ class _LogWindow:
     """What happened since the last line of the log. Sums stay on the device until the line is written."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self._first_token: int | None = None
         self._start = time.perf_counter()
         self._totals: dict[str, Tensor] = {}
 
@@ -180,15 +199,20 @@ class _LogWindow:
             pair = torch.stack([total.float(), output["counts"][name].float()])
             self._totals[name] = self._totals.get(name, torch.zeros_like(pair)) + pair
 
-    def close(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Each loss's mean over its count, and the speed in real tokens; a new window starts."""
+    def begin(self, tokens: int) -> None:
+        """Open the first window, at a count of `tokens`; later it does nothing."""
+        if self._first_token is None:
+            self._first_token, self._start = tokens, time.perf_counter()
+
+    def close(self, tokens: int, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Each loss's mean over its count, and the speed in real tokens up to `tokens`; a new window opens."""
         seconds = time.perf_counter() - self._start
         report: dict[str, float] = {}
         for name, pair in self._totals.items():
             total, count = over_ranks(pair).tolist()
             report[name] = total / max(count, 1.0)
-        report["tokens_per_second"] = self.tokens / max(seconds, 1e-9)
-        self.tokens, self._start, self._totals = 0, time.perf_counter(), {}
+        report["tokens_per_second"] = (tokens - (self._first_token or 0)) / max(seconds, 1e-9)
+        self._first_token, self._start, self._totals = tokens, time.perf_counter(), {}
         return report
 
     def paused(self) -> "_Pause":

@@ -120,6 +120,32 @@ def test_precision_is_said_in_one_line_and_bf16_students_are_saved_as_bf16(input
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
 
 
+def test_a_converted_student_learns_and_its_conversion_is_done_once(inputs, tmp_path):
+    teacher = {"kind": "hf", "path": save_llama(tmp_path / "teacher", 2, layers=4)}
+    folder, training = tmp_path / "run", {"bf16": True, "gradient_checkpointing": True, "max_steps": 4}
+    asked = {"model": None, "student": {"layout": "hybrid"}, "teacher": teacher}
+    with pytest.raises(UserError, match=r"frozen_res\[0\]: 'nothing' matches no parameter"):
+        run(configuration(inputs, folder, training, **{**asked, "frozen_res": ["nothing"]}))
+    converted = (folder / "untrained" / "model.safetensors").stat().st_mtime_ns
+    run(configuration(inputs, folder, training, **asked))
+    assert (folder / "untrained" / "model.safetensors").stat().st_mtime_ns == converted
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(student).__name__ == "KDAHybridForCausalLM"
+    assert student.config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
+    untrained = AutoModelForCausalLM.from_pretrained(folder / "untrained", dtype=torch.bfloat16)
+    gates = "model.layers.0.self_attn.A_log"
+    assert not torch.equal(student.get_parameter(gates), untrained.get_parameter(gates))
+
+
+def test_another_conversion_takes_the_place_of_an_untrained_one(inputs, tmp_path):
+    folder, refused = tmp_path / "run", {"model": None, "frozen_res": ["nothing"]}
+    for layers in ([0], [0, 1]):
+        with pytest.raises(UserError, match="frozen_res"):
+            run(configuration(inputs, folder, **refused, student={"full_attention_layers": layers}))
+        untrained = AutoModelForCausalLM.from_pretrained(folder / "untrained")
+        assert untrained.config.layer_types.count("full_attention") == len(layers)
+
+
 def test_a_folder_with_a_run_is_not_overwritten(finished, inputs):
     folder, _ = finished
     with pytest.raises(UserError, match=r"output_path: .* holds a run already \(checkpoint-12.*pass --resume"):

@@ -12,7 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distillkit.config import LossConfig
+from distillkit.config import LossConfig, UserError
 from distillkit.losses import ModelShape, Objective
 from distillkit.teacher.online import OnlineTeacher
 from distillkit.training.arguments import build_training_arguments
@@ -172,6 +172,11 @@ def test_vectors_do_not_decay(tmp_path):
     decaying = trainer.get_decay_parameter_names(trainer.model)
     assert all(trainer.model.get_parameter(name).dim() >= 2 for name in decaying)
     assert "student.model.layers.0.mlp.up_proj.weight" in decaying
+
+
+def test_an_optimizer_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"training_args\.optim: galore_adamw: .*galore"):
+        make_trainer(tmp_path, losses=CE_KL, optim="galore_adamw", optim_target_modules=["mlp"]).train()
 
 
 @pytest.mark.timeout(120)
