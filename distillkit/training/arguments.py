@@ -39,11 +39,11 @@ class StudentTechniques:
 
 
 def build_training_arguments(
-    given: Mapping[str, Any], output_path: Path, *, uses_logits: bool
+    given: Mapping[str, Any], output_path: Path, *, uses_logits: bool, project_name: str = "distillkit"
 ) -> tuple[TrainingArguments, StudentTechniques]:
     """TrainingArguments for the `training_args` of a RunConfig, and what is for the student alone.
 
-    `uses_logits`: a loss on the logits gives every parameter of the student a gradient.
+    `uses_logits`: a loss on the logits gives every parameter of the student a gradient. `project_name` is for trackers.
     Raises UserError for what TrainingArguments refuses, and for arguments that make no sense in a distillation.
     """
     values = dict(given)
@@ -64,6 +64,7 @@ def build_training_arguments(
     }
     ours = {
         "output_dir": str(output_path),
+        "project": project_name,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "include_num_input_tokens_seen": "no",  # the trainer counts real tokens itself

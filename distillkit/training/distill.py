@@ -91,12 +91,17 @@ def _begin(config: RunConfig, console: Console) -> Run:
     """Read the training arguments, which set up the devices and processes, and open the run's folder."""
     uses_logits = any(loss.function not in HIDDEN_STATE_FUNCTIONS for loss in config.loss_functions)
     path = Path(config.output_path)
-    arguments, techniques = build_training_arguments(config.training_args, path, uses_logits=uses_logits)
+    arguments, techniques = build_training_arguments(
+        config.training_args, path, uses_logits=uses_logits, project_name=config.project_name
+    )
     console.quiet = console.quiet or arguments.process_index > 0
     os.environ.setdefault("WANDB_PROJECT", config.project_name)
     transformers.utils.logging.disable_progress_bar()
     if not console.is_terminal:
         datasets.disable_progress_bars()
+    if arguments.n_gpu > 1:
+        say(console, f"one of {arguments.n_gpu} GPUs is used; start with torchrun --nproc-per-node gpu for all of them")
+        arguments._n_gpu = 1
     with arguments.main_process_first():
         folder = open_run_folder(config, main_process=arguments.process_index == 0)
     if folder.checkpoint is not None and not folder.finished:

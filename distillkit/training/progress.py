@@ -96,7 +96,7 @@ class ProgressDisplay(TrainerCallback):
             return
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             _TimeLeft(),
             _Figures(),
             console=self._console,
