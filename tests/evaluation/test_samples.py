@@ -5,7 +5,6 @@ import torch
 from distillkit.evaluation import generate_samples
 from tests.training.tiny import BYTES, llama, tokenizer
 
-
 MODEL = llama(0, vocab=BYTES)
 
 
