@@ -27,21 +27,12 @@ class InitializationConfig(Section):
         description="fitted: output norm and output gate start such that each channel of the layer's output is closest "
         "to the teacher's (measured on 512 random tokens); default: norm 1, gate half open",
     )
-    shortest_memory: float = Field(
-        2.0,
-        ge=1,
-        description="the state's channels forget at rates spread log-uniformly: tokens after which the fastest channel "
-        "has decayed by a factor e at the start",
+    decay: Literal["by_head", "default"] = Field(
+        "by_head",
+        description="by_head: all channels of a head forget at one rate at the start, the first head within 2 tokens, "
+        "the last within 256 (to a factor 1/e), the others log-evenly between; default: each channel at a rate drawn "
+        "log-uniformly between 2 and 200 tokens, as in fla",
     )
-    longest_memory: float = Field(200.0, ge=1, description="the same for the slowest channel")
-
-    @model_validator(mode="after")
-    def check_memory(self) -> Self:
-        if self.longest_memory < self.shortest_memory:
-            raise KeyProblem(
-                "longest_memory", f"must be >= shortest_memory ({self.shortest_memory:g}), got {self.longest_memory:g}"
-            )
-        return self
 
 
 class StudentConfig(Section):

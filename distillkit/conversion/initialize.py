@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from distillkit.config import InitializationConfig
 from distillkit.model import KimiDeltaAttention
 
+MEMORY_BY_HEAD = (2.0, 256.0)
+MEMORY_BY_CHANCE = (2.0, 200.0)
+"""Shortest and longest memory of the state at the start: tokens in which it decays by a factor e."""
+
 LOUDEST_GATE = 0.8
 """Opening of the output gate of the channel with the largest scale; the others are less open."""
 
@@ -73,22 +77,36 @@ def initialize_new_parameters(
         else:
             bound = 1 / math.sqrt(convolution.weight.shape[-1])
             convolution.weight.copy_((torch.rand(convolution.weight.shape, generator=generator) * 2 - 1) * bound)
-    _initialize_decay(kda, options.shortest_memory, options.longest_memory, generator)
+    _set_memory(kda, _memory_by_head(kda) if options.decay == "by_head" else _memory_by_chance(kda, generator))
 
 
-def _initialize_decay(kda: KimiDeltaAttention, shortest: float, longest: float, generator: torch.Generator) -> None:
-    """Let each channel of the state decay by a factor e in a number of tokens of its own, log-uniform in the range.
+def _memory_by_head(kda: KimiDeltaAttention) -> Float[Tensor, " channels"]:
+    """One memory per head, as ALiBi has one slope per head: what a head looks for does not change with the distance.
+
+    Rates that differ between the channels of a head distort the product of its queries and keys as tokens go by.
+    """
+    shortest, longest = MEMORY_BY_HEAD
+    memory = torch.logspace(math.log2(shortest), math.log2(longest), kda.num_heads, base=2.0)
+    return memory.repeat_interleave(kda.head_dim)
+
+
+def _memory_by_chance(kda: KimiDeltaAttention, generator: torch.Generator) -> Float[Tensor, " channels"]:
+    """Log-uniform and apart for each channel: fla's range of time constants under the safe gate of −5."""
+    shortest, longest = MEMORY_BY_CHANCE
+    return shortest * (longest / shortest) ** torch.rand(kda.dt_bias.shape, generator=generator)
+
+
+def _set_memory(kda: KimiDeltaAttention, memory: Float[Tensor, " channels"]) -> None:
+    """Let each channel of the state decay by a factor e within so many tokens.
 
     KDA's decay is exp(g) with g = lower_bound · sigmoid(exp(A_log) · (f + dt_bias)), and without a lower bound
     g = −exp(A_log) · softplus(f + dt_bias); f starts near 0 and A_log at 0.
     """
-    uniform = torch.rand(kda.dt_bias.shape, generator=generator, dtype=torch.float64)
-    rate = (longest / shortest) ** -uniform / shortest
     kda.A_log.zero_()
     if kda.gate_lower_bound is None:
-        kda.dt_bias.copy_(rate.expm1().log())
+        kda.dt_bias.copy_(torch.expm1(1 / memory).log())
     else:
-        kda.dt_bias.copy_(torch.logit(rate / -kda.gate_lower_bound))
+        kda.dt_bias.copy_(torch.logit(1 / memory / -kda.gate_lower_bound))
 
 
 @torch.no_grad()
