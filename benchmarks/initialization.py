@@ -8,9 +8,9 @@ measures every variant on the inputs of the quickstart, on the CPU; on a GPU, wi
     python benchmarks/initialization.py --device cuda --teacher … --train … --held-out … \\
         --steps 300 --batch 16 --tokens 2048 --evaluation-tokens 65536
 
-Each variant is the student of one `StudentConfig.initialization`, or that changed by a function here: those are ideas
-that were tried and found no reason for an option. All are trained alike: MLPs, embeddings and norms frozen,
-0.2 cross-entropy, 0.2 KL at temperature 2, 0.6 cosine over all layers' outputs, AdamW.
+A variant is a student of some `StudentConfig.initialization`, or changed by a function here: those are ideas that were
+tried and gave no reason for an option. All are trained alike: MLPs, embeddings and norms frozen, 0.2 cross-entropy,
+0.2 KL at temperature 2, 0.6 cosine over all layers' outputs, AdamW.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from transformers import PreTrainedModel
 
 from distillkit.config import DatasetSource, LossConfig, StudentConfig
 from distillkit.conversion import build_student
+from distillkit.conversion.convert import fit_output_scales
+from distillkit.conversion.initialize import set_memory
 from distillkit.data import build_dataset, collate
 from distillkit.evaluation.divergence import measure_divergence
 from distillkit.losses.objective import ModelShape, Objective, counted_rows
@@ -49,22 +52,34 @@ Batch = dict[str, Tensor]
 Change = Callable[[KimiDeltaAttention], None]
 
 
+def unchanged(kda: KimiDeltaAttention) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`options` of the initialisation, and changes of each KDA layer before and after its output is fitted."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    before_fit: Change = unchanged
+    after_fit: Change = unchanged
+
+
 def open_gate(kda: KimiDeltaAttention) -> None:
     """sigmoid(4) = 0.98."""
     nn.init.constant_(kda.g_proj.get_parameter("1.bias"), 4.0)
 
 
+def one_decay_per_head(kda: KimiDeltaAttention) -> None:
+    """From 2 tokens for the first head to 256 for the last, as ALiBi's slopes."""
+    set_memory(kda, torch.logspace(1, 8, kda.num_heads, base=2.0).repeat_interleave(kda.head_dim))
+
+
 def one_scale(kda: KimiDeltaAttention) -> None:
-    """The fitted scales of a layer's channels, replaced by their mean."""
+    """The fitted scales of a layer's channels, replaced by their mean; the gate half open."""
     bias = kda.g_proj.get_parameter("1.bias")
     kda.o_norm.weight.data.mul_(2 * bias.sigmoid().mean())
     nn.init.zeros_(bias)
-
-
-def linear_convolution(kda: KimiDeltaAttention) -> None:
-    """Queries and keys so small that SiLU after the convolution is almost linear; their norm is one afterwards."""
-    for convolution in (kda.q_conv1d, kda.k_conv1d):
-        convolution.weight.data.mul_(0.1)
 
 
 def scale_in_projection(kda: KimiDeltaAttention) -> None:
@@ -75,26 +90,30 @@ def scale_in_projection(kda: KimiDeltaAttention) -> None:
     nn.init.ones_(kda.o_norm.weight)
 
 
-VARIANTS: dict[str, tuple[dict[str, Any], Change | None]] = {
-    "all of fla": ({"short_convolution": "default", "output_scale": "default", "decay": "default"}, None),
-    "ours": ({}, None),
-    "ours, but convolution of fla": ({"short_convolution": "default"}, None),
-    "ours, but output scale of fla": ({"output_scale": "default"}, None),
-    "ours, but decay of fla": ({"decay": "default"}, None),
-    "ours, but output scale of fla and open gate": ({"output_scale": "default"}, open_gate),
-    "ours, but one output scale per layer": ({}, one_scale),
-    "ours, but output scale in o_proj": ({}, scale_in_projection),
-    "ours, but small queries and keys": ({}, linear_convolution),
+VARIANTS = {
+    "ours": Variant(),
+    "convolution as in fla": Variant({"short_convolution": "default"}),
+    "output scale as in fla": Variant({"output_scale": "default"}),
+    "both as in fla": Variant({"short_convolution": "default", "output_scale": "default"}),
+    "output scale as in fla, gate open": Variant({"output_scale": "default"}, before_fit=open_gate),
+    "one output scale per layer": Variant(after_fit=one_scale),
+    "output scale in o_proj": Variant(after_fit=scale_in_projection),
+    "one decay per head": Variant(before_fit=one_decay_per_head),
 }
 
 
-def make_student(teacher: PreTrainedModel, variant: str, dtype: torch.dtype) -> KDAHybridForCausalLM:
+def make_student(teacher: PreTrainedModel, variant: Variant, seed: int, dtype: torch.dtype) -> KDAHybridForCausalLM:
     """The variant's student, apart from the teacher, with float32 masters of what trains."""
-    initialization, change = VARIANTS[variant]
-    student = copy.deepcopy(build_student(teacher, StudentConfig.parse({"initialization": initialization})))
-    for module in student.modules():
-        if change is not None and isinstance(module, KimiDeltaAttention):
-            change(module)
+    options = {"output_scale": "fitted", **variant.options}
+    unfitted = StudentConfig.parse({"seed": seed, "initialization": {**options, "output_scale": "default"}})
+    student = copy.deepcopy(build_student(teacher, unfitted))
+    layers = [module for module in student.modules() if isinstance(module, KimiDeltaAttention)]
+    for kda in layers:
+        variant.before_fit(kda)
+    if options["output_scale"] == "fitted":
+        fit_output_scales(teacher, student, torch.Generator().manual_seed(seed))
+    for kda in layers:
+        variant.after_fit(kda)
     freeze(student, FROZEN)
     cast_for_training(student, dtype)
     return student
@@ -133,9 +152,9 @@ def load_batches(path: str, tokenizer: Any, args: argparse.Namespace) -> list[Ba
 
 def measure(variant: str, teacher: PreTrainedModel, data: dict[str, list[Batch]], args: argparse.Namespace) -> dict:
     """One row of the result."""
-    student = make_student(teacher, variant, args.dtype)
+    student = make_student(teacher, VARIANTS[variant], args.seed, args.dtype)
     options = {"num_tokens": args.evaluation_tokens, "student_autocast": args.dtype}
-    row: dict[str, Any] = {"variant": variant, "initialization": VARIANTS[variant][0]}
+    row: dict[str, Any] = {"variant": variant}
     before = measure_divergence(teacher, student, data["held_out"], **options)
     started = time.perf_counter()
     losses = train(student, teacher, data["train"][: args.steps], args)
@@ -154,9 +173,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", default=str(INPUTS / "valid.jsonl"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=256, help="tokens per row")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--evaluation-tokens", type=int, default=2048)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")

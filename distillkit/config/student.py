@@ -27,12 +27,6 @@ class InitializationConfig(Section):
         description="fitted: output norm and output gate start such that each channel of the layer's output is closest "
         "to the teacher's (measured on 512 random tokens); default: norm 1, gate half open",
     )
-    decay: Literal["by_head", "default"] = Field(
-        "by_head",
-        description="by_head: all channels of a head forget at one rate at the start, the first head within 2 tokens, "
-        "the last within 256 (to a factor 1/e), the others log-evenly between; default: each channel at a rate drawn "
-        "log-uniformly between 2 and 200 tokens, as in fla",
-    )
 
 
 class StudentConfig(Section):

@@ -50,7 +50,7 @@ def convert(
 
     Raises `UserError` where the folder exists and is not empty, and where the teacher cannot be loaded or converted.
     """
-    output = Path(output_path)
+    output = Path(output_path).expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{os.fspath(output_path)!r} exists already; name a new folder, or remove it first")
     teacher = load_model(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs)
@@ -75,27 +75,36 @@ def build_student(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybrid
     model = student_on_meta(teacher.config, student)
     _share_tensors(teacher, model)
     generator = torch.Generator().manual_seed(student.seed)
-    exchanged = [index for index, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
-    for index in exchanged:
-        attention = teacher.get_decoder().layers[index].self_attn
-        kda = model.model.layers[index].self_attn
+    for old, new, kind in zip(teacher.get_decoder().layers, model.model.layers, model.config.layer_types, strict=True):
+        if kind == "full_attention":
+            continue
+        attention, kda = old.self_attn, new.self_attn
         kda.to_empty(device=attention.q_proj.weight.device).to(attention.q_proj.weight.dtype)
         copy_attention(kda, attention)
         initialize_new_parameters(kda, student.initialization, teacher.config.initializer_range, generator)
     model.tie_weights()
     model.eval()
     if student.initialization.output_scale == "fitted":
-        input_ids = calibration_tokens(model.config.vocab_size, generator)
-        for index, (hidden_states, attention_output) in _attention_traffic(teacher, exchanged, input_ids).items():
-            fit_output_scale(model.model.layers[index].self_attn, hidden_states, attention_output)
+        fit_output_scales(teacher, model, generator)
     model.generation_config = copy.deepcopy(teacher.generation_config)
     return model
+
+
+def fit_output_scales(
+    teacher: PreTrainedModel, model: KDAHybridForCausalLM, generator: torch.Generator | None = None
+) -> None:
+    """Fit every KDA layer's output to the teacher's attention, each on what the teacher's layer is given."""
+    exchanged = [index for index, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
+    input_ids = calibration_tokens(model.config.vocab_size, generator)
+    for index, (hidden_states, attention_output) in _attention_traffic(teacher, exchanged, input_ids).items():
+        fit_output_scale(model.model.layers[index].self_attn, hidden_states, attention_output)
 
 
 def student_on_meta(teacher_config: PreTrainedConfig, student: StudentConfig) -> KDAHybridForCausalLM:
     """The student without memory for its weights, to be filled or counted."""
     base_config = copy.deepcopy(teacher_config)
     base_config.__dict__.pop("quantization_config", None)
+    base_config._name_or_path = ""  # a folder of this machine is nobody else's business
     config = KDAHybridConfig(
         base_config=base_config,
         layer_types=layer_types(teacher_config.num_hidden_layers, student),

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from distillkit.config import InitializationConfig
 from distillkit.model import KimiDeltaAttention
 
-MEMORY_BY_HEAD = (2.0, 256.0)
-MEMORY_BY_CHANCE = (2.0, 200.0)
-"""Shortest and longest memory of the state at the start: tokens in which it decays by a factor e."""
+MEMORY = (2.0, 200.0)
+"""Tokens in which a channel of the state decays by a factor e, log-uniform between: fla's range under the safe gate."""
 
 LOUDEST_GATE = 0.8
 """Opening of the output gate of the channel with the largest scale; the others are less open."""
@@ -77,30 +76,16 @@ def initialize_new_parameters(
         else:
             bound = 1 / math.sqrt(convolution.weight.shape[-1])
             convolution.weight.copy_((torch.rand(convolution.weight.shape, generator=generator) * 2 - 1) * bound)
-    _set_memory(kda, _memory_by_head(kda) if options.decay == "by_head" else _memory_by_chance(kda, generator))
+    shortest, longest = MEMORY
+    set_memory(kda, shortest * (longest / shortest) ** torch.rand(kda.dt_bias.shape, generator=generator))
 
 
-def _memory_by_head(kda: KimiDeltaAttention) -> Float[Tensor, " channels"]:
-    """One memory per head, as ALiBi has one slope per head: what a head looks for does not change with the distance.
-
-    Rates that differ between the channels of a head distort the product of its queries and keys as tokens go by.
-    """
-    shortest, longest = MEMORY_BY_HEAD
-    memory = torch.logspace(math.log2(shortest), math.log2(longest), kda.num_heads, base=2.0)
-    return memory.repeat_interleave(kda.head_dim)
-
-
-def _memory_by_chance(kda: KimiDeltaAttention, generator: torch.Generator) -> Float[Tensor, " channels"]:
-    """Log-uniform and apart for each channel: fla's range of time constants under the safe gate of −5."""
-    shortest, longest = MEMORY_BY_CHANCE
-    return shortest * (longest / shortest) ** torch.rand(kda.dt_bias.shape, generator=generator)
-
-
-def _set_memory(kda: KimiDeltaAttention, memory: Float[Tensor, " channels"]) -> None:
-    """Let each channel of the state decay by a factor e within so many tokens.
+@torch.no_grad()
+def set_memory(kda: KimiDeltaAttention, memory: Float[Tensor, " channels"]) -> None:
+    """Let each channel of the state decay by a factor e within so many tokens, where the decay's projection is silent.
 
     KDA's decay is exp(g) with g = lower_bound · sigmoid(exp(A_log) · (f + dt_bias)), and without a lower bound
-    g = −exp(A_log) · softplus(f + dt_bias); f starts near 0 and A_log at 0.
+    g = −exp(A_log) · softplus(f + dt_bias); f, the projection, starts near 0, and A_log at 0.
     """
     kda.A_log.zero_()
     if kda.gate_lower_bound is None:
@@ -137,6 +122,6 @@ def fit_output_scale(
     gate_bias.copy_(torch.logit(opening))
 
 
-def calibration_tokens(vocab_size: int, generator: torch.Generator) -> Int[Tensor, "2 256"]:
+def calibration_tokens(vocab_size: int, generator: torch.Generator | None) -> Int[Tensor, "2 256"]:
     """Token ids drawn at random: they fit the output scale as well as text does, and need no data and no tokenizer."""
     return torch.randint(vocab_size, (2, 256), generator=generator)
