@@ -194,6 +194,7 @@ def main() -> None:
     data = {
         name: load_batches(path, tokenizer, args) for name, path in (("train", args.train), ("held_out", args.held_out))
     }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for variant in args.variants:
         rows.append(measure(variant, teacher, data, args))
