@@ -70,9 +70,9 @@ def open_gate(kda: KimiDeltaAttention) -> None:
     nn.init.constant_(kda.g_proj.get_parameter("1.bias"), 4.0)
 
 
-def one_decay_per_head(kda: KimiDeltaAttention) -> None:
-    """From 2 tokens for the first head to 256 for the last, as ALiBi's slopes."""
-    set_memory(kda, torch.logspace(1, 8, kda.num_heads, base=2.0).repeat_interleave(kda.head_dim))
+def decay_of_fla(kda: KimiDeltaAttention) -> None:
+    """Each channel at a rate of its own, log-uniformly between 2 and 200 tokens: fla's range under the safe gate."""
+    set_memory(kda, 2 * 100 ** torch.rand(kda.dt_bias.shape, generator=torch.Generator().manual_seed(0)))
 
 
 def one_scale(kda: KimiDeltaAttention) -> None:
@@ -92,13 +92,14 @@ def scale_in_projection(kda: KimiDeltaAttention) -> None:
 
 VARIANTS = {
     "ours": Variant(),
+    "convolution the identity": Variant({"short_convolution": "identity"}),
     "convolution as in fla": Variant({"short_convolution": "default"}),
     "output scale as in fla": Variant({"output_scale": "default"}),
-    "both as in fla": Variant({"short_convolution": "default", "output_scale": "default"}),
+    "decay as in fla": Variant(before_fit=decay_of_fla),
+    "all as in fla": Variant({"short_convolution": "default", "output_scale": "default"}, before_fit=decay_of_fla),
     "output scale as in fla, gate open": Variant({"output_scale": "default"}, before_fit=open_gate),
     "one output scale per layer": Variant(after_fit=one_scale),
     "output scale in o_proj": Variant(after_fit=scale_in_projection),
-    "one decay per head": Variant(before_fit=one_decay_per_head),
 }
 
 

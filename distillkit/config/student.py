@@ -17,10 +17,11 @@ class InitializationConfig(Section):
     The defaults are what `benchmarks/initialization.py` found best.
     """
 
-    short_convolution: Literal["identity", "default"] = Field(
-        "identity",
-        description="identity: each token's queries, keys and values start without their neighbours'; default: random, "
-        "as fla and PyTorch start a convolution",
+    short_convolution: Literal["linear", "identity", "default"] = Field(
+        "linear",
+        description="identity: each token's queries, keys and values start without their neighbours'; linear: the "
+        "same, queries and keys so small that the SiLU behind is almost linear, which starts further from the teacher "
+        "and is closer after some millions of tokens; default: random, as fla and PyTorch start a convolution",
     )
     output_scale: Literal["fitted", "default"] = Field(
         "fitted",

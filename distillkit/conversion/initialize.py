@@ -1,10 +1,12 @@
 """How a KDA layer starts: from the teacher's projections, and with what the teacher has no counterpart for.
 
 What is known of the teacher's attention is kept: its query, key, value and output projections, biases included, and
-the gains of its query and key norms. The rest follows flash-linear-attention's initialisation, except for two things
-that were found to matter (`benchmarks/initialization.py`, figures in `benchmarks/results/initialization.json`): the
-short convolutions start as the identity, and the size of the layer's output is fitted to the teacher's, channel by
-channel. Without the latter, the normalisation of KDA's output makes each layer speak several times too loud.
+the gains of its query and key norms. The rest follows flash-linear-attention's initialisation, except for what was
+found to matter (`benchmarks/initialization.py`, figures in `benchmarks/results/initialization.json`): the short
+convolutions start as the identity, small enough for queries and keys that the SiLU behind it is almost linear; each
+head forgets at one rate, near heads soon and far heads late; and the size of the layer's output is fitted to the
+teacher's, channel by channel. Without the last, the normalisation of KDA's output makes each layer speak several times
+too loud.
 """
 
 import math
@@ -16,8 +18,11 @@ from torch import Tensor, nn
 from distillkit.config import InitializationConfig
 from distillkit.model import KimiDeltaAttention
 
-MEMORY = (2.0, 200.0)
-"""Tokens in which a channel of the state decays by a factor e, log-uniform between: fla's range under the safe gate."""
+MEMORY = (2.0, 256.0)
+"""Tokens in which the first and the last head's state decays by a factor e; the heads between are spread log-evenly."""
+
+LINEAR_TAP = 0.1
+"""Size of the identity before a SiLU that is to be almost linear; queries and keys are brought to length one anyway."""
 
 LOUDEST_GATE = 0.8
 """Opening of the output gate of the channel with the largest scale; the others are less open."""
@@ -70,14 +75,15 @@ def initialize_new_parameters(
     kda.g_proj.get_parameter("1.bias").zero_()
     kda.o_norm.weight.fill_(1)
     for convolution in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d):
-        if options.short_convolution == "identity":
-            convolution.weight.zero_()
-            convolution.weight[..., -1] = 1  # the last tap is on the token itself
-        else:
+        if options.short_convolution == "default":
             bound = 1 / math.sqrt(convolution.weight.shape[-1])
             convolution.weight.copy_((torch.rand(convolution.weight.shape, generator=generator) * 2 - 1) * bound)
-    shortest, longest = MEMORY
-    set_memory(kda, shortest * (longest / shortest) ** torch.rand(kda.dt_bias.shape, generator=generator))
+        else:
+            linear = options.short_convolution == "linear" and convolution is not kda.v_conv1d
+            convolution.weight.zero_()
+            convolution.weight[..., -1] = LINEAR_TAP if linear else 1  # the last tap is on the token itself
+    heads = torch.linspace(*map(math.log, MEMORY), kda.num_heads).exp()
+    set_memory(kda, heads.repeat_interleave(kda.head_dim))
 
 
 @torch.no_grad()

@@ -65,10 +65,11 @@ def test_norms_of_qwen3_keep_the_direction_of_queries_and_keys(part, heads):
     torch.testing.assert_close(F.normalize(ours, dim=-1), F.normalize(theirs, dim=-1))
 
 
-def test_identity_convolution_sees_only_the_token_itself():
-    _, kda = first_layer("llama")
-    for convolution in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d):
-        assert torch.equal(convolution.weight[..., -1], torch.ones_like(convolution.weight[..., -1]))
+@pytest.mark.parametrize(("kind", "sizes"), [("identity", (1, 1, 1)), ("linear", (0.1, 0.1, 1))])
+def test_convolution_starts_with_only_the_token_itself(kind, sizes):
+    _, kda = first_layer("llama", initialization={"short_convolution": kind})
+    for convolution, size in zip((kda.q_conv1d, kda.k_conv1d, kda.v_conv1d), sizes, strict=True):
+        assert torch.equal(convolution.weight[..., -1], torch.full_like(convolution.weight[..., -1], size))
         assert not convolution.weight[..., :-1].any()
 
 
@@ -77,11 +78,11 @@ def memory(kda) -> torch.Tensor:
     return -1 / log_decay(torch.zeros(4, 16), kda.A_log, kda.dt_bias, kda.gate_lower_bound)
 
 
-def test_memory_spans_2_to_200_tokens():
+def test_heads_remember_from_2_to_256_tokens():
     _, kda = first_layer("llama")
-    assert 2 <= memory(kda).min() < 4
-    assert 100 < memory(kda).max() <= 200
-    assert 10 < memory(kda).median() < 40
+    ratio = 128 ** (1 / 3)  # from each of the four heads to the next
+    expected = torch.tensor([2, 2 * ratio, 2 * ratio**2, 256]).unsqueeze(1).expand(4, 16)
+    torch.testing.assert_close(memory(kda), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("lower_bound", [-5.0, -1.0, None])
