@@ -16,6 +16,7 @@ tried and gave no reason for an option. All are trained alike: MLPs, embeddings 
 import argparse
 import copy
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ def make_student(teacher: PreTrainedModel, variant: Variant, seed: int, dtype: t
 
 
 def train(student: KDAHybridForCausalLM, teacher: PreTrainedModel, batches: list[Batch], args: argparse.Namespace):
-    """One optimizer step per batch, warmed up over the first tenth; returns each step's loss."""
+    """One optimizer step per batch; returns each step's loss."""
     shape = ModelShape(student.config.hidden_size, student.config.num_hidden_layers)
     objective = Objective(LOSSES, "all", shape, shape)
     online = OnlineTeacher(teacher, objective.teacher_layers, final_norm=objective.taps_final_norm)
@@ -131,7 +132,7 @@ def train(student: KDAHybridForCausalLM, teacher: PreTrainedModel, batches: list
     losses = []
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1.0, (step + 1) / max(1, len(batches) // 10))
+            group["lr"] = args.learning_rate * schedule(step, len(batches))
         signal = online.signal(batch["input_ids"], batch["position_ids"])
         with autocast(batch["input_ids"].device, args.dtype):
             output = distiller(**batch, normalizer=torch.tensor(len(counted_rows(batch["labels"]))), signal=signal)
@@ -141,6 +142,12 @@ def train(student: KDAHybridForCausalLM, teacher: PreTrainedModel, batches: list
         optimizer.zero_grad()
         losses.append(round(output["loss"].item(), 3))
     return losses
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate's factor: up over the first eighth, then down as a cosine."""
+    warmup = max(1, steps // 8)
+    return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup + 1) / (steps - warmup + 1)))
 
 
 def load_batches(path: str, tokenizer: Any, args: argparse.Namespace) -> list[Batch]:
@@ -174,8 +181,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", default=str(INPUTS / "valid.jsonl"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=256, help="tokens per row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
