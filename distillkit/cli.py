@@ -4,6 +4,7 @@ Those imports stand inside the commands: they bring torch, and `--help` or a mis
 without it.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = next((word for word in words if not word.startswith("-")), "")
     if first.endswith((".yaml", ".yml")):
         words.insert(0, "distill")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals, not for log files
     try:
         code = app(args=words, prog_name="distillkit", standalone_mode=False)
     except UserError as error:

@@ -37,6 +37,7 @@ class KDAHybridForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict: ClassVar = ["A_log", "dt_bias"]  # their exponentials are the memory of a head
     _is_stateful = True  # a recurrent state cannot be cropped: no assisted generation
 
     def __init__(self, config: KDAHybridConfig) -> None:
