@@ -132,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=words, prog_name="distillkit", standalone_mode=False)
     except UserError as error:
         return _fail(str(error))
+    except OSError as error:  # a folder that cannot be made, a full disk
+        return _fail(f"{error.filename or 'output_path'}: {error.strerror or error}")
     except typer.TyperException as error:
         return _fail(error.format_message())
     return code if isinstance(code, int) else 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
@@ -157,7 +158,7 @@ def _told_in_one_line(location: str, key: str, what: str = "") -> Iterator[None]
     """Turns what transformers raises about a model into a `UserError`."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         text = str(error).strip() or type(error).__name__
         if "trust_remote_code" in text:
             raise UserError(

@@ -24,6 +24,8 @@ SEED = Path(__file__).parent / "config" / "seed.yaml"
         ("--resume SEED sequence_length=-1", "error: sequence_length: must be > 0, got -1"),
         ("SEED sequence_length", "error: override 'sequence_length': must be key=value, such as"),
         ("SEED nothing.like=it", "error: nothing: unknown key; known keys: project_name, model,"),
+        ("SEED seed=2024-99-99", "error: override 'seed=2024-99-99': the value is no YAML: "),
+        ("SEED training_args.fp16=true", "error: training_args.fp16: gradients of single tokens are too small"),
         ("SEED --resum", "error: No such option: --resum (Possible options: --resume)"),
         ("SEED teacher.path=./none", "error: teacher.path: no such file or folder: './none'"),
         ("SEED resize_embeddings_to_multiple_of=64", "error: resize_embeddings_to_multiple_of: is not built yet"),

@@ -58,7 +58,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
         raise UserError(f"{path}: {_yaml_problem(error)}") from None
     if data is None:
         raise UserError(f"{path}: is empty; it must hold the keys of a run (teacher, dataset, output_path, ...)")
@@ -78,7 +78,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: must be key=value, such as training_args.learning_rate=3e-4")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {override!r}: the value is no YAML: {_yaml_problem(error)}") from None
     *parents, last = path.split(".")
     section: Any = data
@@ -101,7 +101,7 @@ def _key_in(section: Any, key: str, override: str) -> Any:
     return int(key)
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: Exception) -> str:
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return str(error)
     return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"

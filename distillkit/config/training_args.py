@@ -47,6 +47,7 @@ SET_BY_THE_RUN = {
     "use_liger_kernel": "its fused losses would replace those of loss_functions; remove it",
     "neftune_noise_alpha": "noisy embeddings would not match the teacher's; remove it",
     "average_tokens_across_devices": "the run always averages over all devices; remove it",
+    "fp16": "gradients of single tokens are too small for float16; use bf16: true",
     "do_train": "the run always trains; remove it",
     "do_predict": "the run does not predict; remove it",
 }

@@ -82,7 +82,8 @@ def initialize_new_parameters(
             linear = options.short_convolution == "linear" and convolution is not kda.v_conv1d
             convolution.weight.zero_()
             convolution.weight[..., -1] = LINEAR_TAP if linear else 1  # the last tap is on the token itself
-    heads = torch.linspace(*map(math.log, MEMORY), kda.num_heads).exp()
+    shortest, longest = MEMORY
+    heads = torch.linspace(math.log(shortest), math.log(longest), kda.num_heads).exp()
     set_memory(kda, heads.repeat_interleave(kda.head_dim))
 
 

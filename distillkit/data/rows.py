@@ -118,14 +118,18 @@ def _read_tokens(row: dict[str, Any], vocabulary: int, key: str) -> Document:
     """Tokens as they are, without padding."""
     input_ids = row["input_ids"] or []
     labels = row.get("labels") or list(input_ids)
-    if input_ids and max(input_ids) >= vocabulary:
-        raise UserError(
-            f"{key}: input_ids holds token {max(input_ids)}, but the tokenizer has {vocabulary}; "
-            "the rows were made with another tokenizer"
-        )
+    for name, ids, lowest in (("input_ids", input_ids, 0), ("labels", labels, IGNORED)):
+        strange = [token for token in ids if not lowest <= token < vocabulary]
+        if strange:
+            raise UserError(
+                f"{key}: {name} holds token {strange[0]}, but the tokenizer has {vocabulary}; "
+                "the rows were made with another tokenizer"
+            )
     if len(labels) != len(input_ids):
         raise UserError(f"{key}: a row has {len(input_ids)} input_ids and {len(labels)} labels; they must be as many")
     mask = row.get("attention_mask")
+    if mask is not None and len(mask) != len(input_ids):
+        raise UserError(f"{key}: a row has {len(input_ids)} input_ids and an attention_mask of {len(mask)}")
     if mask is not None:
         input_ids = [token for token, seen in zip(input_ids, mask, strict=True) if seen]
         labels = [label for label, seen in zip(labels, mask, strict=True) if seen]
@@ -160,11 +164,11 @@ def _render(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -
         raise UserError(
             f"{key}: holds conversations but the tokenizer has no chat template; use a model that has one, or texts"
         )
-    tools = row.pop("tools", None)
-    tools = json.loads(tools) if isinstance(tools, str) else tools
     if row.get("chat_template_kwargs", {}) is None:
         del row["chat_template_kwargs"]
     try:
+        tools = row.pop("tools", None)
+        tools = json.loads(tools) if isinstance(tools, str) else tools
         row = maybe_convert_to_chatml(row)
         for name in {"messages", "prompt", "completion"} & set(row):
             row[name] = [_clean_message(message) for message in row[name]]

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distillkit.config import UserError
 from distillkit.distribution import at_least_float32
 from distillkit.losses.objective import counted_rows, shifted_labels
 from distillkit.teacher.decoder import decode, head
@@ -63,7 +64,7 @@ def measure_divergence(
         chunk_tokens: tokens whose logits exist at once; by default as many as fit in 256 MiB.
 
     Raises:
-        ValueError: no token counts.
+        UserError: no token counts.
     """
     training = student.training
     student.eval()
@@ -78,7 +79,7 @@ def measure_divergence(
             break
     student.train(training)
     if tokens == 0:
-        raise ValueError("no token to measure on: the held-out text is empty")
+        raise UserError("no token to measure on: the held-out text is empty, or every document in it has one token")
     kl, agreement, teacher_nll, student_nll = (totals / tokens).tolist()
     return Divergence(kl, agreement, _perplexity(teacher_nll), _perplexity(student_nll), tokens)
 
@@ -139,4 +140,4 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
 
 def _perplexity(nll: float) -> float:
     """exp of the mean negative log-likelihood; infinity where that overflows."""
-    return math.exp(nll) if nll < 700 else math.inf
+    return math.inf if nll >= 700 else math.exp(nll)

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from distillkit.config import DatasetSource
+from distillkit.config import DatasetSource, UserError
 from distillkit.data import build_dataset, collate
 from distillkit.evaluation.divergence import Divergence, measure_divergence
 from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.teacher.decoder import check_head
-from distillkit.teacher.vocabulary import common_vocabulary
+from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabulary
 
 
 def evaluate(
@@ -46,6 +46,11 @@ def evaluate(
     tokenizer = load_tokenizer(
         teacher, key="teacher", trust_remote_code=trust_remote_code, gguf_file=teacher_kwargs.get("gguf_file")
     )
+    try:
+        students_tokenizer = load_tokenizer(student, key="student", trust_remote_code=trust_remote_code)
+    except UserError:
+        students_tokenizer = tokenizer  # it came without
+    check_same_tokenizer(tokenizer, students_tokenizer)
     check_head(teacher_model, "teacher")
     check_head(student_model, "student")
     measured = measure_divergence(

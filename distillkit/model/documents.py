@@ -46,7 +46,10 @@ class Documents:
     @lru_cache(maxsize=4)  # every layer of a model asks for the same
     def rows(cls, batch: int, tokens: int, device: torch.device) -> "Documents":
         """Every row of a batch is one document."""
-        return cls((tokens,) * batch, None, device)
+        documents = cls((tokens,) * batch, None, device)
+        with torch.inference_mode(False):  # made in inference, they must serve training too
+            _ = documents.cu_seqlens, documents.position_ids, documents.chunk_plan
+        return documents
 
     @classmethod
     def from_attention_mask(cls, attention_mask: torch.Tensor) -> "Documents | None":

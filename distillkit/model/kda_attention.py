@@ -220,7 +220,7 @@ def short_convolution(
     if documents is None:
         padded = torch.cat([state, x], dim=1)
         output = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=channels).transpose(1, 2)
-        return F.silu(output), padded[:, tokens:]
+        return F.silu(output), padded[:, tokens:].clone()  # a view would keep the whole sequence alive
     # Each document follows the inputs that came before it: its state.
     document = torch.arange(count, device=x.device).repeat_interleave(documents.cu_seqlens.diff())
     places = torch.arange(tokens, device=x.device) + (document + 1) * (taps - 1)

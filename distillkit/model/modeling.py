@@ -24,8 +24,9 @@ from .nope_attention import remove_rotary_embedding
 class KDAHybridForCausalLM(PreTrainedModel, GenerationMixin):
     """Causal language model around a decoder with exchanged attention; loads, saves and generates as any other.
 
-    Sequences may be padded on either side (2-D ``attention_mask``) or packed (``position_ids`` that start anew with
-    each document, or ``cu_seqlens`` with one row): no attention and no state crosses from one document to the next.
+    Sequences may be padded on either side (2-D ``attention_mask``) or, without a mask and with ``use_cache=False``,
+    packed (``position_ids`` that start anew with each document, or ``cu_seqlens`` with one row): no attention and no
+    state crosses from one document to the next. A 2-D mask tells of padding alone, as everywhere in transformers.
     """
 
     config_class = KDAHybridConfig
@@ -139,17 +140,18 @@ class _DecoderInputs:
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         fresh = kwargs["past_key_values"] is None or kwargs["past_key_values"].get_seq_length() == 0
         if cu_seqlens is not None:
-            if inputs.shape[0] != 1 or not fresh:
-                raise ValueError("cu_seqlens needs one row that holds all documents, and no cache")
+            if inputs.shape[0] != 1 or mask is not None:
+                raise ValueError("cu_seqlens needs one row that holds all documents, and no attention_mask")
             kwargs["documents"] = Documents.from_boundaries(cu_seqlens.tolist(), inputs.device)
             kwargs["position_ids"] = kwargs["documents"].position_ids.unsqueeze(0)
         elif mask is not None and mask.dim() == 2:
             kwargs["documents"] = Documents.from_attention_mask(mask[:, -inputs.shape[1] :])
         elif mask is None and position_ids is not None and fresh:
-            position_ids = position_ids.expand(inputs.shape[0], -1)
-            kwargs["documents"] = Documents.from_position_ids(position_ids)
-            if kwargs["documents"] is not None and kwargs["use_cache"]:
-                raise ValueError("packed documents cannot be continued: pass use_cache=False")
+            kwargs["documents"] = Documents.from_position_ids(position_ids.expand(inputs.shape[0], -1))
+        packed = cu_seqlens is not None or (mask is None and kwargs.get("documents") is not None)
+        if packed and kwargs["past_key_values"] is not None:
+            # Full attention would not see the boundaries: transformers looks for packed documents without a cache only.
+            raise ValueError("packed documents cannot be continued: pass use_cache=False")
         return args, kwargs
 
     def _cache(self, decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

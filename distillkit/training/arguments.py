@@ -17,12 +17,6 @@ from transformers.integrations import get_available_reporting_integrations
 
 from distillkit.config.errors import UserError
 
-REFUSED = {
-    "neftune_noise_alpha": "noise on the embeddings would part the student's input from the teacher's",
-    "use_liger_kernel": "its fused loss would replace those of loss_functions",
-    "load_best_model_at_end": "the student is saved as the last step left it",
-    "enable_jit_checkpoint": "SIGTERM is answered with a checkpoint anyway",
-}
 SAVE_MINUTES = 15.0
 """Minutes between checkpoints of a run whose training_args say nothing of saving."""
 
@@ -44,12 +38,9 @@ def build_training_arguments(
     """TrainingArguments for the `training_args` of a RunConfig, and what is for the student alone.
 
     `uses_logits`: a loss on the logits gives every parameter of the student a gradient. `project_name` is for trackers.
-    Raises UserError for what TrainingArguments refuses, and for arguments that make no sense in a distillation.
+    Raises UserError for what TrainingArguments refuses.
     """
     values = dict(given)
-    for key, reason in REFUSED.items():
-        if values.get(key):
-            raise UserError(f"training_args.{key}: not available, {reason}; remove it")
     techniques = _take_techniques(values)
     defaults = {
         "report_to": "none",

@@ -80,7 +80,7 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
     finally:
         requests.release()
         display.close()
-    if requests.interrupted:
+    if requests.interrupted and trainer.state.global_step < trainer.state.max_steps:
         say(run.console, f"interrupted after step {trainer.state.global_step}, saved; go on with --resume")
         raise SystemExit(EXIT_CODE)
     _finish(run, models, trainer, measure, before)

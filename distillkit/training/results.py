@@ -42,7 +42,7 @@ def write_results(
             "samples": None if config.evaluation is None else config.evaluation.seed,
         },
         "versions": versions(),
-        "machine": {"system": platform.platform(), "device": _device_name(device)},
+        "machine": {"system": f"{platform.system()} {platform.machine()}", "device": _device_name(device)},
         "config": config.model_dump(mode="json"),
     }
     write_json(folder.path / RESULTS, results)

