@@ -1,0 +1,1 @@
+"""Asking a teacher once and keeping what it said."""

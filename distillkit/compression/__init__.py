@@ -1,0 +1,1 @@
+"""What a teacher said, as few bytes, and back: the codecs of the published formats."""

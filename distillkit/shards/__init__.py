@@ -1,0 +1,1 @@
+"""A captured dataset on disk: its shards and its manifest."""
