@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from distillkit.config.errors import UserError
 from distillkit.losses.hidden_states import HiddenStateTaps
+from distillkit.varlen_attention import VARLEN, document_boundaries
 
 
 def decode(
@@ -30,12 +31,16 @@ def decode(
     Documents end where `position_ids` start again; none sees another. No attention mask is needed.
     """
     batch, tokens = input_ids.shape
-    if "flash" in (model.config._attn_implementation or ""):
-        # transformers' flash attention looks for documents in a single row only, and a row is as good as a document.
+    implementation, boundaries = model.config._attn_implementation or "", {}
+    if "flash" in implementation or implementation == VARLEN:
+        # Both look for documents in a single row only, and a row is as good as a document.
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+    if implementation == VARLEN:
+        cu_seqlens, longest = document_boundaries(position_ids)
+        boundaries = {"cu_seq_lens_q": cu_seqlens, "max_length_q": longest}
     decoder, wanted = model.get_decoder(), list(layers)
     with HiddenStateTaps(decoder, wanted, final_norm=final_norm) if wanted else nullcontext() as taps:
-        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **boundaries)
     states = {} if taps is None else {index: state.view(batch, tokens, -1) for index, state in taps.states.items()}
     return output.last_hidden_state.view(batch, tokens, -1), states
 
