@@ -79,10 +79,11 @@ def varlen_attention(
     # Kernels of PyTorch's own are cast by autocast; for this one it has no rule.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     groups = query.shape[1] // key.shape[1]
-    flat = [x.to(dtype)[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    query, key, value = (x.to(dtype)[0].transpose(0, 1) for x in (query, key, value))
     in_kernel = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
     attend = _by_kernel if in_kernel else _by_document
-    output = attend(*flat, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    output = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     return output.unsqueeze(0), None
 
 
@@ -96,9 +97,11 @@ def _by_kernel(
     sliding_window: int | None,
 ) -> Float[Tensor, "tokens heads head_dim"]:
     before = -1 if sliding_window is None else sliding_window - 1
-    return varlen_attn(
+    output = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(before, 0)
     )
+    assert isinstance(output, Tensor)
+    return output
 
 
 def _by_document(
