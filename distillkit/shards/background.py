@@ -1,0 +1,49 @@
+"""The background of a captured dataset: where the teacher's mass outside its top k lies, averaged over tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from distillkit.config.errors import UserError
+from distillkit.shards.files import write_whole
+from distillkit.shards.manifest import Manifest
+
+BACKGROUND = "background.safetensors"
+_TENSOR = "logprobs"
+
+
+def write_background(folder: Path, logprobs: Float[Tensor, " vocab"]) -> str:
+    """Write a log-distribution over the vocabulary, whole or not at all; returns the file's name."""
+    write_whole(folder / BACKGROUND, save({_TENSOR: logprobs.detach().float().cpu().contiguous()}))
+    return BACKGROUND
+
+
+def read_background(folder: Path, manifest: Manifest | None) -> Float[Tensor, " vocab"] | None:
+    """The log-distribution of a captured dataset; None where it has none. Raises `UserError` for a broken file."""
+    if manifest is None or manifest.background is None:
+        return None
+    logprobs = read_background_file(folder / manifest.background)
+    if logprobs.shape[0] != manifest.vocabulary_size:
+        raise UserError(
+            f"{folder / manifest.background}: covers {logprobs.shape[0]} tokens, but the dataset's vocabulary has "
+            f"{manifest.vocabulary_size}"
+        )
+    return logprobs
+
+
+def read_background_file(path: Path) -> Float[Tensor, " vocab"]:
+    """The log-distribution in a file that a capture wrote. Raises `UserError` where it is none."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as a background distribution: {error}") from error
+    logprobs = tensors.get(_TENSOR)
+    if logprobs is None or logprobs.dim() != 1 or logprobs.dtype != torch.float32:
+        raise UserError(f"{path}: holds no float32 vector {_TENSOR!r}, which is what a capture writes")
+    return logprobs

@@ -1,0 +1,72 @@
+"""`manifest.json`: what a captured dataset is. It is written last, so a dataset that has one is complete.
+
+It says nothing of when or how fast the dataset was made: the same capture gives the same file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from distillkit.config.errors import UserError
+from distillkit.shards.files import ShardRecord, write_whole
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a captured dataset is, what it was made from and with, and its shards in order."""
+
+    codec_kind: str
+    codec_config: dict[str, Any]
+    tokenizer_sha256: str | None
+    """As `distillkit.data.tokenizer_hash` gives it."""
+    vocabulary_size: int
+    """Columns of the teacher's head."""
+    teacher: dict[str, Any]
+    """Its path or id, its revision, and how it was loaded."""
+    capture: dict[str, Any]
+    """The rest of the configuration."""
+    versions: dict[str, str]
+    shards: tuple[ShardRecord, ...]
+    background: str | None
+    """Name of the file with the distribution of the mass outside the top k."""
+    packed_to: int | None
+    """Tokens that rows were packed to; None where a row is a document or a piece of one."""
+
+    @property
+    def rows(self) -> int:
+        return self.shards[-1].rows[1] if self.shards else 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, whole or not at all."""
+    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, sort_keys=True)
+    write_whole(folder / MANIFEST, (text + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a captured dataset; None where there is none, as in published datasets.
+
+    Raises `UserError` where the file is no manifest.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        shards = tuple(ShardRecord.from_json(record) for record in content["shards"])
+        return Manifest(**{**{field.name: content[field.name] for field in fields(Manifest)}, "shards": shards})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no manifest of a captured dataset ({type(error).__name__}: {error})") from error

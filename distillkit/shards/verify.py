@@ -1,0 +1,38 @@
+"""Whether the shards of a captured dataset are those that were captured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distillkit.shards.files import ShardRecord, sha256
+from distillkit.shards.manifest import Manifest
+
+
+def verify_shards(folder: Path, manifest: Manifest) -> list[str]:
+    """One line per shard that is missing, truncated, altered or not of this dataset, naming the file.
+
+    Reads every byte of every shard.
+    """
+    problems = [line for record in manifest.shards for line in _problems(folder, record)]
+    known = {record.file for record in manifest.shards}
+    for path in sorted(folder.glob("*.parquet")):
+        if path.name not in known:
+            problems.append(f"{path.name}: is not in the manifest; it is of another dataset")
+    expected = 0
+    for record in manifest.shards:
+        if record.rows[0] != expected:
+            problems.append(f"{record.file}: starts at row {record.rows[0]}, but the shards before end at {expected}")
+        expected = record.rows[1]
+    return problems
+
+
+def _problems(folder: Path, record: ShardRecord) -> list[str]:
+    path = folder / record.file
+    if not path.is_file():
+        return [f"{record.file}: is missing"]
+    size = path.stat().st_size
+    if size < record.bytes:
+        return [f"{record.file}: is truncated: {size:,} bytes, {record.bytes:,} were captured"]
+    if size > record.bytes or sha256(path) != record.sha256:
+        return [f"{record.file}: is not what was captured (other bytes, by SHA-256)"]
+    return []

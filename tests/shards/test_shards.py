@@ -1,0 +1,193 @@
+"""Shards: what goes in comes out, whole or not at all, and damage is named."""
+
+import os
+import resource
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import load_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distillkit.config import UserError
+from distillkit.shards import (
+    Manifest,
+    completed,
+    read_background,
+    read_manifest,
+    read_record,
+    remove_leftovers,
+    signal_array,
+    signal_table,
+    signal_tensor,
+    verify_shards,
+    write_background,
+    write_manifest,
+    write_shard,
+)
+from distillkit.shards.files import _staged
+
+DTYPES = [torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
+
+
+def table(rows=6, width=3, seed=0):
+    lengths = [1 + (seed + index) % 4 for index in range(rows)]
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(256, (sum(lengths), width), generator=generator).to(torch.uint8)
+    input_ids = pa.array([list(range(length)) for length in lengths], pa.list_(pa.int32()))
+    return signal_table({"bytes": values}, lengths).append_column("input_ids", input_ids)
+
+
+def manifest(records, **changes):
+    fields = {
+        "codec_kind": "plain",
+        "codec_config": {"k": 2},
+        "tokenizer_sha256": "ab",
+        "vocabulary_size": 9,
+        "teacher": {"path": "teacher"},
+        "capture": {},
+        "versions": {"torch": "2"},
+        "shards": tuple(records),
+        "background": None,
+        "packed_to": None,
+    }
+    return Manifest(**{**fields, **changes})
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    records = [write_shard(tmp_path, index, table(seed=index), (6 * index, 6 * index + 6)) for index in range(3)]
+    made = manifest(records)
+    write_manifest(tmp_path, made)
+    return tmp_path, made
+
+
+@given(lengths=st.lists(st.integers(0, 5), max_size=6), width=st.integers(1, 4), dtype=st.sampled_from(DTYPES))
+def test_tensors_come_back(lengths, width, dtype):
+    values = torch.arange(sum(lengths) * width).view(-1, width).to(dtype)
+    array = signal_array(values, lengths)
+    slow, flat = [], iter(values.tolist())
+    for length in lengths:
+        slow.append([next(flat) for _ in range(length)])
+    assert array.to_pylist() == slow
+    back = signal_tensor(array)
+    assert back.dtype == dtype and torch.equal(back.view(-1), values.view(-1))
+
+
+def test_slices_chunks_and_other_kinds_of_list():
+    values = torch.arange(60, dtype=torch.int64).view(20, 3)
+    array = signal_array(values, [5, 5, 5, 5])
+    assert torch.equal(signal_tensor(array.slice(1, 2)), values[5:15])
+    assert torch.equal(
+        signal_tensor(pa.chunked_array([array.slice(2), array.slice(0, 1)])), values[[*range(10, 20), *range(5)]]
+    )
+    for kind in (pa.large_list(pa.large_list(pa.int64())), pa.list_(pa.list_(pa.int64(), 3))):
+        assert torch.equal(signal_tensor(array.cast(kind)), values)
+    assert signal_tensor(pa.chunked_array([], array.type)).shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("column", "line"),
+    [
+        ([[[1, 2], [3]]], "signal: tokens have from 1 to 2 values; all must have as many"),
+        ([[[1, None]]], "signal: has missing values"),
+        ([[[1], None]], "signal: has missing values"),
+        ([None], "signal: must hold a list of numbers per token, but holds null"),
+        ([[1, 2]], "signal: must hold a list of numbers per token, but holds "),
+        ([[["a"]]], "signal: must hold a list of numbers per token, but holds "),
+    ],
+)
+def test_what_is_no_signal_is_told(column, line):
+    with pytest.raises(UserError, match=line):
+        signal_tensor(pa.array(column), "signal")
+
+
+def test_a_shard_is_read_by_others_and_its_bytes_are_the_same_again(tmp_path):
+    (tmp_path / "again").mkdir()
+    first = write_shard(tmp_path, 3, table(), (0, 6))
+    again = write_shard(tmp_path / "again", 3, table(), (0, 6))
+    assert first == again == read_record(tmp_path, 3)
+    assert sorted(os.listdir(tmp_path / "again")) == ["shard-00003.json", "shard-00003.parquet"]
+    assert first.tokens == 13
+    assert pq.read_table(tmp_path / first.file).equals(table())
+    loaded = load_dataset("parquet", data_files=str(tmp_path / first.file), split="train", cache_dir=tmp_path / "cache")
+    assert loaded["bytes"][:] == table()["bytes"].to_pylist()
+
+
+def test_only_complete_shards_count(tmp_path):
+    for index in (0, 1, 3):
+        write_shard(tmp_path, index, table(), (0, 6))
+    (tmp_path / "shard-00001.json").unlink()  # killed between the shard and its record
+    (tmp_path / "shard-00003.json").write_text('{"file": "sha')
+    assert list(completed(tmp_path, 5)) == [0]
+
+
+def test_a_shard_that_has_no_room_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_shard(tmp_path, 0, table(rows=2000), (0, 2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_the_living_stay(tmp_path):
+    write_shard(tmp_path, 0, table(), (0, 6))
+    mine = _staged(tmp_path / "shard-00001.parquet")
+    dead = tmp_path / mine.name.replace(f".{os.getpid()}.", ".4194305.")  # no process has so high a number
+    mine.touch()
+    dead.touch()
+    remove_leftovers(tmp_path)
+    assert mine.exists() and not dead.exists() and read_record(tmp_path, 0) is not None
+
+
+def test_a_manifest_comes_back(dataset):
+    folder, made = dataset
+    assert read_manifest(folder) == made
+    assert (made.rows, made.tokens) == (18, sum(record.tokens for record in made.shards))
+    assert verify_shards(folder, made) == []
+    assert read_manifest(folder / "nothing") is None
+    (folder / "manifest.json").write_text('{"shards": [{}]}')
+    with pytest.raises(UserError, match="is no manifest of a captured dataset"):
+        read_manifest(folder)
+
+
+def test_damage_is_named(dataset):
+    folder, made = dataset
+    whole = (folder / "shard-00001.parquet").read_bytes()
+    (folder / "shard-00000.parquet").unlink()
+    (folder / "shard-00001.parquet").write_bytes(whole[:-1])
+    flipped = bytearray((folder / "shard-00002.parquet").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (folder / "shard-00002.parquet").write_bytes(flipped)
+    (folder / "shard-00007.parquet").write_bytes(whole)
+    assert [line.split(" (")[0] for line in verify_shards(folder, made)] == [
+        "shard-00000.parquet: is missing",
+        f"shard-00001.parquet: is truncated: {len(whole) - 1:,} bytes, {len(whole):,} were captured",
+        "shard-00002.parquet: is not what was captured",
+        "shard-00007.parquet: is not in the manifest; it is of another dataset",
+    ]
+
+
+def test_a_shard_of_another_dataset_is_named(dataset):
+    folder, made = dataset
+    (folder / "shard-00001.parquet").write_bytes((folder / "shard-00002.parquet").read_bytes())
+    assert len(verify_shards(folder, made)) == 1
+    lost = manifest([made.shards[0], made.shards[2]])
+    assert any("starts at row 12, but the shards before end at 6" in line for line in verify_shards(folder, lost))
+
+
+def test_a_background_comes_back(tmp_path):
+    logprobs = torch.randn(9).log_softmax(-1)
+    made = manifest([], background=write_background(tmp_path, logprobs))
+    assert torch.equal(read_background(tmp_path, made), logprobs)
+    assert read_background(tmp_path, manifest([])) is None and read_background(tmp_path, None) is None
+    with pytest.raises(UserError, match="covers 9 tokens, but the dataset's vocabulary has 10"):
+        read_background(tmp_path, manifest([], background=made.background, vocabulary_size=10))
+    (tmp_path / made.background).write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read as a background distribution"):
+        read_background(tmp_path, made)
