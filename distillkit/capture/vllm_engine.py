@@ -1,0 +1,141 @@
+"""A teacher run by vLLM: what it answers about a prompt, as the distributions that a capture stores.
+
+A document is a request of its own; vLLM batches them. Asked for `prompt_logprobs`, it answers for each token of the
+prompt how likely it, and the k likeliest tokens, were after the tokens before it. The answer at a token is therefore
+the teacher's word at the token before, and the word at the last token is that about the one token it is made to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from distillkit.capture.engines import Answer, Row
+from distillkit.config import HFTeacherConfig, UserError
+from distillkit.distribution import SparseDistribution
+from distillkit.pretrained import load_pretrained_config
+
+TOKENS_AT_ONCE = 2**15
+"""Of requests handed to vLLM together: its answers are Python numbers, some 100 bytes for each of k per token."""
+
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of some positions, one after another: how many entries each has; token ids and log-probabilities of the entries."""
+
+
+class VLLMEngine:
+    """Runs the teacher by vLLM, on its GPUs.
+
+    Args:
+        teacher: its `kwargs` are vLLM's, those of `vllm.LLM`: `dtype`, `tensor_parallel_size`, `revision`, ...
+        k: log-probabilities that will be asked for per token; vLLM wants to know when it starts.
+        sequence_length: tokens of the longest document.
+
+    Raises:
+        UserError: vLLM is not installed, or does not start with this teacher.
+    """
+
+    def __init__(
+        self, teacher: HFTeacherConfig, k: int, sequence_length: int, *, trust_remote_code: bool = False
+    ) -> None:
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise UserError(
+                f"engine: vllm cannot be imported ({error}); pip install 'distillkit[capture]', or engine: transformers"
+            ) from error
+        kwargs = {"dtype" if name == "torch_dtype" else name: value for name, value in teacher.kwargs.items()}
+        config = load_pretrained_config(teacher.path, key="teacher.path", trust_remote_code=trust_remote_code)
+        self.vocabulary_size: int = config.get_text_config().vocab_size
+        try:
+            self._llm = LLM(
+                model=teacher.path,
+                trust_remote_code=trust_remote_code,
+                max_model_len=sequence_length + 1,  # and the token that it is made to write
+                max_logprobs=k,
+                logprobs_mode="raw_logprobs",  # of the logits as they are: temperature 1, no penalties
+                enable_prefix_caching=False,  # what is cached of a prompt's beginning has no log-probabilities
+                **kwargs,
+            )
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            raise UserError(f"engine: vllm does not start with {teacher.path!r}: {error}") from error
+        self._params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=k, logprobs=k, flat_logprobs=True, detokenize=False
+        )
+
+    def top_k(self, rows: Sequence[Row], k: int) -> Iterator[Answer]:
+        """See `Engine`; `k` is the one that the engine was made for. The distributions are on the CPU."""
+        for together in _rows_together(rows):
+            prompts = [{"prompt_token_ids": document} for index in together for document in _documents(rows[index])]
+            outputs = self._llm.generate(prompts, self._params, use_tqdm=False)
+            said = [sparse_distribution(output, k) for output in outputs]
+            distribution = SparseDistribution(
+                torch.cat([each.ids for each in said]), torch.cat([each.logprobs for each in said])
+            )
+            yield Answer(together, distribution)
+
+
+def sparse_distribution(output: Any, k: int) -> SparseDistribution:
+    """The teacher's word at each token of a prompt, from vLLM's `RequestOutput`.
+
+    vLLM answers with k or k + 1 entries per token: the k likeliest, and the token of the prompt wherever it stands.
+    The rows have the k likeliest, by descending log-probability.
+
+    output: of a request with `prompt_logprobs=k`, `logprobs=k` and `max_tokens=1`. Both are either lists of
+        dictionaries {token id: Logprob} with None for the prompt's first token, or `FlatLogprobs`.
+    """
+    # Of the prompt's first token nothing is said: nothing precedes it.
+    about_prompt, about_next = _entries(output.prompt_logprobs), _entries(output.outputs[0].logprobs)
+    counts, ids, logprobs = (np.concatenate(both) for both in zip(about_prompt, about_next, strict=True))
+    return _likeliest((counts[1:], ids, logprobs), k)
+
+
+def _rows_together(rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Places of rows that are asked about in one go, in order."""
+    together: list[int] = []
+    tokens = 0
+    for index, row in enumerate(rows):
+        if together and tokens + len(row["input_ids"]) > TOKENS_AT_ONCE:
+            yield together
+            together, tokens = [], 0
+        together.append(index)
+        tokens += len(row["input_ids"])
+    if together:
+        yield together
+
+
+def _documents(row: Row) -> Iterator[list[int]]:
+    start = 0
+    for length in row["seq_lengths"]:
+        yield list(row["input_ids"][start : start + length])
+        start += length
+
+
+def _entries(answers: Any) -> Entries:
+    if not isinstance(answers, list):  # FlatLogprobs
+        counts = np.subtract(answers.end_indices, answers.start_indices)
+        return counts, np.array(answers.token_ids, np.int64), np.array(answers.logprobs, np.float32)
+    dictionaries = [answer or {} for answer in answers]
+    ids = np.fromiter(chain.from_iterable(dictionaries), np.int64)
+    logprobs = chain.from_iterable(answer.values() for answer in dictionaries)
+    counts = np.array([len(answer) for answer in dictionaries], np.int64)
+    return counts, ids, np.fromiter((entry.logprob for entry in logprobs), np.float32, len(ids))
+
+
+def _likeliest(entries: Entries, k: int) -> SparseDistribution:
+    """A position's first entry is the prompt's own token. It may come again, as one of the likeliest."""
+    counts, ids, logprobs = entries
+    width = max(k, int(counts.max()))
+    row = np.repeat(np.arange(len(counts)), counts)
+    column = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    all_ids = np.zeros((len(counts), width), np.int64)
+    all_logprobs = np.full((len(counts), width), -np.inf, np.float32)
+    all_ids[row, column], all_logprobs[row, column] = ids, logprobs
+    again = (all_ids[:, 1:] == all_ids[:, :1]) & (all_logprobs[:, 1:] > -np.inf)
+    all_logprobs[again.any(-1), 0] = -np.inf
+    order = np.argsort(-all_logprobs, axis=-1, kind="stable")[:, :k]
+    kept_ids, kept_logprobs = (np.take_along_axis(values, order, -1) for values in (all_ids, all_logprobs))
+    return SparseDistribution(torch.from_numpy(kept_ids), torch.from_numpy(kept_logprobs))

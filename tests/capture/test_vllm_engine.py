@@ -1,0 +1,100 @@
+"""The vLLM engine against the shape of vLLM's outputs; vLLM itself needs a GPU and does not run here."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distillkit.capture import vllm_engine
+from distillkit.capture.vllm_engine import VLLMEngine, sparse_distribution
+from distillkit.config import HFTeacherConfig, UserError
+
+from . import vllm_outputs
+
+ROWS = [
+    {"input_ids": [3, 14, 15, 9, 2, 6], "seq_lengths": [4, 2]},
+    {"input_ids": [5], "seq_lengths": [1]},
+    {"input_ids": [35, 8, 9, 7, 9], "seq_lengths": [5]},
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes, num_key_value_heads=1, initializer_range=0.5))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = vllm_outputs.LLM, vllm_outputs.SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+@given(
+    tokens=st.integers(1, 6),
+    vocabulary=st.integers(2, 12),
+    k=st.integers(1, 12),
+    flat=st.booleans(),
+    seed=st.integers(),
+)
+def test_positions_are_shifted_and_have_the_k_likeliest(tokens, vocabulary, k, flat, seed):
+    """Each row is the k likeliest tokens after that token, whether or not vLLM added the prompt's own token."""
+    k = min(k, vocabulary)
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    logprobs = torch.randn(tokens, vocabulary, generator=generator).mul(3).log_softmax(-1)
+    prompt = torch.randint(vocabulary, (tokens,), generator=generator).tolist()
+    got = sparse_distribution(vllm_outputs.request_output(logprobs, prompt, k, flat), k)
+    values, ids = logprobs.topk(k)
+    torch.testing.assert_close(got.logprobs, values, rtol=0, atol=0)
+    torch.testing.assert_close(got.ids, ids)
+
+
+def test_fewer_entries_than_k_are_absent():
+    """A position that vLLM fills with log-probability -inf stays so, and is not taken for the token of its number."""
+    entries = {0: vllm_outputs.Logprob(-0.5), 7: vllm_outputs.Logprob(-1.0), 9: vllm_outputs.Logprob(-torch.inf)}
+    completion = vllm_outputs.CompletionOutput(0, "", [0], [entries])
+    got = sparse_distribution(vllm_outputs.RequestOutput("0", [4], [None], [completion]), 4)
+    assert got.present.tolist() == [[True, True, False, False]]
+    assert got.ids[0, :2].tolist() == [0, 7]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 2**15])
+def test_the_same_as_transformers(teacher, vllm, monkeypatch, at_once):
+    """Documents of a row are separate requests; what is said of each row does not depend on what is asked together."""
+    monkeypatch.setattr(vllm_engine, "TOKENS_AT_ONCE", at_once)
+    config = HFTeacherConfig(path=str(teacher), kwargs={"torch_dtype": "float32"})
+    engine = VLLMEngine(config, 6, 5)
+    model = LlamaForCausalLM.from_pretrained(teacher).eval()
+    answers = list(engine.top_k(ROWS, 6))
+    assert sorted(row for answer in answers for row in answer.rows) == [0, 1, 2]
+    assert engine.vocabulary_size == 40
+    for answer in answers:
+        documents = []
+        for row in (ROWS[index] for index in answer.rows):
+            documents += torch.tensor(row["input_ids"]).split(row["seq_lengths"])
+        with torch.no_grad():
+            logits = torch.cat([model(document[None]).logits[0] for document in documents])
+        values, ids = logits.log_softmax(-1).topk(6)
+        torch.testing.assert_close(answer.distribution.ids, ids)
+        torch.testing.assert_close(answer.distribution.logprobs, values)
+
+
+def test_what_is_missing_is_one_line(teacher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r"engine: vllm cannot be imported .*; pip install 'distillkit\[capture\]', or"):
+        VLLMEngine(HFTeacherConfig(path=str(teacher)), 6, 5)
+
+
+def test_arguments_that_vllm_refuses_are_one_line(teacher, vllm):
+    config = HFTeacherConfig(path=str(teacher), kwargs={"max_model_len": 10})
+    with pytest.raises(UserError, match=r"engine: vllm does not start with .*max_model_len"):
+        VLLMEngine(config, 6, 5)
