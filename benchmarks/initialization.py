@@ -133,7 +133,7 @@ def train(student: KDAHybridForCausalLM, teacher: PreTrainedModel, batches: list
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * schedule(step, len(batches))
-        signal = online.signal(batch["input_ids"], batch["position_ids"])
+        signal = online.signal(batch)
         with autocast(batch["input_ids"].device, args.dtype):
             output = distiller(**batch, normalizer=torch.tensor(len(counted_rows(batch["labels"]))), signal=signal)
         output["loss"].backward()

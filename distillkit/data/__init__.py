@@ -3,3 +3,4 @@
 from distillkit.data.collate import collate as collate
 from distillkit.data.dataset import build_dataset as build_dataset
 from distillkit.data.dataset import build_datasets as build_datasets
+from distillkit.data.dataset import tokenizer_hash as tokenizer_hash

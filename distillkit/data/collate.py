@@ -8,21 +8,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Shaped
 from torch import Tensor
+
+from distillkit.losses.vocabulary_head import IGNORED_LABEL
 
 
 def collate(
-    rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, sequence_length: int | None = None
-) -> dict[str, Int[Tensor, "batch tokens"]]:
-    """`input_ids`, `labels` and `position_ids` of rows as `build_dataset` makes them.
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int,
+    sequence_length: int | None = None,
+    signal_columns: Sequence[str] = (),
+) -> dict[str, Shaped[Tensor, "batch tokens *width"]]:
+    """`input_ids`, `labels` and `position_ids` [batch, tokens] of rows as `build_dataset` makes them.
 
     sequence_length: tokens per row of the batch; by default those of its longest row.
+    signal_columns: columns of one list of numbers per token, to become [batch, tokens, width]; 0 in the padding.
     """
     tokens = sequence_length or max(len(row["input_ids"]) for row in rows)
     shape = (len(rows), tokens)
     input_ids = torch.full(shape, pad_token_id)
-    labels = torch.full(shape, -100)
+    labels = torch.full(shape, IGNORED_LABEL)
     position_ids = torch.empty(shape, dtype=torch.long)
     for index, row in enumerate(rows):
         length = len(row["input_ids"])
@@ -30,4 +37,12 @@ def collate(
         labels[index, :length] = torch.as_tensor(row["labels"])
         documents = [*row["seq_lengths"], tokens - length]
         position_ids[index] = torch.cat([torch.arange(documented) for documented in documents])
-    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    signals = {name: _padded([torch.as_tensor(row[name]) for row in rows], tokens) for name in signal_columns}
+    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, **signals}
+
+
+def _padded(signals: Sequence[Shaped[Tensor, "_ width"]], tokens: int) -> Shaped[Tensor, "batch tokens width"]:
+    padded = signals[0].new_zeros(len(signals), tokens, signals[0].shape[-1])
+    for row, signal in zip(padded, signals, strict=True):
+        row[: len(signal)] = signal
+    return padded

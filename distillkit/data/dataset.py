@@ -172,14 +172,22 @@ def _made_from(source: DatasetSource, tokenizer: PreTrainedTokenizerBase, prepar
         "version": _VERSION,
         "source": source.model_dump(),
         "files": file_states(source.disk_path or source.repo_id or ""),
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": _text_to_ids_hash(tokenizer),
         **asdict(preparation),
     }
     restored: dict[str, Any] = json.loads(json.dumps(made_from))
     return restored
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of which token each id is: equal where what one tokenizer made means the same to the other.
+
+    How a text is cut into tokens, and the chat template, do not matter to ids that are there already.
+    """
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _text_to_ids_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of everything about a tokenizer that tells which ids a text gets."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         state = json.loads(tokenizer.backend_tokenizer.to_str())

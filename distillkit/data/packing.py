@@ -3,6 +3,9 @@
 Packing is TRL's best-fit decreasing (Ding et al., Fewer Truncations Improve Language Modeling, 2024, arXiv 2404.10830),
 with documents longer than a row split into pieces. The first token of a document, or piece of one, has no context in
 its row, so it is nobody's target: its label is -100. What remains are exactly the tokens that are predicted.
+
+Documents may have further columns of one list entry per token (a captured teacher's word on it). They go wherever
+their tokens go, and are moved as buffers of Arrow, for they are a hundred times as large as the tokens.
 """
 
 import numpy as np
@@ -12,36 +15,46 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from trl.data_utils import pack_dataset
 
 from distillkit.config.errors import UserError
-from distillkit.data.rows import DOCUMENT_FEATURES, IGNORED, Batch
+from distillkit.data.rows import DOCUMENT_FEATURES, Batch
+from distillkit.losses.vocabulary_head import IGNORED_LABEL
 
 ROW_FEATURES = Features({**DOCUMENT_FEATURES, "seq_lengths": List(Value("int32"))})
 
 _TOKENS_PACKED_AT_ONCE = 2**24
+_VALUES_MOVED_AT_ONCE = 2**28
+_MOST_VALUES = 2**31 - 1  # of one column in one batch, for its lists are counted by 32-bit integers
 
 
 def pack_documents(documents: Dataset, sequence_length: int) -> Dataset:
-    """Several documents per row, in columns `input_ids`, `labels` and `seq_lengths`."""
+    """Several documents per row, in columns `input_ids`, `labels`, `seq_lengths` and any further ones."""
     at_once = max(_TOKENS_PACKED_AT_ONCE, 64 * sequence_length)  # so many that a few rows left unfilled do not count
-    batch_size = max(1, len(documents) * at_once // count_tokens(documents))
-    map_kwargs = {"batch_size": batch_size, "desc": "packing"}
+    if (width := _values_per_token(documents)) > 1:
+        at_once = max(_VALUES_MOVED_AT_ONCE // width, 64 * sequence_length)
+    map_kwargs = {"batch_size": _batch_size(documents, at_once), "desc": "packing"}
     return _mask_first_tokens(pack_dataset(documents, sequence_length, "bfd_split", map_kwargs))
 
 
 def split_documents(documents: Dataset, sequence_length: int) -> Dataset:
     """One document, or piece of one, per row."""
 
-    def split(batch: Batch) -> Batch:
-        pieces: Batch = {
-            name: [
-                values[i : i + sequence_length]
-                for values in batch[name]
-                for i in range(0, len(values), sequence_length)
-            ]
-            for name in ("input_ids", "labels")
-        }
-        return {**pieces, "seq_lengths": [[len(piece)] for piece in pieces["input_ids"]]}
+    def split(table: pa.Table) -> pa.Table:
+        lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+        pieces = -(-lengths // sequence_length)
+        # Each piece is as long as a row, but for the last of each document.
+        piece_lengths = np.full(pieces.sum(), sequence_length)
+        piece_lengths[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * sequence_length
+        columns = {name: relisted(table[name], piece_lengths) for name in table.column_names}
+        seq_lengths = pa.ListArray.from_arrays(
+            np.arange(len(piece_lengths) + 1, dtype=np.int32), piece_lengths.astype(np.int32)
+        )
+        return pa.table({**columns, "seq_lengths": seq_lengths})
 
-    return _mask_first_tokens(documents.map(split, batched=True, features=ROW_FEATURES, desc="splitting"))
+    features = Features({**documents.features, "seq_lengths": ROW_FEATURES["seq_lengths"]})
+    batch_size = _batch_size(documents, _VALUES_MOVED_AT_ONCE // _values_per_token(documents))
+    rows = documents.with_format("arrow").map(
+        split, batched=True, batch_size=batch_size, features=features, desc="splitting"
+    )
+    return _mask_first_tokens(rows.with_format(None))
 
 
 def keep_rows(rows: Dataset, boundaries: Dataset | None, sequence_length: int, key: str) -> Dataset:
@@ -62,12 +75,15 @@ def keep_rows(rows: Dataset, boundaries: Dataset | None, sequence_length: int, k
                 raise UserError(f"{key}: row {index} has {length} tokens, but its seq_lengths add up to {sum(parts)}")
         return {**batch, "seq_lengths": seq_lengths}
 
+    further = rows.remove_columns(list(DOCUMENT_FEATURES))
+    rows = rows.select_columns(list(DOCUMENT_FEATURES))
     if boundaries is not None:
         if len(boundaries) != len(rows):
             raise UserError(f"{key}: has rows without tokens; remove them")
         rows = concatenate_datasets([rows, boundaries], axis=1)
     checked = rows.map(check, batched=True, with_indices=True, features=ROW_FEATURES, desc="checking rows")
-    return _mask_first_tokens(checked)
+    masked = _mask_first_tokens(checked)
+    return concatenate_datasets([masked, further], axis=1) if further.column_names else masked
 
 
 def count_tokens(rows: Dataset) -> int:
@@ -76,15 +92,47 @@ def count_tokens(rows: Dataset) -> int:
     return sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for batch in batches)
 
 
+def relisted(column: pa.ChunkedArray, lengths: np.ndarray) -> pa.ListArray:
+    """The entries of all lists of a column, in lists of other lengths."""
+    lists = pa.concat_arrays(column.chunks)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(lists.offsets.type.to_pandas_dtype())
+    return type(lists).from_arrays(offsets, lists.flatten())
+
+
+def _values_per_token(documents: Dataset) -> int:
+    """Of the column with the most of them; 1 where a token is all there is."""
+    further = documents.remove_columns(list(DOCUMENT_FEATURES))
+    if not further.column_names:
+        return 1
+    first = further.with_format("arrow")[:1]
+    return max(1, *(len(pa.concat_arrays(first[name].chunks)[0].values[0]) for name in first.column_names))
+
+
+def _batch_size(documents: Dataset, tokens: int) -> int:
+    """Documents that have about so many tokens, and surely no more values than a batch can hold."""
+    lengths = documents.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+    longest = max(pc.max(pc.list_value_length(batch["input_ids"])).as_py() for batch in lengths)
+    most = _MOST_VALUES // (longest * _values_per_token(documents))
+    return max(1, min(len(documents) * tokens // count_tokens(documents), most))
+
+
 def _mask_first_tokens(rows: Dataset) -> Dataset:
+    """The label of each document's first token becomes -100. The other columns are not touched, nor copied."""
+
     def mask(table: pa.Table) -> pa.Table:
-        labels = pa.concat_arrays(table["labels"].chunks)
         lengths = pa.concat_arrays(table["seq_lengths"].chunks).flatten().to_numpy()
+        labels = pa.concat_arrays(table["labels"].chunks)
         values = labels.flatten().to_numpy().copy()
-        values[np.cumsum(lengths) - lengths] = IGNORED
+        values[np.cumsum(lengths) - lengths] = IGNORED_LABEL
         offsets = labels.offsets.to_numpy()
         masked = type(labels).from_arrays(pa.array(offsets - offsets[0]), pa.array(values))
         return table.set_column(table.column_names.index("labels"), "labels", masked)
 
-    masked = rows.with_format("arrow").map(mask, batched=True, features=ROW_FEATURES, desc="marking documents")
-    return masked.with_format(None)
+    names = ["labels", "seq_lengths"]
+    features = Features({name: ROW_FEATURES[name] for name in names})
+    masked = (
+        rows.select_columns(names)
+        .with_format("arrow")
+        .map(mask, batched=True, features=features, desc="marking documents")
+    )
+    return concatenate_datasets([rows.remove_columns(names), masked.with_format(None)], axis=1)

@@ -1,10 +1,9 @@
 """A teacher that is a live model, run beside the student."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,10 +39,12 @@ class OnlineTeacher:
         self.vocabulary_size = vocabulary_size
 
     @torch.no_grad()
-    def signal(
-        self, input_ids: Int[Tensor, "batch tokens"], position_ids: Int[Tensor, "batch tokens"]
-    ) -> TeacherSignal:
-        """The teacher's word on a batch. Its computation is in the teacher's own dtype, whatever autocast says."""
+    def signal(self, batch: Mapping[str, Tensor]) -> TeacherSignal:
+        """The teacher's word on the batch's `input_ids` and `position_ids`.
+
+        It is computed in the teacher's own dtype, whatever autocast says.
+        """
+        input_ids, position_ids = batch["input_ids"], batch["position_ids"]
         with torch.autocast(input_ids.device.type, enabled=False):
             final, states = decode(self.model, input_ids, position_ids, self.layers, final_norm=self.final_norm)
         flat, (weight, bias) = final.flatten(0, 1), head(self.model)

@@ -4,7 +4,7 @@ A teacher has two things to say: at each counted position a distribution over th
 chunk of positions at a time so that [tokens, vocab] never exists; and hidden states of some of its layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,8 +27,6 @@ class TeacherSignal:
 
 
 class Teacher(Protocol):
-    """Whoever can be asked about a batch."""
+    """Whoever can be asked about a batch, as `distillkit.data` collates it."""
 
-    def signal(
-        self, input_ids: Int[Tensor, "batch tokens"], position_ids: Int[Tensor, "batch tokens"]
-    ) -> TeacherSignal: ...
+    def signal(self, batch: Mapping[str, Tensor]) -> TeacherSignal: ...

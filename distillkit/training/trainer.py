@@ -83,11 +83,9 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the step's loss."""
-        batch = {key: inputs[key] for key in ("input_ids", "position_ids")}
-        signal = self.teacher.signal(**batch) if self.teacher is not None else None
+        signal = self.teacher.signal(inputs) if self.teacher is not None else None
         output: DistillerOutput = model(
-            **batch,
-            labels=inputs["labels"],
+            **{name: inputs[name] for name in ("input_ids", "position_ids", "labels")},
             normalizer=num_items_in_batch,
             preference_pairs=self._preference_pairs,
             signal=signal,
@@ -142,7 +140,7 @@ class DistillationTrainer(Trainer):
             return {}
         totals: dict[str, Tensor] = {}
         for batch in map(self._prepare_inputs, batches):
-            signal = self.teacher.signal(batch["input_ids"], batch["position_ids"])
+            signal = self.teacher.signal(batch)
             for name, pairs in objective.preference_pairs(batch["labels"], signal.distribution).items():
                 totals[name] = totals.get(name, torch.zeros_like(pairs)) + pairs
         return {name: self._over_ranks(pairs) for name, pairs in totals.items()}

@@ -25,7 +25,7 @@ def inputs():
 def test_distributions_of_rows_are_the_models_logits(teacher_model, inputs):
     logits = teacher_model(**inputs, use_cache=False).logits.flatten(0, 1)
     rows = torch.tensor([0, 3, 11, 20])
-    said = OnlineTeacher(teacher_model).signal(**inputs).distribution(rows)
+    said = OnlineTeacher(teacher_model).signal(inputs).distribution(rows)
     torch.testing.assert_close(said(slice(0, 3)).logits, logits[rows[:3]])
     torch.testing.assert_close(said(slice(3, 4)).logits, logits[rows[3:]])
 
@@ -33,7 +33,7 @@ def test_distributions_of_rows_are_the_models_logits(teacher_model, inputs):
 @torch.no_grad()
 def test_top_k_is_normalised_over_the_whole_vocabulary(teacher_model, inputs):
     logprobs = teacher_model(**inputs, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-    said = OnlineTeacher(teacher_model, top_k=5).signal(**inputs).distribution(torch.arange(24))(slice(0, 24))
+    said = OnlineTeacher(teacher_model, top_k=5).signal(inputs).distribution(torch.arange(24))(slice(0, 24))
     assert said.ids.shape == (24, 5)
     torch.testing.assert_close(said.logprobs, logprobs.gather(-1, said.ids))
     torch.testing.assert_close(said.logprobs, logprobs.topk(5).values)
@@ -43,7 +43,7 @@ def test_top_k_is_normalised_over_the_whole_vocabulary(teacher_model, inputs):
 def test_a_common_vocabulary_is_normalised_by_itself(teacher_model, inputs):
     logprobs = teacher_model(**inputs, use_cache=False).logits.flatten(0, 1)[:, :50].log_softmax(-1)
     teacher = OnlineTeacher(teacher_model, top_k=50, vocabulary_size=50)
-    said = teacher.signal(**inputs).distribution(torch.arange(24))(slice(0, 24))
+    said = teacher.signal(inputs).distribution(torch.arange(24))(slice(0, 24))
     torch.testing.assert_close(said.logprobs, logprobs.gather(-1, said.ids))
     assert said.ids.max() < 50 < VOCAB
 
@@ -51,7 +51,7 @@ def test_a_common_vocabulary_is_normalised_by_itself(teacher_model, inputs):
 @torch.no_grad()
 def test_hidden_states_are_those_that_transformers_gives(teacher_model, inputs):
     expected = teacher_model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-    given = OnlineTeacher(teacher_model, [0, 2, 3]).signal(**inputs).hidden_states
+    given = OnlineTeacher(teacher_model, [0, 2, 3]).signal(inputs).hidden_states
     assert sorted(given) == [0, 2, 3]
     for index, states in given.items():
         torch.testing.assert_close(states, expected[index])
@@ -59,14 +59,14 @@ def test_hidden_states_are_those_that_transformers_gives(teacher_model, inputs):
 
 def test_the_teacher_computes_in_its_own_dtype_under_autocast(inputs):
     model = llama(0)
-    outside = OnlineTeacher(model).signal(**inputs).distribution(torch.arange(24))(slice(0, 24)).logits
+    outside = OnlineTeacher(model).signal(inputs).distribution(torch.arange(24))(slice(0, 24)).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = OnlineTeacher(model).signal(**inputs).distribution(torch.arange(24))(slice(0, 24)).logits
+        inside = OnlineTeacher(model).signal(inputs).distribution(torch.arange(24))(slice(0, 24)).logits
     assert torch.equal(inside, outside)
 
 
 def test_nothing_of_the_teacher_is_recorded_for_gradients(teacher_model, inputs):
-    signal = OnlineTeacher(teacher_model, [1]).signal(**inputs)
+    signal = OnlineTeacher(teacher_model, [1]).signal(inputs)
     assert not signal.hidden_states[1].requires_grad
     assert not signal.distribution(torch.arange(3))(slice(0, 3)).logits.requires_grad
 
