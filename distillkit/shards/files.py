@@ -1,19 +1,23 @@
 """Files that are whole or not there: write under another name, fsync, rename.
 
 A shard is a parquet file and a record of it beside it. The record is written after the file, so a shard that has a
-record is complete; one without is written again, with the same bytes. Names of unfinished files say which process of
-which machine writes them, so that any number of processes may write into one folder, even the same shard.
+record is complete; one without is written again, with the same bytes. Unfinished files are named after the process that
+writes them, so that any number of processes may write into one folder, even the same shard; they are locked while it
+does, so that what a killed process left behind can be told from what a living one writes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,21 +57,17 @@ def write_shard(folder: Path, index: int, table: pa.Table, rows: tuple[int, int]
     Raises OSError where there is no room; nothing remains of the attempt then.
     """
     path = folder / f"{shard_name(index)}.parquet"
-    staged = _staged(path)
-    try:
-        with staged.open("wb") as file:
-            pq.write_table(
-                table, file, compression="zstd", use_dictionary=False, write_statistics=False, version="2.6",
-                row_group_size=_ROWS_PER_GROUP,
-            )  # fmt: skip
-            file.flush()
-            os.fsync(file.fileno())
-        tokens = sum(len(chunk.flatten()) for chunk in table["input_ids"].chunks)
-        record = ShardRecord(path.name, rows, tokens, staged.stat().st_size, sha256(staged))
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-    _fsync_folder(folder)
+    with _whole_or_not_at_all(path) as file:
+        pq.write_table(
+            table,
+            file,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            row_group_size=_ROWS_PER_GROUP,
+        )
+    tokens = sum(len(chunk.flatten()) for chunk in table["input_ids"].chunks)
+    record = ShardRecord(path.name, rows, tokens, path.stat().st_size, sha256(path))
     text = json.dumps(asdict(record), indent=2, sort_keys=True) + "\n"
     write_whole(folder / f"{shard_name(index)}.json", text.encode())
     return record
@@ -91,23 +91,17 @@ def completed(folder: Path, shards: int) -> dict[int, ShardRecord]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part, even after a power cut."""
-    staged = _staged(path)
-    try:
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    with _whole_or_not_at_all(path) as file:
+        file.write(content)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete unfinished files of processes of this machine that are no more."""
-    for path in folder.glob(f".*.{_machine()}.*{_UNFINISHED}"):
-        if not _alive(int(path.name.split(".")[-2])):
-            path.unlink(missing_ok=True)
+    """Delete the unfinished files that nobody writes any more."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        # A file that is gone was finished meanwhile; one that cannot be locked is being written.
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def sha256(path: Path) -> str:
@@ -116,22 +110,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _staged(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}{_UNFINISHED}")
-
-
-def _machine() -> str:
-    return socket.gethostname().split(".")[0]
-
-
-def _alive(process: int) -> bool:
+@contextmanager
+def _whole_or_not_at_all(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path` when the block ends, and is gone when it does not end well."""
+    staged = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        with _locked(staged) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+
+
+def _locked(path: Path) -> BinaryIO:
+    """A new file with a lock on it, which ends with the process, however that ends."""
+    while True:
+        file = path.open("wb")
+        with suppress(OSError):  # a file system without locks: there leftovers stay
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return file
+        file.close()  # taken for a leftover in the moment before it was locked
 
 
 def _fsync_folder(folder: Path) -> None:

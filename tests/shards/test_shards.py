@@ -27,7 +27,7 @@ from distillkit.shards import (
     write_manifest,
     write_shard,
 )
-from distillkit.shards.files import _staged
+from distillkit.shards.files import _whole_or_not_at_all
 
 DTYPES = [torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
 
@@ -137,12 +137,13 @@ def test_a_shard_that_has_no_room_leaves_nothing(tmp_path):
 
 def test_leftovers_of_the_living_stay(tmp_path):
     write_shard(tmp_path, 0, table(), (0, 6))
-    mine = _staged(tmp_path / "shard-00001.parquet")
-    dead = tmp_path / mine.name.replace(f".{os.getpid()}.", ".4194305.")  # no process has so high a number
-    mine.touch()
-    dead.touch()
-    remove_leftovers(tmp_path)
-    assert mine.exists() and not dead.exists() and read_record(tmp_path, 0) is not None
+    (tmp_path / ".shard-00001.parquet.here.77.unfinished").write_bytes(b"of a process that was killed")
+    with _whole_or_not_at_all(tmp_path / "shard-00002.parquet") as file:
+        file.write(b"half")
+        remove_leftovers(tmp_path)
+        file.write(b" and half")
+    assert sorted(os.listdir(tmp_path)) == ["shard-00000.json", "shard-00000.parquet", "shard-00002.parquet"]
+    assert (tmp_path / "shard-00002.parquet").read_bytes() == b"half and half"
 
 
 def test_a_manifest_comes_back(dataset):
