@@ -16,8 +16,6 @@ def unbuilt(config: RunConfig) -> Iterator[str]:
             yield f"{key}: background is not built yet; use zero or symmetric_uniform"
     if config.resize_embeddings_to_multiple_of is not None:
         yield "resize_embeddings_to_multiple_of: is not built yet; remove it"
-    if config.dataset.assistant_only_loss:
-        yield "dataset.assistant_only_loss: is not built yet; remove it"
 
 
 def refuse_unbuilt(config: RunConfig) -> None:

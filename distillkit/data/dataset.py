@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillkit.config.data import DatasetConfig, DatasetSource
 from distillkit.config.errors import UserError
-from distillkit.data.packing import count_tokens, keep_rows, pack_documents, split_documents
+from distillkit.data.packing import count_tokens, keep_rows, pack_documents, refuse_packed_rows, split_documents
 from distillkit.data.prepared import file_states, load_or_prepare
-from distillkit.data.rows import RowFormat, tokenize_rows
+from distillkit.data.rows import RowFormat, holds_conversations, tokenize_rows
+from distillkit.data.signals import aligned_rows
 from distillkit.data.sources import load_source
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Preparation:
     packing: bool
     prepacked: bool
     row_format: RowFormat
+    signal_columns: tuple[str, ...] = ()
 
 
 def build_dataset(
@@ -50,6 +52,8 @@ def build_dataset(
     text_field: str = "text",
     completion_only_loss: bool | None = None,
     eos_label_token_ids: list[int] | None = None,
+    assistant_only_loss: bool = False,
+    signal_columns: tuple[str, ...] = (),
     num_proc: int | None = None,
     prepared_path: Path | None = None,
     key: str = "dataset.train_dataset",
@@ -58,21 +62,24 @@ def build_dataset(
 
     - `input_ids`: at most `sequence_length` tokens;
     - `seq_lengths`: lengths of the documents that make up the row, in order;
-    - `labels`: the tokens again, -100 at the first of each document and where no loss counts.
+    - `labels`: the tokens again, -100 at the first of each document and where no loss counts;
+    - those of `signal_columns`, each a list of numbers per token.
 
     seed: of the order of documents and rows; None keeps that of the source (rows, by decreasing document length).
     num_samples: so many rows of the source, after shuffling; all of them by default.
     packing: fill rows with several documents. Either way a document longer than a row is split, and none is lost.
     prepacked: rows are packed already (`input_ids`, perhaps `labels` and `seq_lengths`) and are kept as they are.
     eos_label_token_ids: token ids that become the EOS token in labels.
+    assistant_only_loss: rows are conversations, and only what the assistant says counts.
+    signal_columns: columns of tokenised rows with what a captured teacher says at each token.
     num_proc: processes that tokenise.
     prepared_path: folder that keeps the rows; they are made anew when anything they depend on has changed.
     key: the key of the YAML that holds the source, for error messages.
 
     Raises `UserError` for whatever is wrong with the source, its rows or the tokenizer.
     """
-    row_format = RowFormat(text_field, completion_only_loss, tuple(eos_label_token_ids or ()))
-    preparation = Preparation(sequence_length, seed, num_samples, packing, prepacked, row_format)
+    row_format = RowFormat(text_field, completion_only_loss, tuple(eos_label_token_ids or ()), assistant_only_loss)
+    preparation = Preparation(sequence_length, seed, num_samples, packing, prepacked, row_format, signal_columns)
 
     def prepare() -> Dataset:
         return _prepare(source, tokenizer, preparation, num_proc, key)
@@ -92,13 +99,20 @@ def build_datasets(
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     evaluation_source: DatasetSource | None = None,
+    signal_columns: tuple[str, ...] = (),
+    eval_signal_columns: tuple[str, ...] = (),
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows, and held-out rows if there is a dataset of them.
 
     evaluation_source: `evaluation.dataset`, which goes before `dataset.eval_dataset`.
+    signal_columns, eval_signal_columns: what a captured teacher says, in training and in held-out rows.
     """
     eval_key = "dataset.eval_dataset" if evaluation_source is None else "evaluation.dataset"
     eval_source = evaluation_source or config.eval_dataset
+
+    def talks(source: DatasetSource, key: str) -> bool:
+        """A student of conversations may be measured on texts, of which all counts."""
+        return holds_conversations(load_source(source, key), config.dataset_text_field, key)
 
     def build(source: DatasetSource, num_samples: int | None, name: str, key: str) -> Dataset:
         folder = None if config.prepared_dataset_path is None else Path(config.prepared_dataset_path) / name
@@ -113,6 +127,8 @@ def build_datasets(
             text_field=config.dataset_text_field,
             completion_only_loss=config.completion_only_loss,
             eos_label_token_ids=config.eos_label_token_ids,
+            assistant_only_loss=config.assistant_only_loss and (name == "train" or talks(source, key)),
+            signal_columns=signal_columns if name == "train" else eval_signal_columns,
             num_proc=config.dataset_num_proc,
             prepared_path=folder,
             key=key,
@@ -132,23 +148,35 @@ def _prepare(
     key: str,
 ) -> Dataset:
     rows = load_source(source, key)
-    seed, sequence_length = preparation.seed, preparation.sequence_length
+    seed, sequence_length, signals = preparation.seed, preparation.sequence_length, list(preparation.signal_columns)
     with _temporary_files():
-        if seed is not None:
-            rows = rows.shuffle(seed=seed)
-        if preparation.num_samples is not None:
-            rows = rows.select(range(min(preparation.num_samples, len(rows))))
+        # A captured teacher's word is large: it is chosen from last of all, when that no longer copies it.
+        rows = aligned_rows(rows, signals, key) if signals else _chosen(rows, preparation)
         if preparation.prepacked and "input_ids" not in rows.column_names:
             raise UserError(f"{key}: has no column input_ids; remove prepacked, and rows are tokenised and packed")
         documents = tokenize_rows(rows, tokenizer, preparation.row_format, num_proc=num_proc, key=key)
         if len(documents) == 0:
             raise UserError(f"{key}: has only empty rows")
+        if signals:
+            documents = concatenate_datasets([documents, rows.select_columns(signals)], axis=1)
         if preparation.prepacked:
             boundaries = rows.select_columns("seq_lengths") if "seq_lengths" in rows.column_names else None
-            return keep_rows(documents, boundaries, sequence_length, key)
+            kept = keep_rows(documents, boundaries, sequence_length, key)
+            return _chosen(kept, preparation) if signals else kept
+        refuse_packed_rows(rows, key)
+        if signals:
+            documents = _chosen(documents, preparation)
         packed = (pack_documents if preparation.packing else split_documents)(documents, sequence_length)
         # Packing sorts by length; the first rows must be as good a sample as any.
         return packed if seed is None else packed.shuffle(seed=seed)
+
+
+def _chosen(rows: Dataset, preparation: Preparation) -> Dataset:
+    if preparation.seed is not None:
+        rows = rows.shuffle(seed=preparation.seed)
+    if preparation.num_samples is not None:
+        rows = rows.select(range(min(preparation.num_samples, len(rows))))
+    return rows
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Rows of text, conversations or tokens become documents: `input_ids`, and `labels` that are -100 where no loss counts.
 
 The formats and their handling are those of TRL's SFT trainer: chat templates are applied by TRL's functions, a text
-ends with one EOS token, of prompt and completion only the completion counts.
+ends with one EOS token, of prompt and completion only the completion counts. `data.assistant` tells the assistant's
+part of a conversation.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, common_prefix_length, is_conversational, maybe_convert_to_chatml
 
 from distillkit.config.errors import UserError
+from distillkit.data.assistant import assistant_encoder, training_template
+from distillkit.losses.vocabulary_head import IGNORED_LABEL
 
-IGNORED = -100
 DOCUMENT_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
 _EXTRA_COLUMNS = {
@@ -38,6 +41,7 @@ class RowFormat:
     text_field: str = "text"
     completion_only_loss: bool | None = None
     eos_label_token_ids: tuple[int, ...] = ()
+    assistant_only_loss: bool = False
 
 
 def tokenize_rows(
@@ -48,6 +52,11 @@ def tokenize_rows(
     Raises `UserError` for columns that are none of those accepted, and for rows that do not fit their column.
     """
     column = _content_column(rows.column_names, row_format.text_field, key)
+    if row_format.assistant_only_loss and not holds_conversations(rows, row_format.text_field, key):
+        raise UserError(
+            f"{key}: column {column} holds no conversations, so dataset.assistant_only_loss cannot tell the "
+            "assistant's part of it; remove assistant_only_loss, or name conversations"
+        )
     wanted = [column, *(name for name in _EXTRA_COLUMNS.get(column, ()) if name in rows.column_names)]
     reader = _reader(column, tokenizer, row_format, key)
     eos_token_id = _eos_token_id(tokenizer, key) if row_format.eos_label_token_ids else None
@@ -72,6 +81,12 @@ def tokenize_rows(
     )
 
 
+def holds_conversations(rows: Dataset, text_field: str, key: str) -> bool:
+    """Whether rows are messages of several roles, rather than texts or tokens."""
+    column = _content_column(rows.column_names, text_field, key)
+    return column in ("messages", "conversations") or (column == "prompt" and isinstance(rows[0][column], list))
+
+
 Document = tuple[list[int], list[int]]
 Reader = Callable[[Batch], list[Document]]
 
@@ -88,11 +103,12 @@ def _content_column(columns: Sequence[str], text_field: str, key: str) -> str:
 
 
 def _reader(column: str, tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, key: str) -> Reader:
-    def rows_of(batch: Batch) -> list[dict[str, Any]]:
-        return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    completion_only = row_format.completion_only_loss is not False
+    if row_format.assistant_only_loss:
+        return _assistant_reader(column, tokenizer, completion_only, key)
 
     def read_tokens(batch: Batch) -> list[Document]:
-        return [_read_tokens(row, len(tokenizer), key) for row in rows_of(batch)]
+        return [_read_tokens(row, len(tokenizer), key) for row in _rows_of(batch)]
 
     def read_text(batch: Batch) -> list[Document]:
         _require_text(batch[column], f"{key}: column {column!r}")
@@ -100,12 +116,12 @@ def _reader(column: str, tokenizer: PreTrainedTokenizerBase, row_format: RowForm
         return [(input_ids, list(input_ids)) for input_ids in _encode(texts, tokenizer, key, complete=True)]
 
     def read_conversations(batch: Batch) -> list[Document]:
-        texts = [_render(row, tokenizer, key)["text"] for row in rows_of(batch) if row[column]]
+        texts = [_render(row, tokenizer, key)["text"] for row in _rows_of(batch) if row[column]]
         return [(input_ids, list(input_ids)) for input_ids in _encode(texts, tokenizer, key, complete=False)]
 
     def read_completions(batch: Batch) -> list[Document]:
-        rows = [row for row in rows_of(batch) if row["prompt"] and row["completion"]]
-        return _read_completions(rows, tokenizer, row_format.completion_only_loss is not False, key)
+        rows = [row for row in _rows_of(batch) if row["prompt"] and row["completion"]]
+        return _read_completions(rows, tokenizer, completion_only, key)
 
     if column == "input_ids":
         return read_tokens
@@ -114,11 +130,15 @@ def _reader(column: str, tokenizer: PreTrainedTokenizerBase, row_format: RowForm
     return read_completions if column == "prompt" else read_text
 
 
+def _rows_of(batch: Batch) -> list[dict[str, Any]]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
 def _read_tokens(row: dict[str, Any], vocabulary: int, key: str) -> Document:
     """Tokens as they are, without padding."""
     input_ids = row["input_ids"] or []
     labels = row.get("labels") or list(input_ids)
-    for name, ids, lowest in (("input_ids", input_ids, 0), ("labels", labels, IGNORED)):
+    for name, ids, lowest in (("input_ids", input_ids, 0), ("labels", labels, IGNORED_LABEL)):
         strange = [token for token in ids if not lowest <= token < vocabulary]
         if strange:
             raise UserError(
@@ -154,27 +174,76 @@ def _read_completions(
     documents = []
     for prompt, whole in zip(prompts, wholes, strict=True):
         start = common_prefix_length(prompt, whole)
-        documents.append((whole, [IGNORED] * start + whole[start:]))
+        documents.append((whole, [IGNORED_LABEL] * start + whole[start:]))
     return documents
+
+
+def _assistant_reader(column: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool, key: str) -> Reader:
+    """Only what the assistant says counts; of prompt and completion only what it says in the completion."""
+    _require_chat_template(tokenizer, key)
+    template = training_template(tokenizer)
+    encode = assistant_encoder(tokenizer, template)
+
+    def read(row: dict[str, Any]) -> Document:
+        with _told_of_conversations(key):
+            row, tools = _conversation(row)
+            options = {"tools": tools or None, **row.get("chat_template_kwargs", {})}
+            messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+            input_ids, said = encode(messages, options)
+            if not any(said):
+                shown = str(messages[0].get("content"))[:40]
+                raise UserError(
+                    f"{key}: in a conversation ({shown!r} ...) the assistant says nothing, so nothing would count; "
+                    "remove it, or dataset.assistant_only_loss"
+                )
+            start = 0
+            if "prompt" in row and completion_only:
+                prompt = apply_chat_template(row, tokenizer, tools, chat_template=template)["prompt"]
+                start = common_prefix_length(tokenizer(prompt, add_special_tokens=False).input_ids, input_ids)
+        counted = [index >= start and each for index, each in enumerate(said)]
+        return input_ids, [token if each else IGNORED_LABEL for token, each in zip(input_ids, counted, strict=True)]
+
+    def complete(row: dict[str, Any]) -> bool:
+        return bool(row[column]) and (column != "prompt" or bool(row["completion"]))
+
+    return lambda batch: [read(row) for row in _rows_of(batch) if complete(row)]
 
 
 def _render(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -> dict[str, str]:
     """A conversation as text: `text`, or `prompt` and `completion`."""
+    _require_chat_template(tokenizer, key)
+    with _told_of_conversations(key):
+        row, tools = _conversation(row)
+        rendered: dict[str, str] = apply_chat_template(row, tokenizer, tools)
+    return rendered
+
+
+def _require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
             f"{key}: holds conversations but the tokenizer has no chat template; use a model that has one, or texts"
         )
-    if row.get("chat_template_kwargs", {}) is None:
-        del row["chat_template_kwargs"]
+
+
+@contextmanager
+def _told_of_conversations(key: str) -> Iterator[None]:
     try:
-        tools = row.pop("tools", None)
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        row = maybe_convert_to_chatml(row)
-        for name in {"messages", "prompt", "completion"} & set(row):
-            row[name] = [_clean_message(message) for message in row[name]]
-        return apply_chat_template(row, tokenizer, tools)
+        yield
+    except UserError:
+        raise
     except (jinja2.TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{key}: a conversation does not fit the tokenizer's chat template: {error}") from error
+
+
+def _conversation(row: dict[str, Any]) -> tuple[dict[str, Any], list[Any] | None]:
+    """A row as chat templates and TRL's functions take it, and its tools."""
+    row = {name: value for name, value in row.items() if name != "chat_template_kwargs" or value is not None}
+    tools = row.pop("tools", None)
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    row = maybe_convert_to_chatml(row)
+    for name in {"messages", "prompt", "completion"} & set(row):
+        row[name] = [_clean_message(message) for message in row[name]]
+    return row, tools
 
 
 def _clean_message(message: dict[str, Any]) -> dict[str, Any]:

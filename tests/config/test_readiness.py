@@ -37,10 +37,6 @@ def test_a_run_that_can_start() -> None:
             "loss_functions[0].missing_probability_handling: background is not built yet; "
             "use zero or symmetric_uniform",
         ),
-        (
-            {"dataset": {**ONLINE["dataset"], "assistant_only_loss": True}},
-            "dataset.assistant_only_loss: is not built yet; remove it",
-        ),
     ],
 )
 def test_what_is_not_built_is_said_in_one_line(changes: dict[str, Any], line: str) -> None:

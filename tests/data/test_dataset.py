@@ -135,3 +135,20 @@ def test_the_configuration_names_both_datasets(source, tiny_tokenizer, tmp_path,
     assert caplog.messages[0].startswith("dataset.train_dataset: 1 rows of 64 tokens, ")
     with pytest.raises(UserError, match=r"^evaluation\.dataset: has the columns text; one of these is needed"):
         build_datasets(config, tiny_tokenizer, 64, source)
+
+
+def test_a_student_of_conversations_may_be_measured_on_texts(source, tiny_tokenizer, tmp_path):
+    talk = [{"role": "user", "content": "time?"}, {"role": "assistant", "content": "relative"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    settings = {"eval_dataset": source.model_dump(exclude_none=True), "assistant_only_loss": True}
+    talks = {"train_dataset": {"disk_path": str(tmp_path / "talk.jsonl")}}
+    train, evaluation = build_datasets(DatasetConfig.parse({**talks, **settings}), tiny_tokenizer, 64)
+    assert tiny_tokenizer.decode([label for label in train["labels"][0] if label != -100]) == "relative<|im_end|>"
+    assert evaluation is not None
+    assert all(labels.count(-100) < len(TEXTS) for labels in evaluation["labels"])
+    _, evaluation = build_datasets(
+        DatasetConfig.parse({**talks, **settings, "eval_dataset": talks["train_dataset"]}), tiny_tokenizer, 64
+    )
+    assert evaluation["labels"][:] == train["labels"][:]
+    with pytest.raises(UserError, match="column text holds no conversations"):
+        build_datasets(DatasetConfig.parse({**settings, "train_dataset": settings["eval_dataset"]}), tiny_tokenizer, 64)

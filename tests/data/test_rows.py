@@ -5,9 +5,11 @@ import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from trl.chat_template_utils import qwen2_5_chat_template
 
 from distillkit.config.errors import UserError
 from distillkit.data.rows import RowFormat, tokenize_rows
+from tests.smollm2 import needs_smollm2, smollm2_tokenizer
 
 CHAT = [{"role": "user", "content": "time?"}, {"role": "assistant", "content": "relative"}]
 RENDERED = "<|im_start|>user\ntime?<|im_end|>\n<|im_start|>assistant\nrelative<|im_end|>\n"
@@ -143,3 +145,120 @@ def test_a_tokenizer_that_lacks_what_rows_need(tiny_tokenizer):
     silent = copied(tiny_tokenizer, eos_token="<|endoftext|>")
     assert "the tokenizer has no chat template" in error({"messages": [CHAT]}, silent)
     assert "the tokenizer has no EOS token" in error({"text": ["time"]}, copied(tiny_tokenizer))
+
+
+TURNS = [
+    {"role": "user", "content": "time?"},
+    {"role": "assistant", "content": "relative\n"},
+    {"role": "user", "content": "和 why?"},
+    {"role": "assistant", "content": "the theory,  Ünïcödé 和 12345"},
+]
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+)
+
+
+def said(document: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Each stretch of tokens that count, as text."""
+    stretches: list[list[int]] = [[]]
+    for token, label in zip(document["input_ids"], document["labels"], strict=True):
+        assert label in (-100, token)
+        stretches = [*stretches, []] if label == -100 else [*stretches[:-1], [*stretches[-1], token]]
+    return [tokenizer.decode(stretch) for stretch in stretches if stretch]
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    return copied(tokenizer, eos_token="<|endoftext|>", chat_template=template)
+
+
+@needs_smollm2
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": [TURNS]},
+        {"conversations": [[{"from": "human", "value": "?"}, {"from": "gpt", "value": TURNS[1]["content"]}]]},
+        {"messages": [TURNS[1:]]},
+        {"messages": [[{"role": "system", "content": "relative\n"}, *TURNS]]},
+        {"prompt": [TURNS[:3]], "completion": [TURNS[3:]]},
+    ],
+)
+def test_of_what_smollm2_reads_exactly_the_assistants_turns_count(columns):
+    tokenizer = smollm2_tokenizer()
+    (document,) = tokenize(columns, tokenizer, assistant_only_loss=True)
+    (whole,) = tokenize(columns, tokenizer, completion_only_loss=False)
+    assert document["input_ids"] == whole["input_ids"]
+    expected = [f"{turn['content']}<|im_end|>" for turn in TURNS if turn["role"] == "assistant"]
+    expected = expected[:1] if "conversations" in columns else expected[1:] if "prompt" in columns else expected
+    assert said(document, tokenizer) == expected
+
+
+def test_marks_of_the_chat_template_tell_the_assistants_tokens(tiny_tokenizer):
+    marked = with_template(tiny_tokenizer, MARKED)
+    (by_marks,) = tokenize({"messages": [TURNS]}, marked, assistant_only_loss=True)
+    assert said(by_marks, marked) == ["relative\n<|im_end|>", "the theory,  Ünïcödé 和 12345<|im_end|>"]
+    spaced = [*TURNS[:3], {"role": "assistant", "content": " \n "}]
+    for turns in (TURNS, spaced):
+        (by_marks,) = tokenize({"messages": [turns]}, marked, assistant_only_loss=True)
+        (by_turns,) = tokenize({"messages": [turns]}, tiny_tokenizer, assistant_only_loss=True)
+        assert by_turns == by_marks
+
+
+def test_templates_that_trl_knows_get_its_marks_and_see_tools(tiny_tokenizer):
+    known = with_template(tiny_tokenizer, qwen2_5_chat_template)
+    call = {"function": {"name": "clock", "arguments": {"zone": "moon"}}}
+    messages = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}, *TURNS[2:]]
+    columns = {"messages": [messages], "tools": [json.dumps([{"name": "a clock"}])]}
+    (document,) = tokenize(columns, known, assistant_only_loss=True)
+    calling, answer = said(document, known)
+    assert '{"name": "clock", "arguments": {"zone": "moon"}}' in calling
+    assert answer.endswith("12345<|im_end|>\n")
+    assert "a clock" in known.decode(document["input_ids"])
+    assert "a clock" not in calling + answer
+    (whole,) = tokenize(columns, known)
+    assert document["input_ids"] == whole["input_ids"]
+
+
+def test_of_a_completion_only_the_assistants_part_counts(tiny_tokenizer):
+    columns = {"prompt": [TURNS[:1]], "completion": [TURNS[1:]]}
+    (both,) = tokenize(columns, tiny_tokenizer, assistant_only_loss=True)
+    assert len(said(both, tiny_tokenizer)) == 2
+    (later,) = tokenize({"prompt": [TURNS[:3]], "completion": [TURNS[3:]]}, tiny_tokenizer, assistant_only_loss=True)
+    assert said(later, tiny_tokenizer) == said(both, tiny_tokenizer)[1:]
+    unprompted = {"assistant_only_loss": True, "completion_only_loss": False}
+    (all_turns,) = tokenize({"prompt": [TURNS[:3]], "completion": [TURNS[3:]]}, tiny_tokenizer, **unprompted)
+    assert said(all_turns, tiny_tokenizer) == said(both, tiny_tokenizer)
+
+
+def test_what_ends_the_assistants_turn_may_count_as_eos(tiny_tokenizer):
+    end, eos = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"), tiny_tokenizer.eos_token_id
+    options = {"assistant_only_loss": True, "eos_label_token_ids": (end,)}
+    (document,) = tokenize({"messages": [CHAT]}, tiny_tokenizer, **options)
+    assert document["labels"].count(eos) == 1
+    assert document["labels"].index(eos) == len(document["input_ids"]) - 2  # before the last line's end
+
+
+def test_what_cannot_count_the_assistant_alone_is_told(tiny_tokenizer):
+    asked = {"assistant_only_loss": True}
+    for columns in ({"text": ["time"]}, {"input_ids": [[5, 6]]}, {"prompt": ["time"], "completion": ["is"]}):
+        assert error(columns, tiny_tokenizer, **asked) == (
+            f"dataset.train_dataset: column {next(iter(columns))} holds no conversations, so "
+            "dataset.assistant_only_loss cannot tell the assistant's part of it; remove assistant_only_loss, or name "
+            "conversations"
+        )
+    assert "('time?' ...) the assistant says nothing" in error({"messages": [CHAT[:1]]}, tiny_tokenizer, **asked)
+    assert "the tokenizer has no chat template" in error(
+        {"messages": [CHAT]}, with_template(tiny_tokenizer, None), **asked
+    )
+    forgetful = "{% for m in messages %}{{ m.content if loop.last else '...' }};{% endfor %}"
+    assert error({"messages": [TURNS]}, with_template(tiny_tokenizer, forgetful), **asked) == (
+        "dataset.assistant_only_loss: the tokenizer's chat template does not tell the assistant's words from the "
+        "others; give it a chat template with {% generation %} marks, or remove assistant_only_loss"
+    )
+
+
+def test_marks_that_leave_out_the_end_of_the_turn_are_told(tiny_tokenizer, caplog):
+    template = MARKED.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}")
+    tokenize({"messages": [CHAT]}, with_template(tiny_tokenizer, template), assistant_only_loss=True)
+    assert "the student may not learn to stop" in caplog.text
