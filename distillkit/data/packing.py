@@ -86,6 +86,21 @@ def keep_rows(rows: Dataset, boundaries: Dataset | None, sequence_length: int, k
     return concatenate_datasets([masked, further], axis=1) if further.column_names else masked
 
 
+def refuse_packed_rows(rows: Dataset, key: str) -> None:
+    """Raises `UserError` where a row of tokens holds several documents, which would be taken for one."""
+    if not {"input_ids", "seq_lengths"} <= set(rows.column_names):
+        return
+    start = 0
+    for batch in rows.select_columns("seq_lengths").with_format("arrow").iter(batch_size=1000):
+        several = np.flatnonzero(pc.list_value_length(batch["seq_lengths"]).fill_null(0).to_numpy() > 1)
+        if len(several):
+            raise UserError(
+                f"{key}: row {start + int(several[0])} holds several documents; set dataset.prepacked: true, and rows "
+                "stay as they are"
+            )
+        start += len(batch)
+
+
 def count_tokens(rows: Dataset) -> int:
     """Number of tokens in column `input_ids`."""
     batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)

@@ -6,6 +6,7 @@ the datasets library converts goes into its own cache.
 
 import glob
 import os
+from pathlib import Path
 
 import datasets
 from datasets import Dataset, DatasetDict, ReadInstruction
@@ -13,6 +14,7 @@ from datasets.exceptions import DatasetsError
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError
+from distillkit.shards import read_manifest
 
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
@@ -60,6 +62,9 @@ def _local_splits(path: str, where: str) -> DatasetDict:
     if os.path.isfile(os.path.join(path, "dataset_dict.json")) or os.path.isfile(os.path.join(path, "state.json")):
         saved = datasets.load_from_disk(path)
         return saved if isinstance(saved, DatasetDict) else DatasetDict({str(saved.split or "train"): saved})
+    if os.path.isdir(path) and (manifest := read_manifest(Path(path))) is not None:  # a captured dataset
+        shards = [os.path.join(path, shard.file) for shard in manifest.shards]
+        return datasets.load_dataset("parquet", data_files={"train": shards})
     files = local_files(path)
     if not files:
         raise UserError(f"{where}: there is no such file or folder, or it is empty")
