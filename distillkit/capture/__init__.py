@@ -1,1 +1,1 @@
-"""Asking a teacher once and keeping what it said."""
+"""From a teacher to a captured dataset, and from one captured dataset to another."""

@@ -6,7 +6,6 @@ from distillkit.shards.arrays import signal_tensor as signal_tensor
 from distillkit.shards.background import read_background as read_background
 from distillkit.shards.background import read_background_file as read_background_file
 from distillkit.shards.background import write_background as write_background
-from distillkit.shards.files import completed as completed
 from distillkit.shards.files import read_record as read_record
 from distillkit.shards.files import remove_leftovers as remove_leftovers
 from distillkit.shards.files import shard_name as shard_name

@@ -83,12 +83,6 @@ def read_record(folder: Path, index: int) -> ShardRecord | None:
         return None
 
 
-def completed(folder: Path, shards: int) -> dict[int, ShardRecord]:
-    """The records of those of the first `shards` shards that are complete."""
-    records = {index: read_record(folder, index) for index in range(shards)}
-    return {index: record for index, record in records.items() if record is not None}
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part, even after a power cut."""
     with _whole_or_not_at_all(path) as file:

@@ -1,0 +1,195 @@
+"""What is to be captured, decided before anything is: `plan.json`.
+
+The plan fixes what each shard will hold, so that processes which never talk to each other, and those that are started
+after a kill, make parts of one dataset. A folder belongs to its plan; another capture is refused there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from distillkit.compression import Codec
+from distillkit.config.capture import CaptureConfig
+from distillkit.config.errors import UserError, shown
+from distillkit.data import tokenizer_hash
+from distillkit.shards import Manifest, ShardRecord, write_whole
+
+PLAN = "plan.json"
+
+IGNORED = -100
+
+WITHOUT_BEARING: Any = {
+    "teacher": True,
+    "compression": True,
+    "output_path": True,
+    "dataset": {"prepared_dataset_path", "dataset_num_proc"},
+}
+"""Keys that are in other places of the plan, or that do not change what is captured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what the files of a dataset hold; as JSON gives it back."""
+
+    teacher: dict[str, Any]
+    codec: dict[str, Any]
+    capture: dict[str, Any]
+    tokenizer_sha256: str
+    vocabulary_size: int
+    rows_sha256: str
+    labels: bool
+    """Whether labels are stored: where they say more than the tokens do."""
+    background: bool
+    shards: list[list[int]]
+    """First and last (exclusive) row of each."""
+    tokens: list[int]
+    """Of each shard."""
+    versions: dict[str, str]
+
+    def manifest(self, records: list[ShardRecord], background: str | None) -> Manifest:
+        """The manifest of the dataset once all shards are there."""
+        capture = {**self.capture, "rows_sha256": self.rows_sha256}
+        return Manifest(
+            codec_kind=self.codec["kind"],
+            codec_config=self.codec["config"],
+            tokenizer_sha256=self.tokenizer_sha256,
+            vocabulary_size=self.vocabulary_size,
+            teacher=self.teacher,
+            capture=capture,
+            versions=self.versions,
+            shards=tuple(records),
+            background=background,
+            packed_to=capture["sequence_length"] if capture["dataset"]["packing"] else None,
+        )
+
+
+def make_plan(
+    config: CaptureConfig,
+    codec: Codec,
+    teacher: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    vocabulary_size: int,
+) -> Plan:
+    """The plan of a capture of `rows`, a pass over which this takes."""
+    digest, labels, lengths = _read_through(rows)
+    starts = range(0, len(rows), config.rows_per_shard)
+    plan = Plan(
+        teacher={
+            **config.teacher.model_dump(mode="json", include={"path", "kwargs"}),
+            "architecture": (teacher.architectures or [type(teacher).__name__])[0],
+            "commit": vars(teacher).get("_commit_hash"),  # of a hub id
+        },
+        codec={"kind": codec.kind, "config": codec.config.model_dump(mode="json")},
+        capture=config.model_dump(mode="json", exclude=WITHOUT_BEARING),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        vocabulary_size=vocabulary_size,
+        rows_sha256=digest,
+        labels=labels,
+        background=config.engine == "transformers" and codec.k < vocabulary_size,
+        shards=[[start, min(start + config.rows_per_shard, len(rows))] for start in starts],
+        tokens=[sum(lengths[start : start + config.rows_per_shard]) for start in starts],
+        versions=_versions(),
+    )
+    return Plan(**json.loads(json.dumps(asdict(plan))))
+
+
+def settle_plan(folder: Path, plan: Plan) -> Plan:
+    """The plan that the folder has, or has from now on.
+
+    Raises `UserError` where that is another one, or where the folder holds what is not of a capture.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        foreign = sorted(
+            each.name for pattern in ("*.parquet", "*.safetensors", "*.json") for each in folder.glob(pattern)
+        )
+        if foreign:
+            raise UserError(f"output_path: {str(folder)!r} holds {foreign[0]}, but no capture; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(plan), indent=2, ensure_ascii=False, sort_keys=True)
+        write_whole(path, (text + "\n").encode())
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if set(content) != {field.name for field in fields(Plan)}:
+        raise UserError(f"output_path: {path} is no plan of a capture; choose another folder")
+    settled = Plan(**content)
+    for line in _differences(plan, settled):
+        remedy = "go on with that, or choose another output_path"
+        raise UserError(f"{line} when the capture in {str(folder)!r} was begun; {remedy}")
+    return settled
+
+
+def _differences(now: Plan, then: Plan) -> Iterator[str]:
+    """One line for each part of a plan that is not as it was, as far as it bears on what is captured."""
+    kind = now.codec["kind"]
+    sections = {
+        "": (now.capture, then.capture),
+        "teacher": (now.teacher, then.teacher),
+        "compression": ({kind: now.codec["config"]}, {then.codec["kind"]: then.codec["config"]}),
+    }
+    for section, (ours, theirs) in sections.items():
+        present, past = dict(_flat(ours, section)), dict(_flat(theirs, section))
+        for key in [*present, *(key for key in past if key not in present)]:
+            if present.get(key) != past.get(key):
+                yield f"{key}: is {shown(present.get(key))}, but was {shown(past.get(key))}"
+    if now.tokenizer_sha256 != then.tokenizer_sha256:
+        yield "teacher.path: its tokenizer is not what it was"
+    if now.rows_sha256 != then.rows_sha256 or now.shards != then.shards:
+        yield "dataset.train_dataset: its rows are not what they were"
+    if now.vocabulary_size != then.vocabulary_size:
+        yield f"teacher.path: its head has {now.vocabulary_size} columns, but had {then.vocabulary_size}"
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """`teacher.kwargs.dtype` and its value, for every value that is no section."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def _read_through(rows: Dataset) -> tuple[str, bool, list[int]]:
+    """SHA-256 of all tokens, labels and boundaries; whether labels say more than the tokens; tokens of each row."""
+    digest = hashlib.sha256()
+    labels_say_more = False
+    row_lengths: list[int] = []
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        columns = {name: _flat_list(table[name]) for name in ("input_ids", "labels", "seq_lengths")}
+        for lengths, values in columns.values():
+            digest.update(lengths.tobytes())
+            digest.update(values.tobytes())
+        (_, input_ids), (_, labels), (_, documents) = columns.values()
+        row_lengths += columns["input_ids"][0].tolist()
+        expected = input_ids.copy()
+        expected[np.cumsum(documents) - documents] = IGNORED
+        labels_say_more = labels_say_more or not np.array_equal(labels, expected)
+    return digest.hexdigest(), labels_say_more, row_lengths
+
+
+def _flat_list(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of the lists, and their values one after another."""
+    lengths = pc.list_value_length(column).to_numpy()
+    return lengths.astype(np.int32), pc.list_flatten(column).to_numpy().astype(np.int32)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("distillkit", "torch", "transformers", "pyarrow", "vllm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

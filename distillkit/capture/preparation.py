@@ -1,0 +1,97 @@
+"""From a configuration to a capture that can begin: checked against the teacher, rows prepared, plan settled."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedConfig
+
+from distillkit.capture.engines import Row
+from distillkit.capture.plan import Plan, make_plan, settle_plan
+from distillkit.compression import Codec, build_codec
+from distillkit.config.capture import CaptureConfig, check_shard_size
+from distillkit.config.errors import UserError
+from distillkit.data import build_datasets
+from distillkit.pretrained import load_pretrained_config, load_tokenizer
+from distillkit.shards import ShardRecord, read_record
+from distillkit.shards.background import BACKGROUND
+
+logger = logging.getLogger(__name__)
+
+WHERE = ("gguf_file", "revision")
+"""Keyword arguments for loading a teacher that say where its configuration and tokenizer are, too."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A capture that can begin: what, where, of which rows, and how it is stored."""
+
+    config: CaptureConfig
+    folder: Path
+    plan: Plan
+    rows: Dataset
+    codec: Codec
+
+    def record(self, shard: int) -> ShardRecord | None:
+        """Of a shard that is there; the first one is only together with the background, which is made with it."""
+        if shard == 0 and self.plan.background and not (self.folder / BACKGROUND).exists():
+            return None
+        return read_record(self.folder, shard)
+
+    def records(self) -> dict[int, ShardRecord]:
+        """Of all shards that are there, in order."""
+        records = {shard: self.record(shard) for shard in range(len(self.plan.shards))}
+        return {shard: record for shard, record in records.items() if record is not None}
+
+    def shard_rows(self, shard: int) -> list[Row]:
+        """The rows of a shard, in order."""
+        start, stop = self.plan.shards[shard]
+        columns = self.rows[start:stop]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def prepare(config: CaptureConfig) -> Capture:
+    """Raises `UserError` for what cannot be captured, or not into `output_path`."""
+    codec = build_codec(config.compression.kind, config.compression.config)
+    check_shard_size(config, codec.bytes_per_token)
+    teacher = config.teacher
+    where = {name: teacher.kwargs[name] for name in WHERE if name in teacher.kwargs}
+    where |= {"key": "teacher.path", "trust_remote_code": config.trust_remote_code}
+    pretrained = load_pretrained_config(teacher.path, **where)
+    text = pretrained.get_text_config()
+    check_vocabulary(config, text.vocab_size)
+    _warn_of_long_rows(config, text)
+    tokenizer = load_tokenizer(teacher.path, **where)
+    rows, _ = build_datasets(config.dataset, tokenizer, config.sequence_length)
+    plan = make_plan(config, codec, pretrained, tokenizer, rows, text.vocab_size)
+    folder = Path(config.output_path)
+    settled = settle_plan(folder, plan)
+    if settled.versions != plan.versions:
+        then = ", ".join(f"{name} {number}" for name, number in settled.versions.items())
+        logger.warning("%s was begun with %s; what is added now may differ in the last bits", folder, then)
+    return Capture(config, folder, settled, rows, codec)
+
+
+def check_vocabulary(config: CaptureConfig, width: int) -> None:
+    """Raises `UserError` where the codec is not for a head of that width."""
+    compression = config.compression
+    given = getattr(compression.config, compression.vocabulary_key)
+    if given != width:
+        key = f"compression.{compression.kind}.{compression.vocabulary_key}"
+        raise UserError(
+            f"{key}: is {given}, but the teacher's head has {width} columns, and all of them are captured, also those "
+            f"that the tokenizer does not know; give {width}"
+        )
+
+
+def _warn_of_long_rows(config: CaptureConfig, teacher: PreTrainedConfig) -> None:
+    longest = getattr(teacher, "max_position_embeddings", None)  # absent where positions are unlimited
+    if longest is not None and config.sequence_length > longest:
+        logger.warning(
+            "sequence_length: is %d, but the teacher was made for %d tokens; it says little of worth beyond them",
+            config.sequence_length,
+            longest,
+        )

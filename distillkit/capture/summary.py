@@ -1,0 +1,108 @@
+"""How a capture ended: sizes and speed, and what is left of the teacher's word in what was stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from distillkit.capture.engines import Row
+from distillkit.capture.fidelity import Fidelity, FidelityMeter
+from distillkit.capture.preparation import Capture
+from distillkit.capture.progress import say
+from distillkit.capture.transformers_engine import TransformersEngine
+from distillkit.distribution import SparseDistribution
+from distillkit.shards import read_background, read_manifest, shard_name, signal_tensor
+
+SAMPLE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class CaptureSummary:
+    """What is in the folder now, and what this process did for it."""
+
+    folder: Path
+    shards: int
+    shards_planned: int
+    rows: int
+    tokens: int
+    bytes: int
+    captured_tokens: int
+    """By this process, in `seconds`."""
+    seconds: float
+    fidelity: Fidelity | None
+    """Of the finished dataset; None where it is not finished, or no teacher is at hand that knows all probabilities."""
+
+    @property
+    def complete(self) -> bool:
+        return self.shards == self.shards_planned
+
+
+def measure_fidelity(planned: Capture, engine: TransformersEngine) -> Fidelity:
+    """On the first rows of the finished dataset, as they are read back from disk."""
+    meter = FidelityMeter(read_background(planned.folder, read_manifest(planned.folder)))
+    rows = _sample(planned.shard_rows(0))
+    stored = _read_back(planned, engine, len(rows))
+    start = 0
+    for row in rows:
+        end = start + len(row["input_ids"])
+        for teacher in engine.whole([row]):
+            if start >= SAMPLE_TOKENS:
+                break
+            tokens = slice(start, start + len(teacher.logits))
+            meter.add(teacher, SparseDistribution(stored.ids[tokens], stored.logprobs[tokens]))
+            start = tokens.stop
+        start = end
+    return meter.result()
+
+
+def print_summary(console: Console, summary: CaptureSummary) -> None:
+    """In a few lines."""
+    if summary.captured_tokens:
+        rate = summary.captured_tokens / max(summary.seconds, 1e-9)
+        say(console, f"captured {summary.captured_tokens:,} tokens in {summary.seconds:,.0f} s ({rate:,.0f} tokens/s)")
+    if not summary.complete:
+        say(
+            console,
+            f"{summary.folder}: {summary.shards} of {summary.shards_planned} shards are there; the process that makes "
+            "the last one, or one started after it, completes the dataset",
+        )
+        return
+    say(
+        console,
+        f"{summary.folder}: {summary.tokens:,} tokens in {summary.rows:,} rows and {summary.shards} shards, "
+        f"{summary.bytes / 1e6:,.1f} MB, {summary.bytes / max(summary.tokens, 1):,.1f} bytes per token on disk",
+    )
+    if summary.fidelity is not None:
+        say(console, _told(summary.fidelity))
+
+
+def _told(fidelity: Fidelity) -> str:
+    line = (
+        f"of the teacher's probability {100 * fidelity.top_k_mass:.2f} % is on stored tokens; KL(teacher ‖ stored) is "
+        f"{fidelity.kl_uniform:.5f} with the rest spread evenly"
+    )
+    if fidelity.kl_background is not None:
+        line += f", {fidelity.kl_background:.5f} as the background has it"
+    return f"{line} ({fidelity.tokens:,} tokens)"
+
+
+def _sample(rows: Sequence[Row]) -> list[Row]:
+    chosen: list[Row] = []
+    tokens = 0
+    for row in rows:
+        if tokens >= SAMPLE_TOKENS:
+            break
+        chosen.append(row)
+        tokens += len(row["input_ids"])
+    return chosen
+
+
+def _read_back(planned: Capture, engine: TransformersEngine, rows: int) -> SparseDistribution:
+    file = pq.ParquetFile(planned.folder / f"{shard_name(0)}.parquet")
+    batch = next(file.iter_batches(batch_size=rows, columns=list(planned.codec.columns)))
+    columns = {name: signal_tensor(batch[name], name).to(engine.device) for name in planned.codec.columns}
+    return planned.codec.decode(columns)

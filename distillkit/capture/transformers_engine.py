@@ -1,0 +1,82 @@
+"""A teacher run by transformers, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distillkit.capture.engines import Answer, Row
+from distillkit.data import collate
+from distillkit.distribution import DenseDistribution, SparseDistribution, at_least_float32
+from distillkit.teacher.decoder import head
+from distillkit.teacher.online import OnlineTeacher
+
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
+"""Of float32 logits that are held at a time. Larger chunks are no faster."""
+
+
+class TransformersEngine:
+    """Runs batches of rows of about the same length, and the head on a chunk of their tokens at a time.
+
+    Args:
+        model: the teacher, on its device.
+        tokens_per_batch: tokens of a batch, with padding; a longer row is a batch of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens_per_batch: int) -> None:
+        self._teacher = OnlineTeacher(model)
+        self._tokens_per_batch = tokens_per_batch
+        weight, _ = head(model)
+        self.vocabulary_size: int = weight.shape[0]
+        self.device = weight.device
+
+    def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[Answer]:
+        """As `Engine` has it.
+
+        outside: the probabilities of all tokens outside the top k, summed over all positions, are added to it.
+        """
+        for batch in batches(rows, self._tokens_per_batch):
+            parts = []
+            for dense in self.whole([rows[index] for index in batch]):
+                part = dense.top_k(k)
+                if outside is not None:
+                    outside += _outside(dense, part).to(outside)
+                parts.append(part)
+            ids, logprobs = (torch.cat(each) for each in zip(*((p.ids, p.logprobs) for p in parts), strict=True))
+            yield Answer(batch, SparseDistribution(ids, logprobs))
+
+    @torch.no_grad()
+    def whole(self, rows: Sequence[Row]) -> Iterator[DenseDistribution]:
+        """The teacher's logits at each token of the rows, run as one batch, a chunk of tokens at a time."""
+        batch = collate([{**row, "labels": row["input_ids"]} for row in rows], pad_token_id=0)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        tokens = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).flatten().nonzero().squeeze(-1)
+        on_device = {name: batch[name].to(self.device) for name in ("input_ids", "position_ids")}
+        chunks = self._teacher.signal(on_device).distribution(tokens.to(self.device))
+        step = max(1, CHUNK_BYTES[self.device.type] // (4 * self.vocabulary_size))
+        for start in range(0, len(tokens), step):
+            dense = chunks(slice(start, start + step))
+            assert isinstance(dense, DenseDistribution)
+            yield dense
+
+
+def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Indices of rows, longest first, so many at a time as fit when padded to the longest of them."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: (-lengths[index], index)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _outside(dense: DenseDistribution, top: SparseDistribution) -> Float[Tensor, " vocab"]:
+    probabilities = at_least_float32(dense.logits).softmax(-1)
+    return probabilities.scatter_(-1, top.ids, 0).sum(0)

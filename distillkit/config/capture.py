@@ -1,0 +1,104 @@
+"""The YAML of `distillkit capture`: whose outputs about which text are stored, and how."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from distillkit.config.compression import LegacyLogitCompressionConfig, LogprobCompressorConfig, PlainConfig
+from distillkit.config.data import DatasetConfig
+from distillkit.config.errors import KeyProblem, UserError
+from distillkit.config.loading import apply_override, read_yaml
+from distillkit.config.readiness import check_model_path, check_source
+from distillkit.config.section import PathText, Section
+from distillkit.config.teacher import HFTeacherConfig
+
+_MOST_BYTES = 2**31 - 1
+_FORMATS = ("logprob_compressor", "legacy_logit_compression", "plain")
+
+
+class CompressionConfig(Section):
+    """`compression`: how outputs are stored, in one of three formats."""
+
+    logprob_compressor: LogprobCompressorConfig | None = Field(None, description="few bytes per token; the usual one")
+    legacy_logit_compression: LegacyLogitCompressionConfig | None = Field(None, description="the older format")
+    plain: PlainConfig | None = Field(None, description="ids and log-probabilities as they are")
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in _FORMATS if getattr(self, name) is not None)
+
+    @property
+    def config(self) -> LogprobCompressorConfig | LegacyLogitCompressionConfig | PlainConfig:
+        found: LogprobCompressorConfig | LegacyLogitCompressionConfig | PlainConfig = getattr(self, self.kind)
+        return found
+
+    @property
+    def vocabulary_key(self) -> str:
+        """The key of the format that holds the size of the teacher's vocabulary."""
+        return "d" if self.kind == "logprob_compressor" else "vocab_size"
+
+    @model_validator(mode="after")
+    def check_one_format(self) -> Self:
+        given = [name for name in _FORMATS if getattr(self, name) is not None]
+        if not given:
+            raise KeyProblem(_FORMATS[0], f"is missing: give one of {', '.join(_FORMATS)} with its keys")
+        if len(given) > 1:
+            raise KeyProblem(given[1], f"{given[0]} is given too; keep one of the two")
+        return self
+
+
+class CaptureConfig(Section):
+    """One capture."""
+
+    teacher: HFTeacherConfig = Field(description="the teacher: path, and kwargs of from_pretrained")
+    trust_remote_code: bool = Field(False, description="run code that comes with the teacher or tokenizer")
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="what runs the teacher")
+    sequence_length: int = Field(gt=0, description="tokens per row; longer documents are split")
+    dataset: DatasetConfig = Field(description="the text: train_dataset is what is captured")
+    compression: CompressionConfig = Field(description="how outputs are stored: one of three formats and its keys")
+    output_path: PathText = Field(description="folder for the captured dataset")
+    tokens_per_batch: int = Field(16384, gt=0, description="tokens, with padding, that the teacher reads at a time")
+    rows_per_shard: int = Field(256, gt=0, description="rows in a file; what a killed capture loses at most")
+
+    @model_validator(mode="after")
+    def check_effects(self) -> Self:
+        """What would have no effect is refused."""
+        if self.teacher.top_k is not None:
+            key = f"compression.{self.compression.kind}.k"
+            raise KeyProblem("teacher.top_k", f"{key} says how many tokens are kept; remove it")
+        for key in sorted(self.teacher.model_fields_set - {"kind", "path", "kwargs", "top_k"}):
+            raise KeyProblem(f"teacher.{key}", "has no effect on a capture; remove it")
+        for key in ("eval_dataset", "num_eval_samples"):
+            if getattr(self.dataset, key) is not None:
+                remedy = "only train_dataset is captured; capture held-out text by itself, or remove it"
+                raise KeyProblem(f"dataset.{key}", remedy)
+        return self
+
+
+def load_capture_config(path: Path, overrides: Sequence[str] = ()) -> CaptureConfig:
+    """The capture that a YAML file describes, changed by `key=value` overrides. Raises `UserError`."""
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    return CaptureConfig.parse(data)
+
+
+def check_capture_ready(config: CaptureConfig) -> None:
+    """Raises `UserError` where the capture could not start: files that do not exist."""
+    check_model_path("teacher.path", config.teacher.path)
+    check_source("dataset.train_dataset.disk_path", config.dataset.train_dataset)
+    if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
+        raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
+
+
+def check_shard_size(config: CaptureConfig, bytes_per_token: int) -> None:
+    """Raises `UserError` where a shard could hold more values than the lists of a parquet file can count."""
+    most_rows = _MOST_BYTES // (bytes_per_token * config.sequence_length)
+    if config.rows_per_shard > most_rows:
+        raise UserError(
+            f"rows_per_shard: {config.rows_per_shard} rows of {config.sequence_length} tokens and {bytes_per_token} "
+            f"bytes each are more than a file holds (2 GiB); at most {most_rows}"
+        )

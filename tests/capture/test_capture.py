@@ -1,0 +1,270 @@
+"""A capture stores what the teacher says, in shards that add up to the text, whoever makes them and however often."""
+
+import json
+import os
+import signal
+import threading
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from distillkit.capture import capture as capture_module
+from distillkit.capture import transformers_engine
+from distillkit.capture.capture import capture
+from distillkit.capture.fidelity import FidelityMeter, over_vocabulary
+from distillkit.capture.sharing import Share, find_share
+from distillkit.capture.transformers_engine import TransformersEngine, batches
+from distillkit.compression import build_codec
+from distillkit.config import UserError
+from distillkit.data import build_dataset
+from distillkit.distribution import DenseDistribution, SparseDistribution
+from distillkit.pretrained import load_model
+from distillkit.shards import read_background, read_manifest, signal_tensor, verify_shards
+from tests.capture.captures import PLAIN, VOCABULARY, configuration, files, rows_of, run
+from tests.training.tiny import save_llama, save_text, tokenizer
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("teacher"), 0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def captured(teacher, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captured") / "dataset"
+    printed = run(configuration(teacher, text, folder))
+    return folder, printed
+
+
+def word_by_word(model, input_ids):
+    """Log-probabilities of the next token after each token of a document, one forward pass each."""
+    words = []
+    for end in range(1, len(input_ids) + 1):
+        logits = model(torch.tensor([input_ids[:end]])).logits[0, -1]
+        words.append(logits.log_softmax(-1))
+    return torch.stack(words)
+
+
+@torch.no_grad()
+def test_every_token_has_the_teachers_word_on_the_next_one_in_its_own_document(teacher, captured):
+    model = load_model(teacher)
+    for row in rows_of(captured[0])[:6]:
+        assert len(row["token_ids"]) == len(row["top_values"]) == len(row["input_ids"]) == sum(row["seq_lengths"])
+        start = 0
+        for length in row["seq_lengths"]:
+            document = slice(start, start + length)
+            expected, ids = word_by_word(model, row["input_ids"][document]).topk(5)
+            assert torch.equal(torch.tensor(row["token_ids"][document]), ids.int())
+            torch.testing.assert_close(torch.tensor(row["top_values"][document]), expected, rtol=0, atol=1e-4)
+            start += length
+
+
+def test_the_rows_are_those_of_training_in_their_order(teacher, text, captured):
+    config = configuration(teacher, text, captured[0])
+    expected = build_dataset(config.dataset.train_dataset, tokenizer(), 24, seed=42)
+    assert [(row["input_ids"], row["seq_lengths"]) for row in rows_of(captured[0])] == [
+        (row["input_ids"], row["seq_lengths"]) for row in expected
+    ]
+    assert any(len(row["seq_lengths"]) > 1 for row in expected)
+    assert "labels" not in rows_of(captured[0])[0]
+
+
+def test_the_manifest_says_what_it_is(teacher, captured):
+    folder, printed = captured
+    manifest = read_manifest(folder)
+    assert manifest.codec_kind == "plain" and manifest.codec_config == {**PLAIN["plain"], "dtype": "float32"}
+    assert (manifest.vocabulary_size, manifest.packed_to, manifest.teacher["path"]) == (VOCABULARY, 24, teacher)
+    assert manifest.rows == len(rows_of(folder)) and len(manifest.shards) > 3
+    assert verify_shards(folder, manifest) == []
+    assert "output_path" not in manifest.capture
+    assert f"{manifest.tokens:,} tokens in {manifest.rows:,} rows and {len(manifest.shards)} shards" in printed
+    assert "bytes per token on disk" in printed and "KL(teacher ‖ stored) is 0." in printed
+
+
+def test_the_background_is_where_the_teachers_other_mass_lies(teacher, captured):
+    folder, _ = captured
+    model, outside = load_model(teacher), torch.zeros(VOCABULARY, dtype=torch.float64)
+    with torch.no_grad():
+        for row in pq.read_table(folder / "shard-00000.parquet").to_pylist():
+            for document in torch.tensor(row["input_ids"]).split(row["seq_lengths"]):
+                probabilities = word_by_word(model, document.tolist()).exp()
+                probabilities.scatter_(-1, probabilities.topk(5).indices, 0)
+                outside += probabilities.double().sum(0)
+    background = read_background(folder, read_manifest(folder))
+    torch.testing.assert_close(background, (outside / outside.sum()).log().float(), rtol=0, atol=1e-3)
+
+
+def test_another_batch_size_and_documents_apart_say_the_same(teacher, text, captured, tmp_path):
+    run(configuration(teacher, text, tmp_path / "one", tokens_per_batch=1))
+    for ours, theirs in zip(rows_of(tmp_path / "one"), rows_of(captured[0]), strict=True):
+        assert ours["token_ids"] == theirs["token_ids"]
+        assert torch.allclose(torch.tensor(ours["top_values"]), torch.tensor(theirs["top_values"]), atol=1e-4)
+    dataset = {"train_dataset": {"disk_path": text}, "packing": False, "seed": None}
+    run(configuration(teacher, text, tmp_path / "apart", dataset=dataset))
+    assert all(row["seq_lengths"] == [len(row["input_ids"])] for row in rows_of(tmp_path / "apart"))
+    assert read_manifest(tmp_path / "apart").packed_to is None
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        {"logprob_compressor": {"d": VOCABULARY, "k": 12, "exact_k": 4, "polynomial_terms": [0, 1, "sqrt"]}},
+        {"legacy_logit_compression": {"vocab_size": VOCABULARY, "k": 12, "exact_k": 4, "polynomial_degree": 2}},
+    ],
+)
+def test_every_codec_can_be_read_back(teacher, text, tmp_path, compression):
+    run(configuration(teacher, text, tmp_path, compression=compression))
+    manifest = read_manifest(tmp_path)
+    codec = build_codec(manifest.codec_kind, manifest.codec_config)
+    table = pq.read_table(tmp_path / manifest.shards[0].file)
+    assert set(codec.columns) < set(table.column_names)
+    decoded = codec.decode({name: signal_tensor(table[name], name) for name in codec.columns})
+    rows = table.select(["input_ids", "seq_lengths"]).to_pylist()
+    engine = TransformersEngine(load_model(teacher), 128)
+    answers = {answer.rows[place]: part for answer in engine.top_k(rows, 12) for place, part in split(answer, rows)}
+    expected = torch.cat([answers[index] for index in range(len(rows))])
+    assert (decoded.logprobs[:, :4] - expected[:, :4]).abs().max() < 0.02
+
+
+def split(answer, rows):
+    return enumerate(answer.distribution.logprobs.split([len(rows[index]["input_ids"]) for index in answer.rows]))
+
+
+def test_labels_are_kept_where_they_say_more_than_tokens(teacher, tmp_path):
+    rows = [{"prompt": f"{number} plus {number} is ", "completion": f"{2 * number}."} for number in range(30)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(configuration(teacher, tmp_path / "sums.jsonl", tmp_path / "dataset"))
+    for row in rows_of(tmp_path / "dataset"):
+        assert len(row["labels"]) == len(row["input_ids"]) and -100 in row["labels"][1:]
+
+
+def test_batches_hold_rows_of_about_a_length_and_no_more_tokens_than_allowed():
+    rows = [{"input_ids": [0] * length} for length in (3, 9, 1, 9, 40, 2)]
+    assert list(batches(rows, 18)) == [[4], [1, 3], [0, 5, 2]]
+
+
+def test_a_capture_that_is_there_is_not_made_again(teacher, text, captured):
+    before = files(captured[0])
+    printed = run(configuration(teacher, text, captured[0]))
+    assert "nothing to make" in printed and "captured" not in printed.replace(str(captured[0]), "")
+    assert files(captured[0]) == before
+
+
+@pytest.mark.parametrize("lost", ["shard-00002.parquet", "shard-00001.json", "background.safetensors", "manifest.json"])
+def test_what_is_lost_is_made_again(teacher, text, captured, tmp_path, lost):
+    for name, content in files(captured[0]).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / lost).unlink()
+    (tmp_path / ".shard-00002.parquet.elsewhere.1.unfinished").write_bytes(b"half")
+    run(configuration(teacher, text, tmp_path))
+    assert files(tmp_path) == files(captured[0])
+
+
+def test_shares_add_up_to_the_same_dataset(teacher, text, captured, tmp_path):
+    for share in ("2/3", "1/3"):
+        printed = run(configuration(teacher, text, tmp_path), share)
+        assert "shards are there; the process that makes the last one" in printed
+        assert not (tmp_path / "manifest.json").exists()
+    run(configuration(teacher, text, tmp_path), "3/3")
+    assert files(tmp_path) == files(captured[0])
+
+
+def test_folders_of_unrelated_machines_are_put_together(teacher, text, captured, tmp_path):
+    for share in ("1/2", "2/2"):
+        folder = tmp_path / share[0]
+        run(configuration(teacher, text, folder), share)
+        (tmp_path / "whole").mkdir(exist_ok=True)
+        for name, content in files(folder).items():
+            (tmp_path / "whole" / name).write_bytes(content)
+    printed = run(configuration(teacher, text, tmp_path / "whole"))
+    assert "nothing to make" in printed
+    assert files(tmp_path / "whole") == files(captured[0])
+
+
+def test_shares():
+    shares = [find_share(f"{index}/3", {}) for index in (1, 2, 3)]
+    assert [[share.has(shard) for shard in range(4)] for share in shares] == [
+        [True, False, False, True],
+        [False, True, False, False],
+        [False, False, True, False],
+    ]
+    assert find_share(None, {"RANK": "1", "WORLD_SIZE": "2"}) == Share(1, 2)
+    assert find_share(None, {}) == Share(0, 1)
+    for option in ("0/3", "4/3", "1", "a/b", "1/0"):
+        with pytest.raises(UserError, match=f"--shard: must be i/n with i from 1 to n, such as 1/4, got '{option}'"):
+            find_share(option, {})
+    with pytest.raises(UserError, match="--shard: torchrun's processes share the shards already"):
+        find_share("1/2", {"RANK": "1", "WORLD_SIZE": "2"})
+
+
+def test_ctrl_c_says_how_to_go_on(teacher, text, captured, tmp_path, monkeypatch, capsys):
+    def interrupted_at_the_third(folder, index, table, rows):
+        if index == 2:
+            threading.Timer(0, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Event().wait(10)
+        return write_shard(folder, index, table, rows)
+
+    write_shard = capture_module.write_shard
+    monkeypatch.setattr(capture_module, "write_shard", interrupted_at_the_third)
+    with pytest.raises(SystemExit) as ended:
+        capture(configuration(teacher, text, tmp_path))
+    assert ended.value.code == 130
+    shards = len(read_manifest(captured[0]).shards)
+    assert f"interrupted: 2 of {shards} shards are there; the same command goes on" in capsys.readouterr().out
+    monkeypatch.undo()
+    run(configuration(teacher, text, tmp_path))
+    assert files(tmp_path) == files(captured[0])
+
+
+def test_logits_exist_for_a_chunk_of_tokens_alone(teacher, monkeypatch):
+    engine = TransformersEngine(load_model(teacher), 4096)
+    rows = [{"input_ids": list(range(60)), "seq_lengths": [60]}, {"input_ids": [7, 8, 9], "seq_lengths": [3]}]
+    (expected,) = engine.top_k(rows, 5)
+    monkeypatch.setitem(transformers_engine.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 7)
+    assert [len(dense.logits) for dense in engine.whole(rows)] == [7] * 9
+    (answer,) = engine.top_k(rows, 5)
+    assert answer.rows == expected.rows == [0, 1]
+    assert torch.equal(answer.distribution.ids, expected.distribution.ids)
+    torch.testing.assert_close(answer.distribution.logprobs, expected.distribution.logprobs)
+
+
+def test_fidelity_against_sums_by_hand():
+    torch.manual_seed(0)
+    teacher = torch.randn(6, 10).log_softmax(-1)
+    values, ids = teacher.topk(3)
+    background = torch.randn(10).log_softmax(-1)
+    meter = FidelityMeter(background)
+    meter.add(DenseDistribution(teacher[:4] + 3), SparseDistribution(ids[:4], values[:4]))
+    meter.add(DenseDistribution(teacher[4:]), SparseDistribution(ids[4:], values[4:]))
+    found = meter.result()
+    expected = {"uniform": 0.0, "background": 0.0}
+    for row in range(6):
+        listed = set(ids[row].tolist())
+        rest = 1 - sum(teacher[row, token].exp() for token in listed)
+        others = {token: background[token].exp() for token in range(10) if token not in listed}
+        for token, share in others.items():
+            p = teacher[row, token].exp()
+            expected["uniform"] += float(p * (p / (rest / 7)).log()) / 6
+            expected["background"] += float(p * (p / (rest * share / sum(others.values()))).log()) / 6
+    assert found.tokens == 6
+    assert found.top_k_mass == pytest.approx(float(values.exp().sum(-1).mean()), rel=1e-5)
+    assert found.kl_uniform == pytest.approx(expected["uniform"], rel=1e-4)
+    assert found.kl_background == pytest.approx(expected["background"], rel=1e-4)
+
+
+def test_stored_words_that_leave_nothing_or_name_no_one():
+    ids = torch.tensor([[0, 1], [1, 0]])
+    logprobs = torch.tensor([[0.01, -9.0], [-0.5, -torch.inf]])
+    whole = over_vocabulary(SparseDistribution(ids, logprobs), torch.zeros(4))
+    torch.testing.assert_close(whole.exp().sum(-1), torch.ones(2))
+    assert (whole > -torch.inf).all()
+    torch.testing.assert_close(whole[1, 1], torch.tensor(-0.5))
+    full = torch.randn(2, 4).log_softmax(-1)
+    everything = SparseDistribution(torch.arange(4).expand(2, 4), full)
+    torch.testing.assert_close(over_vocabulary(everything, torch.zeros(4)), full)
