@@ -12,7 +12,7 @@ from distillkit.config.losses import HIDDEN_STATE_FUNCTIONS, LossConfig
 from distillkit.config.section import AnyMapping, PathText, Section, TextList
 from distillkit.config.student import StudentConfig
 from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig, VLLMTeacherConfig
-from distillkit.config.training_args import check_training_args
+from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS, check_training_args
 
 
 def _check_layer_mapping(value: Any) -> Any:
@@ -82,6 +82,11 @@ class RunConfig(Section):
         False, description="compare hidden states through a learned projection even where widths are equal"
     )
     training_args: AnyMapping = Field(default={}, description="what transformers' Trainer takes")
+    trained_weights: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="how weights that train are stored: float32, also under training_args.bf16; or bfloat16 with "
+        "stochastic rounding: half the memory for weights, gradients and optimizer, and more noise",
+    )
     resume: bool = Field(False, description="go on from the last checkpoint in output_path")
     evaluation: EvaluationConfig | None = Field(None, description="what is measured before and after")
 
@@ -124,6 +129,24 @@ class RunConfig(Section):
     @classmethod
     def check_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         return check_training_args(arguments)
+
+    @model_validator(mode="after")
+    def check_trained_weights(self) -> Self:
+        if self.trained_weights == "float32":
+            return self
+        if not self.training_args.get("bf16"):
+            raise KeyProblem("trained_weights", "bfloat16 needs training_args.bf16: true; set it, or use float32")
+        for name in ("fsdp", "deepspeed"):
+            if self.training_args.get(name):
+                raise KeyProblem("trained_weights", f"bfloat16 does not go with training_args.{name}; use float32")
+        optim = self.training_args.get("optim", STOCHASTIC_OPTIMIZERS[0])
+        if optim not in STOCHASTIC_OPTIMIZERS:
+            raise KeyProblem(
+                "training_args.optim",
+                f"{optim} would lose small updates of trained_weights: bfloat16; use trained_weights: float32, or one "
+                f"of {', '.join(STOCHASTIC_OPTIMIZERS)}",
+            )
+        return self
 
     @model_validator(mode="after")
     def check_student(self) -> Self:

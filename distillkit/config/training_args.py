@@ -53,6 +53,9 @@ SET_BY_THE_RUN = {
 }
 """Names that are refused unless they are switched off, and what to do instead."""
 
+STOCHASTIC_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit")
+"""Values of `optim` that can train bfloat16 weights without losing small updates: by rounding stochastically."""
+
 _POSITIVE = (
     "num_train_epochs",
     "per_device_train_batch_size",

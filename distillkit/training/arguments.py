@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from distillkit.config.errors import UserError
 
@@ -68,7 +69,17 @@ def build_training_arguments(
             raise UserError(
                 f"training_args.report_to: {tracker!r} is not installed; there is {', '.join(installed) or 'none'}"
             )
+    _check_optimizer_is_installed(arguments)
     return arguments, techniques
+
+
+def _check_optimizer_is_installed(arguments: TrainingArguments) -> None:
+    """8-bit optimizers come from packages that a run without them does not need."""
+    optim = arguments.optim.value
+    if optim in ("adamw_torch_8bit", "adamw_torch_4bit") and not is_torchao_available():
+        raise UserError(f"training_args.optim: {optim} needs torchao: pip install 'distillkit[torchao]'")
+    if optim in ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit") and not is_bitsandbytes_available():
+        raise UserError(f"training_args.optim: {optim} needs bitsandbytes; install it, or use adamw_torch_8bit")
 
 
 def saves_by_the_clock(given: Mapping[str, Any]) -> bool:

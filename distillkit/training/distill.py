@@ -23,6 +23,7 @@ from distillkit.evaluation import Divergence, generate_samples, measure_divergen
 from distillkit.evaluation.evaluate import held_out_batches
 from distillkit.losses import ModelShape, Objective
 from distillkit.teacher.online import OnlineTeacher
+from distillkit.teacher.vocabulary import check_known_tokens
 from distillkit.training.arguments import (
     SAVE_MINUTES,
     StudentTechniques,
@@ -31,8 +32,10 @@ from distillkit.training.arguments import (
 )
 from distillkit.training.batches import Collator, padding_token
 from distillkit.training.distiller import Distiller
+from distillkit.training.embeddings import level_padding
 from distillkit.training.interruption import EXIT_CODE, SaveRequests
 from distillkit.training.models import Models, load_models
+from distillkit.training.optimizers import OptimizerLine
 from distillkit.training.precision import cast_for_saving, compiled_layers, compute_dtype
 from distillkit.training.progress import MetricsFile, ProgressDisplay, say
 from distillkit.training.results import print_results, write_results
@@ -71,7 +74,7 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
     requests = SaveRequests(SAVE_MINUTES if saves_by_the_clock(config.training_args) else None)
     display = ProgressDisplay(run.console)
     trainer = _trainer(run, models, train_rows, held_out, measure)
-    for callback in (requests, MetricsFile(run.folder.path), display):
+    for callback in (requests, MetricsFile(run.folder.path), display, OptimizerLine(run.console)):
         trainer.add_callback(callback)
 
     before = _before(run, measure)
@@ -122,6 +125,9 @@ def _datasets(run: Run, models: Models) -> tuple[Dataset, Dataset | None]:
             config.sequence_length,
             None if evaluation is None else evaluation.dataset,
         )
+    check_known_tokens(train_rows, models.vocabulary_size, models.tokenizer, "dataset.train_dataset")
+    if held_out is not None:
+        check_known_tokens(held_out, models.vocabulary_size, models.tokenizer, "the held-out text")
     if held_out is None and evaluation is not None and not evaluation.prompts:
         raise UserError("evaluation.dataset: is missing: name held-out text here or in dataset.eval_dataset")
     if held_out is None and run.arguments.eval_strategy != "no":
@@ -214,6 +220,8 @@ def _finish(
     """Save the student, measure it as saved, let it write, and say how the run ended."""
     folder, evaluation = run.folder, run.config.evaluation
     cast_for_saving(models.student, trainer.weights_dtype)
+    if run.config.resize_embeddings_to_multiple_of is not None and models.vocabulary_size is not None:
+        level_padding(models.student, models.vocabulary_size)
     if folder.main_process:
         save_student(models.student, folder.path, trainer.weights_dtype)
         models.tokenizer.save_pretrained(folder.path)

@@ -61,7 +61,8 @@ def load_models(
     for matched, other in freezing.shared_with_frozen:
         say(console, f"frozen: {other} too, for it is the same tensor as {matched}")
     dtype = compute_dtype(arguments)
-    say(console, cast_for_training(student, dtype))
+    trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
+    say(console, cast_for_training(student, dtype, trained_dtype))
     student = student.to(arguments.device)
     with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
         check_head(student, "model")

@@ -4,6 +4,9 @@ A bf16 weight of 0.02 does not move at learning rate 1e-5: the update is smaller
 bf16 number. So what trains is kept in float32 (master weights) and cast to bf16 where it is used, by autocast; what is
 frozen is only ever used, and is stored in bf16. Without `training_args.bf16` (or `fp16`) all is float32.
 
+`trained_weights: bfloat16` keeps no masters: the optimizer rounds stochastically (`training.optimizers`), so that a
+weight of 0.02 moves by a bf16 step now and then, and by the right amount on average. Gradients are bf16 then, too.
+
 What is saved at the end has the dtype that computed: bf16 after a bf16 run, so the saved student is the network that
 the last forward pass used; float32 after a float32 run, so that nothing is rounded away. The divergence "after" is
 measured on the student as saved. Checkpoints, from which a run goes on, keep the float32 masters.
@@ -26,23 +29,23 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.float32
 
 
-def cast_for_training(model: PreTrainedModel, dtype: torch.dtype) -> str:
-    """Keep what trains in float32 and what is frozen in `dtype`; the line that says so.
+def cast_for_training(model: PreTrainedModel, dtype: torch.dtype, trained_dtype: torch.dtype = torch.float32) -> str:
+    """Keep what trains in `trained_dtype` and what is frozen in `dtype`; the line that says so.
 
     Modules that the architecture wants in float32 always (`_keep_in_fp32_modules_strict`) stay there.
     """
     for name, parameter in model.named_parameters():
-        keep = parameter.requires_grad or stays_float32(model, name)
-        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+        stored = trained_dtype if parameter.requires_grad else dtype
+        parameter.data = parameter.data.to(torch.float32 if stays_float32(model, name) else stored)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     if dtype == torch.float32:
         return f"precision: float32 throughout ({trained:,} parameters train, {frozen:,} are frozen)"
     name = str(dtype).removeprefix("torch.")
-    return (
-        f"precision: {trained:,} parameters train as float32 master weights under {name} autocast, "
-        f"{frozen:,} frozen ones are stored in {name}"
-    )
+    how = f"train as float32 master weights under {name} autocast"
+    if trained_dtype != torch.float32:
+        how = f"train in {name}, rounded stochastically"
+    return f"precision: {trained:,} parameters {how}, {frozen:,} frozen ones are stored in {name}"
 
 
 def cast_for_saving(model: PreTrainedModel, dtype: torch.dtype) -> None:

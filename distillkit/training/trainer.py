@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerControl
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from distillkit.config import UserError
 from distillkit.evaluation.divergence import Divergence
@@ -23,6 +23,7 @@ from distillkit.losses.vocabulary_head import IGNORED_LABEL
 from distillkit.teacher.signal import Teacher
 from distillkit.training import checkpoints
 from distillkit.training.distiller import Distiller, DistillerOutput
+from distillkit.training.optimizers import protect_updates
 from distillkit.training.saving import save_student
 
 PROJECTIONS = "projections.safetensors"
@@ -101,6 +102,13 @@ class DistillationTrainer(Trainer):
             return super().create_optimizer(model)
         except (ImportError, ValueError) as error:
             raise UserError(f"training_args.optim: {self.args.optim.value}: {error}") from error
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """Trainer's optimizer by name, made such that it loses no small update of the parameters of `model`."""
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return protect_updates(args.optim, optimizer_class, options, trained)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices: not for norms and biases (Trainer's rule), nor for vectors such as A_log."""

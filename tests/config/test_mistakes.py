@@ -136,6 +136,29 @@ def test_a_mistake_is_one_line(override: str, line: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "training_args.bf16=false",
+            "trained_weights: bfloat16 needs training_args.bf16: true; set it, or use float32",
+        ),
+        (
+            "training_args.fsdp=full_shard",
+            "trained_weights: bfloat16 does not go with training_args.fsdp; use float32",
+        ),
+        (
+            "training_args.optim=adamw_bnb_8bit",
+            "training_args.optim: adamw_bnb_8bit would lose small updates of trained_weights: bfloat16; use",
+        ),
+    ],
+)
+def test_weights_in_bfloat16_need_an_optimizer_that_rounds(override: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_run_config(SEED, ["trained_weights=bfloat16", "training_args.bf16=true", override])
+    assert str(caught.value).startswith(line)
+
+
 def test_further_mistakes_are_counted() -> None:
     with pytest.raises(UserError, match=r"^trust_remote_code: must be true or false, got 7 \(and 2 more\)$"):
         load_run_config(SEED, ["trust_remote_code=7", "sequence_length=-1", "loss_functions.0.weight=-1"])

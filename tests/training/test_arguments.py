@@ -57,6 +57,25 @@ def test_what_trainer_refuses_names_its_key(tmp_path, given, message):
         build(tmp_path, **given)
 
 
+@pytest.mark.parametrize(
+    ("package", "optim", "message"),
+    [
+        ("torchao", "adamw_torch_8bit", r"adamw_torch_8bit needs torchao: pip install 'distillkit\[torchao\]'"),
+        ("bitsandbytes", "adamw_bnb_8bit", "adamw_bnb_8bit needs bitsandbytes; install it, or use adamw_torch_8bit"),
+    ],
+)
+def test_an_optimizer_whose_package_is_missing_is_refused_before_models_are_loaded(
+    tmp_path, monkeypatch, package, optim, message
+):
+    monkeypatch.setattr(f"distillkit.training.arguments.is_{package}_available", lambda: False)
+    with pytest.raises(UserError, match=rf"training_args\.optim: {message}"):
+        build(tmp_path, optim=optim)
+
+
+def test_adamw_is_fused_unless_another_optimizer_is_named(tmp_path):
+    assert build(tmp_path)[0].optim == "adamw_torch_fused"
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")
 def test_without_a_device_the_run_is_on_the_cpu(tmp_path):
     assert build_training_arguments({}, tmp_path, uses_logits=True)[0].device.type == "cpu"

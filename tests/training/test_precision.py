@@ -17,6 +17,16 @@ def test_masters_are_float32_and_frozen_weights_bf16():
     assert "float32 master weights under bfloat16 autocast" in line
 
 
+def test_without_masters_all_is_bf16_but_what_the_architecture_keeps():
+    model = llama(0)
+    model._keep_in_fp32_modules_strict = {"norm"}
+    freeze(model, ["mlp"])
+    line = cast_for_training(model, torch.bfloat16, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name == "model.norm.weight" else torch.bfloat16)
+    assert "parameters train in bfloat16, rounded stochastically" in line
+
+
 def test_a_tied_head_stays_tied():
     model = llama(0, tied=True)
     freeze(model, ["mlp"])

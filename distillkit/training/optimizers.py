@@ -1,0 +1,190 @@
+"""Optimizers that lose no small update, over those that Trainer makes by name.
+
+Weights in float32 are any optimizer's business. Weights in bf16 (`trained_weights: bfloat16`) move only where they are
+rounded stochastically: up or down with the probability that makes the rounded weight right on average, so that a
+thousand updates of a thousandth of a bf16 step are one step. `StochasticAdamW` does that here, torchao's 8-bit and
+4-bit AdamW do it there; no other optimizer is given a bf16 weight.
+
+The random numbers of a step follow from the number of the step alone. So all ranks of a data-parallel run round alike
+and stay one model, and a resumed run rounds as the run that was not disturbed.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from jaxtyping import BFloat16, Float
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from distillkit.config import UserError
+from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS
+from distillkit.training.progress import say
+
+SLICE = 2**24
+"""Weights that `StochasticAdamW` updates at a time: what it computes in float32 for them is all it needs besides."""
+
+
+def protect_updates(
+    optim: str, optimizer_class: Any, options: dict[str, Any], trained: list[nn.Parameter]
+) -> tuple[Any, dict[str, Any]]:
+    """The optimizer class and options for `trained` that do what Trainer's do, and lose no small update.
+
+    Args:
+        optim: `training_args.optim`.
+        optimizer_class, options: what Trainer would make of it.
+
+    Raises:
+        UserError: there are bf16 weights, and the optimizer cannot round stochastically.
+    """
+    in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in trained)
+    if in_bf16 and optim not in STOCHASTIC_OPTIMIZERS:
+        raise UserError(
+            f"training_args.optim: {optim} loses small updates of bfloat16 weights; use "
+            f"{', '.join(STOCHASTIC_OPTIMIZERS[:-1])} or {STOCHASTIC_OPTIMIZERS[-1]}"
+        )
+    if optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
+        return _step_seeded(optimizer_class), {**options, "bf16_stochastic_round": in_bf16}
+    if in_bf16:
+        return StochasticAdamW, {name: value for name, value in options.items() if name != "fused"}
+    if optim == "adamw_torch" and all(parameter.is_cuda for parameter in trained):
+        return optimizer_class, {**options, "fused": True}
+    return optimizer_class, options
+
+
+class StochasticAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter, 2019) for bf16 weights; half the memory of AdamW with float32 masters.
+
+    Computed in float32; weights and both moments are stored in the weights' dtype. Where that is bf16 all three are
+    rounded stochastically: at beta2 = 0.999 the second moment, too, changes by less than its bf16 neighbours differ.
+    Weights in float32 are updated exactly as by `torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every weight that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        seed, generators = _next_step(self), dict[torch.device, torch.Generator]()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                device = parameter.device
+                if device not in generators:
+                    generators[device] = torch.Generator(device).manual_seed(seed)
+                self._update(parameter, group, generators[device])
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any], generator: torch.Generator) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        state["step"] += 1
+        stored = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+        weights, means, squares = (tensor.view(-1).split(SLICE) for tensor in stored)
+        assert parameter.grad is not None
+        gradients = parameter.grad.reshape(-1).split(SLICE)
+        for part in zip(weights, gradients, means, squares, strict=True):
+            _adamw(*part, state["step"], group, generator)
+
+
+def _adamw(
+    weight: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: int,
+    group: dict[str, Any],
+    generator: torch.Generator,
+) -> None:
+    """One update, in place, of weights and of the running means of the gradient and its square."""
+    beta1, beta2 = group["betas"]
+    exact_gradient = gradient.float()
+    exact_mean = mean.float().lerp(exact_gradient, 1 - beta1)
+    exact_square = square.float().lerp(exact_gradient.square(), 1 - beta2)
+    denominator = (exact_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    exact_weight = weight.float().mul(1 - group["lr"] * group["weight_decay"])
+    exact_weight.addcdiv_(exact_mean, denominator, value=-group["lr"] / (1 - beta1**step))
+    for stored, exact in ((weight, exact_weight), (mean, exact_mean), (square, exact_square)):
+        stored.copy_(round_stochastically(exact, generator) if stored.dtype == torch.bfloat16 else exact)
+
+
+def round_stochastically(exact: Float[Tensor, "*shape"], generator: torch.Generator) -> BFloat16[Tensor, "*shape"]:
+    """bf16 numbers whose expectation is `exact`, which is float32.
+
+    bf16 is the upper half of a float32. A uniform random number, added to the lower half before that is cut off,
+    carries into the upper with just the probability that the lower half stands for.
+    """
+    bits = exact.view(torch.int32)
+    noise = torch.randint(2**16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    return ((bits + noise) & -(2**16)).view(torch.float32).bfloat16()
+
+
+def _step_seeded(optimizer_class: type[Optimizer]) -> type[Optimizer]:
+    """torchao's optimizer, with random numbers that follow from the step, and compiled on CUDA alone.
+
+    Compiling for the CPU needs a C++ compiler and takes half a minute for each shape of a weight.
+    """
+
+    class StepSeeded(optimizer_class):  # type: ignore[misc, valid-type]
+        def step(self, closure: Callable[[], float] | None = None) -> Any:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            cuda = sorted({parameter.get_device() for parameter in parameters if parameter.is_cuda})
+            compilation: AbstractContextManager[Any] = torch.compiler.set_stance("default" if cuda else "force_eager")
+            with torch.random.fork_rng(devices=cuda), compilation:
+                torch.manual_seed(_next_step(self))
+                return super().step(closure)
+
+    StepSeeded.__name__ = optimizer_class.__name__
+    return StepSeeded
+
+
+def _next_step(optimizer: Optimizer) -> int:
+    """The number of the step that begins; it is saved and loaded with the optimizer."""
+    group = optimizer.param_groups[0]
+    group["steps"] = group.get("steps", 0) + 1
+    return int(group["steps"])
+
+
+def describe(optimizer: Optimizer) -> str:
+    """The line that says which optimizer runs, and what keeps small updates from being lost."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    words = [type(optimizer).__name__]
+    if any(group.get("fused") for group in optimizer.param_groups):
+        words.append("fused")
+    if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        words.append("bfloat16 weights rounded stochastically")
+    elif {parameter.dtype for parameter in parameters} == {torch.float32}:
+        words.append("float32 weights")
+    return f"optimizer: {', '.join(words)}"
+
+
+class OptimizerLine(TrainerCallback):
+    """Says at the beginning of training which optimizer it is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say it."""
+        optimizer = kwargs["optimizer"]
+        say(self._console, describe(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer))
