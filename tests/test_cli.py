@@ -28,7 +28,6 @@ SEED = Path(__file__).parent / "config" / "seed.yaml"
         ("SEED training_args.fp16=true", "error: training_args.fp16: gradients of single tokens are too small"),
         ("SEED --resum", "error: No such option: --resum (Possible options: --resume)"),
         ("SEED teacher.path=./none", "error: teacher.path: no such file or folder: './none'"),
-        ("SEED resize_embeddings_to_multiple_of=64", "error: resize_embeddings_to_multiple_of: is not built yet"),
         ("convert teacher", "error: Missing argument 'out'."),
         ("convert ./none out", "error: TEACHER: no such file or folder: './none'"),
         (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distillkit.config import DatasetSource, UserError
 from distillkit.data import build_dataset, collate
+from distillkit.data.signals import TensorRows
 from distillkit.evaluation.divergence import Divergence, measure_divergence
 from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.teacher.decoder import check_head
@@ -58,17 +59,20 @@ def evaluate(
         student_model,
         held_out_batches(build_dataset(data, tokenizer, sequence_length, key="data")),
         num_tokens=num_tokens,
-        vocabulary_size=common_vocabulary(teacher_model, student_model, tokenizer),
+        vocabulary_size=common_vocabulary(teacher_model, student_model, tokenizer, students_tokenizer),
     )
     (console or Console()).print(divergence_table({Path(student).name: measured}))
     return measured
 
 
-def held_out_batches(rows: Dataset, batch_size: int = 1, pad_token_id: int = 0) -> Iterator[dict[str, Tensor]]:
+def held_out_batches(
+    rows: Dataset, batch_size: int = 1, pad_token_id: int = 0, signal_columns: Sequence[str] = ()
+) -> Iterator[dict[str, Tensor]]:
     """The rows in their order, in batches."""
+    read = TensorRows(rows, signal_columns)
     for start in range(0, len(rows), batch_size):
-        chosen = rows.select(range(start, min(start + batch_size, len(rows))))
-        yield collate(list(chosen), pad_token_id=pad_token_id)
+        chosen = read.__getitems__(list(range(start, min(start + batch_size, len(rows)))))
+        yield collate(chosen, pad_token_id=pad_token_id, signal_columns=signal_columns)
 
 
 def divergence_table(columns: dict[str, Divergence]) -> Table:
@@ -83,8 +87,12 @@ def divergence_table(columns: dict[str, Divergence]) -> Table:
 
 
 def _rows(measured: Sequence[Divergence]) -> Iterator[tuple[str, list[str]]]:
-    yield "KL(teacher‖student), nats per token", [f"{each.kl:.4f}" for each in measured]
-    yield "same likeliest token", [f"{each.agreement:.1%}" for each in measured]
-    yield "perplexity, student", [f"{each.student_perplexity:.2f}" for each in measured]
-    yield "perplexity, teacher", [f"{each.teacher_perplexity:.2f}" for each in measured]
+    yield "KL(teacher‖student), nats per token", [_shown(each.kl, ".4f") for each in measured]
+    yield "same likeliest token", [_shown(each.agreement, ".1%") for each in measured]
+    yield "perplexity, student", [_shown(each.student_perplexity, ".2f") for each in measured]
+    yield "perplexity, teacher", [_shown(each.teacher_perplexity, ".2f") for each in measured]
     yield "tokens measured", [f"{each.tokens:,}" for each in measured]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,44 +1,119 @@
 """Whether two models speak of the same tokens.
 
-Models of one family share a tokenizer and still have heads of different widths, because embeddings are padded. What
-both know is then the tokenizer's tokens; columns beyond are as if they were not there.
+Models of one family share a tokenizer and still differ at its end: embeddings are padded to other widths, and special
+tokens are added for a later use. What both know is then the tokens that both tokenizers number; columns beyond are as
+if they were not there. Tokenizers are the same if they number the same tokens alike and cut text alike: a teacher has
+learnt from text cut its own way, and its word on text cut otherwise is worth little.
 """
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import json
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillkit.config.errors import UserError
+from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import head
+
+_TEXTS = (
+    "The quick brown fox, aged 12345 (or 3.14159?), can't jump OVER it; we'll see... #1!",
+    "  two spaces\n\n\tand a tab\r\n    indented = f(x)[0] // 2  # comment \n",
+    "Größe, naïve, e\u0301 and é, ﬁ, Ⅷ, ½, İstanbul, \uff21\uff22, zero\u200bwidth, non\u00a0breaking",
+    "Съешь ещё этих мягких французских булок, 速い茶色の狐, 한국어, مرحبا بالعالم, ไทย, हिन्दी",
+    "🙂👩‍👩‍👧 \U0001f1e9\U0001f1ea \ue000 \U00010348 http://a-b.c/d_e?f=g&h=%20 x@y.z $9,999.00 aaaaaaaa !!!!!!",
+)
+"""What tokenizers treat differently: digits, spaces, case, contractions, composed letters, scripts, bytes."""
 
 
 def common_vocabulary(
-    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel | CapturedTeacher, student: PreTrainedModel, *tokenizers: PreTrainedTokenizerBase
 ) -> int | None:
-    """Columns of both heads that mean tokens of the tokenizer; None where the heads are equally wide.
+    """Columns of both heads that mean tokens of all tokenizers; None where neither head has others.
 
-    Raises UserError where the heads differ and one is too narrow for the tokenizer.
+    Raises UserError where the heads differ and one is too narrow for what the tokenizers share.
     """
-    widths = {"teacher": head(teacher)[0].shape[0], "student": head(student)[0].shape[0]}
-    if len(set(widths.values())) == 1:
+    captured = isinstance(teacher, CapturedTeacher)
+    columns = teacher.vocabulary_size if captured else head(teacher)[0].shape[0]
+    widths = {"teacher": columns, "student": head(student)[0].shape[0]}
+    tokens = min(_size(tokenizer) for tokenizer in tokenizers)
+    if max(widths.values()) <= tokens and len(set(widths.values())) == 1:
         return None
-    tokens: int = max(tokenizer.get_vocab().values()) + 1
     for role, width in widths.items():
         if width < tokens:
             raise UserError(f"{role}: its head has {width} columns, but the tokenizer knows {tokens} tokens")
     return tokens
 
 
-def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where a token that both tokenizers know has another number, or where they share few tokens."""
-    theirs, ours = teacher.get_vocab(), student.get_vocab()
-    shared = theirs.keys() & ours.keys()
-    for token in sorted(shared, key=ours.__getitem__):
-        if theirs[token] != ours[token]:
+def check_known_tokens(
+    rows: Dataset, vocabulary_size: int | None, tokenizer: PreTrainedTokenizerBase, key: str
+) -> None:
+    """Raises UserError where rows (of `input_ids`) hold a token beyond the common vocabulary; `key` named the rows."""
+    if vocabulary_size is None:
+        return
+    for batch in rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        largest = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        if largest is not None and largest >= vocabulary_size:
+            token = tokenizer.convert_ids_to_tokens(largest)
             raise UserError(
-                f"teacher: its tokenizer is not the student's: {token!r} is {theirs[token]} for the teacher and "
-                f"{ours[token]} for the student"
+                f"{key}: holds token {largest} ({token!r}), which the teacher and the student do not both know; remove "
+                "it from the text, or from the chat template that brings it"
             )
-    if 2 * len(shared) < min(len(theirs), len(ours)):
-        raise UserError(
-            f"teacher: its tokenizer is not the student's: of {len(theirs)} and {len(ours)} tokens, {len(shared)} "
-            "are the same"
-        )
+
+
+def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where a token has two numbers, a number two tokens, or a text two ways to be cut.
+
+    Special tokens that only one of them has, or that have another name in each, are no difference.
+    """
+    both_fast = isinstance(teacher, PreTrainedTokenizerFast) and isinstance(student, PreTrainedTokenizerFast)
+    if both_fast and _state(teacher) == _state(student):
+        return  # as mostly; to cut the text of every token takes seconds
+    _check_numbers(teacher, student)
+    _check_cuts(teacher, student)
+
+
+def _state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """All that a tokenizer is, but for what its last call left."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {**state, "truncation": None, "padding": None}
+
+
+def _size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest number of a token."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _different(what: str) -> UserError:
+    return UserError(f"teacher: its tokenizer is not the student's: {what}")
+
+
+def _check_numbers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    theirs, ours = teacher.get_vocab(), student.get_vocab()
+    for token in sorted(theirs.keys() & ours.keys(), key=ours.__getitem__):
+        if theirs[token] != ours[token]:
+            raise _different(f"{token!r} is {theirs[token]} for the teacher and {ours[token]} for the student")
+    added = {*teacher.get_added_vocab().values(), *student.get_added_vocab().values()}
+    names = {number: token for token, number in theirs.items()}
+    for token, number in ours.items():
+        if number in names and names[number] != token and number not in added:
+            raise _different(f"{number} is {names[number]!r} for the teacher and {token!r} for the student")
+
+
+def _check_cuts(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Cut texts of many kinds, and the text of every token: a merge that is missing, or comes later, shows there."""
+    of_one_alone = teacher.get_added_vocab().keys() ^ student.get_added_vocab().keys()
+    words = {
+        tokenizer.convert_tokens_to_string([token])
+        for tokenizer in (teacher, student)
+        for token in tokenizer.get_vocab().keys() - of_one_alone
+    }
+    words |= {start + word for text in _TEXTS for word in text.split(" ") for start in ("", " ")}
+    texts = [text for text in (*_TEXTS, *sorted(words - {""})) if not any(name in text for name in of_one_alone)]
+    cuts = [tokenizer(texts, add_special_tokens=False, verbose=False).input_ids for tokenizer in (teacher, student)]
+    different = [text for text, theirs, ours in zip(texts, *cuts, strict=True) if theirs != ours]
+    if different:
+        text = min(different, key=len)
+        by = [" ".join(map(repr, tokenizer.tokenize(text))) for tokenizer in (teacher, student)]
+        raise _different(f"{text!r} is cut into {by[0]} by the teacher's, {by[1]} by the student's")

@@ -12,11 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import is_flash_attn_2_available
 
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.config.teacher import DatasetTeacherConfig
 from distillkit.conversion.convert import convert
 from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.data import tokenizer_hash
+from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import check_head
+from distillkit.teacher.opening import manifest_of, open_captured
 from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabulary
 from distillkit.training.arguments import StudentTechniques
+from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, freeze
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.progress import say
@@ -28,9 +33,12 @@ OF_THE_ORIGINAL_ALONE = ("revision", "gguf_file", "subfolder", "torch_dtype", "d
 
 @dataclass(frozen=True)
 class Models:
-    """Teacher and student on the device of the run; the student frozen and cast as it trains."""
+    """Teacher and student on the device of the run; the student frozen and cast as it trains.
 
-    teacher: PreTrainedModel
+    A captured teacher is not loaded: its word comes with the batches.
+    """
+
+    teacher: PreTrainedModel | CapturedTeacher
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int | None
@@ -46,17 +54,22 @@ def load_models(
 ) -> Models:
     """Load what a run needs. A student that goes on comes from its checkpoint, float32 masters and all."""
     teacher_config = config.teacher
-    if not isinstance(teacher_config, HFTeacherConfig):
-        raise UserError(f"teacher.kind: {teacher_config.kind} is not built yet; use kind: hf")
-    origin = _origin(config, teacher_config, folder, arguments, console)
-    teacher = load_model(
-        teacher_config.path, key="teacher.path", trust_remote_code=config.trust_remote_code, **teacher_config.kwargs
-    )
-    if "device_map" not in teacher_config.kwargs:
-        teacher = teacher.to(arguments.device)
-    check_head(teacher, "teacher.path")
-    tokenizer = _load_tokenizer(config, teacher_config, origin)
+    teacher: PreTrainedModel | CapturedTeacher
+    if isinstance(teacher_config, HFTeacherConfig):
+        origin = _origin(config, teacher_config, folder, arguments, console)
+        teacher = _load_teacher(config, teacher_config, arguments)
+        tokenizer, teachers_tokenizer = _load_tokenizers(config, teacher_config, origin)
+    elif isinstance(teacher_config, DatasetTeacherConfig):
+        origin = str(config.model)
+        teacher = open_captured(teacher_config, config.dataset.train_dataset)
+        tokenizer, teachers_tokenizer = _load_students_tokenizer(config)
+    else:
+        raise UserError(f"teacher.kind: {teacher_config.kind} is not built yet; use kind: hf or dataset")
     student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, arguments)
+    if config.resize_embeddings_to_multiple_of is not None:
+        rows, grown = grow_embeddings(student, config.resize_embeddings_to_multiple_of)
+        if grown > rows:
+            say(console, f"embeddings: {rows:,} rows grow to {grown:,}; those added mean no token")
     freezing = freeze(student, config.frozen_res, config.frozen_modules)
     for matched, other in freezing.shared_with_frozen:
         say(console, f"frozen: {other} too, for it is the same tensor as {matched}")
@@ -68,7 +81,8 @@ def load_models(
         check_head(student, "model")
     if techniques.gradient_checkpointing:
         _checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
-    return Models(teacher, student, tokenizer, common_vocabulary(teacher, student, tokenizer), freezing)
+    vocabulary_size = common_vocabulary(teacher, student, tokenizer, teachers_tokenizer)
+    return Models(teacher, student, tokenizer, vocabulary_size, freezing)
 
 
 def _checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None:
@@ -127,17 +141,56 @@ def _wants_flash_attention(config: RunConfig, arguments: TrainingArguments) -> b
     return config.use_flash_attention and in_16_bits and (asked or is_flash_attn_2_available())
 
 
-def _load_tokenizer(config: RunConfig, teacher: HFTeacherConfig, origin: str) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, or the teacher's where the student comes without."""
+def _load_teacher(config: RunConfig, teacher: HFTeacherConfig, arguments: TrainingArguments) -> PreTrainedModel:
+    options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
+    model = load_model(teacher.path, key="teacher.path", **options)
+    if "device_map" not in teacher.kwargs:
+        model = model.to(arguments.device)
+    check_head(model, "teacher.path")
+    return model
+
+
+def _load_students_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The student's tokenizer, and that of the captured teacher: the same one, unless the dataset says otherwise.
+
+    Where the two number tokens differently, the teacher's is looked for where it was when it was captured, for the
+    two may still agree on all tokens that both have.
+    """
+    options = {"trust_remote_code": config.trust_remote_code}
+    where = {name: config.model_kwargs[name] for name in ("gguf_file", "revision") if name in config.model_kwargs}
+    students = load_tokenizer(str(config.model), key="model", **options, **where)
+    manifest = manifest_of(config.dataset.train_dataset)
+    if manifest is None or manifest.tokenizer_sha256 in (None, tokenizer_hash(students)):
+        return students, students
+    path, kwargs = manifest.teacher.get("path", ""), manifest.teacher.get("kwargs", {})
+    where = {name: kwargs[name] for name in ("gguf_file", "revision") if name in kwargs}
+    refused = UserError(
+        f"model: its tokenizer is not the one that dataset.train_dataset was captured with, that of {path!r}; use a "
+        "student of the teacher's family, or capture with the student's tokenizer"
+    )
+    try:
+        teachers = load_tokenizer(path, key="teacher", **options, **where)
+    except UserError:
+        raise refused from None
+    if tokenizer_hash(teachers) != manifest.tokenizer_sha256:
+        raise refused
+    check_same_tokenizer(teachers, students)
+    return students, teachers
+
+
+def _load_tokenizers(
+    config: RunConfig, teacher: HFTeacherConfig, origin: str
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The student's tokenizer (the teacher's where the student comes without), which reads the text; the teacher's."""
     where = {name: teacher.kwargs[name] for name in ("gguf_file", "revision") if name in teacher.kwargs}
     options = {"trust_remote_code": config.trust_remote_code}
     teachers = load_tokenizer(teacher.path, key="teacher.path", **options, **where)
     if config.model is None:
-        return teachers
+        return teachers, teachers
     where = {name: config.model_kwargs[name] for name in ("gguf_file", "revision") if name in config.model_kwargs}
     try:
         students = load_tokenizer(origin, key="model", **options, **where)
     except UserError:
-        return teachers
+        return teachers, teachers
     check_same_tokenizer(teachers, students)
-    return students
+    return students, teachers
