@@ -4,6 +4,7 @@ Those imports stand inside the commands: they bring torch, and `--help` or a mis
 without it.
 """
 
+import glob
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from distillkit.config import DatasetSource, StudentConfig, UserError, load_run_config
+from distillkit.config.capture import check_capture_ready, load_capture_config
 from distillkit.config.readiness import check_model_path, check_ready, check_source
 from distillkit.config.student import KVHeads, Layout
 
@@ -111,6 +113,83 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         gguf_file=gguf_file,
     )
+
+
+@app.command()
+def pack(
+    dataset: Annotated[str, typer.Argument(help="A captured dataset: a folder, or a dataset of the hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed one.")],
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per row.")],
+    split: Annotated[str | None, typer.Option(help="The split of it, or a part of one, where it has several.")] = None,
+) -> None:
+    """Fill rows of one length with captured documents, each token beside what the teacher said there.
+
+    Documents never see each other; those longer than a row are split. Distil from the result with prepacked: true.
+    """
+    local = os.path.exists(dataset) or glob.has_magic(dataset)
+    if not local:
+        check_model_path("DATASET", dataset)
+    source = DatasetSource.parse({"disk_path" if local else "repo_id": dataset, "split": split})
+    from distillkit.capture.packing import pack
+
+    pack(source, out, sequence_length)
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(help="The folder of a captured dataset.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hold every byte of every shard to the manifest.")] = False,
+    tokens: Annotated[int, typer.Option(min=0, help="How many tokens are shown with the teacher's guesses.")] = 12,
+    teacher: Annotated[
+        str | None, typer.Option(help="A live teacher to compare with: a folder, a hub id or a .gguf file.")
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the teacher.")
+    ] = False,
+) -> None:
+    """Say what a captured dataset is, whether it is whole, and what the teacher said. Exit code 1: it is not whole."""
+    if teacher is not None:
+        check_model_path("--teacher", teacher)
+    if not dataset.is_dir():
+        raise UserError(f"DATASET: no such folder: {str(dataset)!r}")
+    from distillkit.capture.inspection import inspect_dataset
+
+    whole = inspect_dataset(
+        dataset,
+        verify=verify,
+        tokens=tokens,
+        teacher=teacher,
+        trust_remote_code=trust_remote_code,
+        gguf_file=gguf_file,
+    )
+    if not whole:
+        raise typer.Exit(1)
+
+
+@app.command()
+def capture(
+    config: Annotated[Path, typer.Argument(help="The capture, as YAML.", metavar="CONFIG.yaml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys to change: compression.logprob_compressor.k=64", metavar="KEY=VALUE"),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Make only the i-th of n shares: shards i - 1, i - 1 + n, i - 1 + 2n, ... Processes on any machines "
+            "share a capture so, in one folder or in several that are put together afterwards; torchrun's do by "
+            "themselves. Without it, whatever is missing is made.",
+            metavar="i/n",
+        ),
+    ] = None,
+) -> None:
+    """Store what a teacher says about a text, once. Killed at any moment, the same command goes on."""
+    described = load_capture_config(config, overrides or [])
+    check_capture_ready(described)
+    from distillkit.capture.capture import capture
+
+    capture(described, shard)
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distillkit.capture import vllm_engine
+from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.capture.vllm_engine import VLLMEngine, sparse_distribution
 from distillkit.config import HFTeacherConfig, UserError
+from distillkit.distribution import SparseDistribution
 
 from . import vllm_outputs
 
 ROWS = [
-    {"input_ids": [3, 14, 15, 9, 2, 6], "seq_lengths": [4, 2]},
-    {"input_ids": [5], "seq_lengths": [1]},
-    {"input_ids": [35, 8, 9, 7, 9], "seq_lengths": [5]},
+    {"input_ids": [3, 14, 15, 9, 2, 6], "labels": [3, 14, 15, 9, 2, 6], "seq_lengths": [4, 2]},
+    {"input_ids": [5], "labels": [5], "seq_lengths": [1]},
+    {"input_ids": [35, 8, 9, 7, 9], "labels": [35, 8, 9, 7, 9], "seq_lengths": [5]},
 ]
 
 
@@ -73,19 +75,27 @@ def test_the_same_as_transformers(teacher, vllm, monkeypatch, at_once):
     monkeypatch.setattr(vllm_engine, "TOKENS_AT_ONCE", at_once)
     config = HFTeacherConfig(path=str(teacher), kwargs={"torch_dtype": "float32"})
     engine = VLLMEngine(config, 6, 5)
-    model = LlamaForCausalLM.from_pretrained(teacher).eval()
-    answers = list(engine.top_k(ROWS, 6))
-    assert sorted(row for answer in answers for row in answer.rows) == [0, 1, 2]
-    assert engine.vocabulary_size == 40
+    slow = TransformersEngine(LlamaForCausalLM.from_pretrained(teacher), 16)
+    assert engine.vocabulary_size == slow.vocabulary_size == 40
+    got, expected = by_row(engine.top_k(ROWS, 6)), by_row(slow.top_k(ROWS, 6))
+    assert sorted(got) == [0, 1, 2]
+    for row, distribution in got.items():
+        torch.testing.assert_close(distribution.ids, expected[row].ids)
+        torch.testing.assert_close(distribution.logprobs, expected[row].logprobs)
+
+
+def by_row(answers):
+    found = {}
     for answer in answers:
-        documents = []
-        for row in (ROWS[index] for index in answer.rows):
-            documents += torch.tensor(row["input_ids"]).split(row["seq_lengths"])
-        with torch.no_grad():
-            logits = torch.cat([model(document[None]).logits[0] for document in documents])
-        values, ids = logits.log_softmax(-1).topk(6)
-        torch.testing.assert_close(answer.distribution.ids, ids)
-        torch.testing.assert_close(answer.distribution.logprobs, values)
+        lengths = [len(ROWS[row]["input_ids"]) for row in answer.rows]
+        parts = zip(
+            answer.rows,
+            answer.distribution.ids.split(lengths),
+            answer.distribution.logprobs.split(lengths),
+            strict=True,
+        )
+        found |= {row: SparseDistribution(ids, logprobs) for row, ids, logprobs in parts}
+    return found
 
 
 def test_what_is_missing_is_one_line(teacher, monkeypatch):
