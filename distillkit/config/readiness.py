@@ -18,6 +18,8 @@ def check_ready(config: RunConfig) -> None:
         check_model_path("model", config.model)
     if config.teacher.kind == "hf":
         check_model_path("teacher.path", config.teacher.path)
+    if config.teacher.kind != "vllm" and config.teacher.background is not None:
+        check_source("teacher.background", DatasetSource(disk_path=config.teacher.background))
     if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
         raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
 

@@ -157,7 +157,24 @@ class RunConfig(Section):
         if self.model is not None:
             raise KeyProblem("model", "student is given too; keep one of the two")
         if self.teacher.kind != "hf":
-            raise KeyProblem("student", "converts the teacher, which must be of kind: hf for that")
+            raise KeyProblem(
+                "student",
+                f"converts the teacher, of which kind: {self.teacher.kind} has no weights; convert it first "
+                "(distillkit convert) and name the result in model",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_background(self) -> Self:
+        """What a live teacher needs for it is known here; a dataset may bring its own."""
+        for position, loss in enumerate(self.loss_functions):
+            if loss.missing_probability_handling != "background" or self.teacher.kind != "hf":
+                continue
+            key = f"loss_functions[{position}].missing_probability_handling"
+            if self.teacher.top_k is None:
+                raise KeyProblem(key, "background needs teacher.top_k: of a whole distribution nothing is missing")
+            if self.teacher.background is None:
+                raise KeyProblem(key, "background needs teacher.background: a captured dataset that has one")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,11 @@ from distillkit.config.compression import LegacyLogitCompressionConfig, LogprobC
 from distillkit.config.errors import KeyProblem
 from distillkit.config.section import AnyMapping, PathText, Section
 
+_BACKGROUND = (
+    "the distribution that what is missing of a sparse teacher follows: a captured dataset, or its "
+    "background.safetensors; for missing_probability_handling: background"
+)
+
 
 class HFTeacherConfig(Section):
     """A model that runs beside the student."""
@@ -20,10 +25,15 @@ class HFTeacherConfig(Section):
         "revision, device_map, ...",
     )
     top_k: int | None = Field(None, gt=0, description="only the teacher's k most probable tokens are learnt from")
+    background: PathText | None = Field(None, description=_BACKGROUND)
 
 
 class DatasetTeacherConfig(Section):
-    """The captured outputs of a teacher, stored beside the tokens of the training dataset."""
+    """The captured outputs of a teacher, stored beside the tokens of the training dataset.
+
+    A dataset that `distillkit capture` made says itself how. Of others the format is given here; without any, the
+    columns token_ids and top_values are read as they are.
+    """
 
     kind: Literal["dataset"] = "dataset"
     logprob_compressor: LogprobCompressorConfig | None = Field(None, description="how the outputs are compressed")
@@ -31,6 +41,7 @@ class DatasetTeacherConfig(Section):
         None, description="how the outputs are compressed, in the older format"
     )
     vocab_size: int | None = Field(None, gt=0, description="size of the teacher's vocabulary")
+    background: PathText | None = Field(None, description=f"{_BACKGROUND}; the training dataset's own by default")
 
     @model_validator(mode="after")
     def check_one_format(self) -> Self:

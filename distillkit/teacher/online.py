@@ -1,9 +1,11 @@
 """A teacher that is a live model, run beside the student."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +23,7 @@ class OnlineTeacher:
         final_norm: whether the last index is the state after the final norm, or the last layer's output.
         top_k: give only the k likeliest tokens, their log-probabilities normalised over the whole vocabulary.
         vocabulary_size: columns that belong to the tokenizer; a wider head's others are as if they were not there.
+        background: log-distribution over the head's columns that mass outside the top k may be taken to follow.
     """
 
     def __init__(
@@ -31,12 +34,14 @@ class OnlineTeacher:
         final_norm: bool = True,
         top_k: int | None = None,
         vocabulary_size: int | None = None,
+        background: Float[Tensor, " vocab"] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.layers = tuple(layers)
         self.final_norm = final_norm
         self.top_k = top_k
         self.vocabulary_size = vocabulary_size
+        self.background = background
 
     @torch.no_grad()
     def signal(self, batch: Mapping[str, Tensor]) -> TeacherSignal:
@@ -56,7 +61,10 @@ class OnlineTeacher:
             with torch.autocast(hidden.device.type, enabled=False):
                 whole = F.linear(hidden, matrix)[:, : weight.shape[0]]
             dense = DenseDistribution((whole if bias is None else whole + bias)[:, :columns])
-            return dense if self.top_k is None else dense.top_k(self.top_k)
+            if self.top_k is None:
+                return dense
+            background = None if self.background is None else self.background.to(hidden.device)[:columns]
+            return replace(dense.top_k(self.top_k), background=background)
 
         def distribution(rows: Tensor) -> Callable[[slice], Distribution]:
             wanted = flat[rows]

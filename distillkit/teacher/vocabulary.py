@@ -7,6 +7,8 @@ learnt from text cut its own way, and its word on text cut otherwise is worth li
 """
 
 import json
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -102,16 +104,27 @@ def _check_numbers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenize
 
 
 def _check_cuts(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Cut texts of many kinds, and the text of every token: a merge that is missing, or comes later, shows there."""
+    """Cut texts of many kinds; then the text of every token, and these run together, where merges show."""
     of_one_alone = teacher.get_added_vocab().keys() ^ student.get_added_vocab().keys()
+    _compare(teacher, student, [start + word for text in _TEXTS for word in text.split(" ") for start in ("", " ")])
+    _compare(teacher, student, _TEXTS)
     words = {
         tokenizer.convert_tokens_to_string([token])
-        for tokenizer in (teacher, student)
-        for token in tokenizer.get_vocab().keys() - of_one_alone
+        for tokenizer, other in ((student, {}), (teacher, student.get_vocab()))
+        for token in tokenizer.get_vocab().keys() - other.keys() - of_one_alone
     }
-    words |= {start + word for text in _TEXTS for word in text.split(" ") for start in ("", " ")}
-    texts = [text for text in (*_TEXTS, *sorted(words - {""})) if not any(name in text for name in of_one_alone)]
-    cuts = [tokenizer(texts, add_special_tokens=False, verbose=False).input_ids for tokenizer in (teacher, student)]
+    in_order = sorted(word for word in words if not any(name in word for name in of_one_alone))
+    mixed = random.Random(0).sample(in_order, len(in_order))
+    together = ["".join(mixed[start : start + 4]) for start in range(0, len(mixed), 4)]
+    _compare(
+        teacher, student, [*in_order, *(text for text in together if not any(name in text for name in of_one_alone))]
+    )
+
+
+def _compare(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    cuts = [
+        tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids for tokenizer in (teacher, student)
+    ]
     different = [text for text, theirs, ours in zip(texts, *cuts, strict=True) if theirs != ours]
     if different:
         text = min(different, key=len)

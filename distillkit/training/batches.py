@@ -13,13 +13,22 @@ from distillkit.data.collate import collate
 
 @dataclass(frozen=True)
 class Collator:
-    """`collate` with `lengths` [batch]: tokens of each row without its padding."""
+    """`collate` with `lengths` [batch]: tokens of each row without its padding.
+
+    signal_columns: what a captured teacher says, to travel with the tokens.
+    """
 
     pad_token_id: int
     sequence_length: int | None = None
+    signal_columns: tuple[str, ...] = ()
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = collate(rows, pad_token_id=self.pad_token_id, sequence_length=self.sequence_length)
+        batch = collate(
+            rows,
+            pad_token_id=self.pad_token_id,
+            sequence_length=self.sequence_length,
+            signal_columns=self.signal_columns,
+        )
         return {**batch, "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
 
 

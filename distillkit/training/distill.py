@@ -7,7 +7,7 @@ is checkpointed, so a run killed anywhere ends, after `--resume`, as if it had n
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
@@ -18,12 +18,15 @@ from transformers import TrainingArguments, set_seed
 
 from distillkit.config import EvaluationConfig, RunConfig, UserError
 from distillkit.config.losses import HIDDEN_STATE_FUNCTIONS
-from distillkit.data import build_datasets
+from distillkit.data.signals import TensorRows
 from distillkit.evaluation import Divergence, generate_samples, measure_divergence
 from distillkit.evaluation.evaluate import held_out_batches
 from distillkit.losses import ModelShape, Objective
+from distillkit.teacher.captured import CapturedTeacher
+from distillkit.teacher.decoder import head
 from distillkit.teacher.online import OnlineTeacher
-from distillkit.teacher.vocabulary import check_known_tokens
+from distillkit.teacher.opening import open_background
+from distillkit.teacher.signal import Teacher
 from distillkit.training.arguments import (
     SAVE_MINUTES,
     StudentTechniques,
@@ -41,6 +44,7 @@ from distillkit.training.progress import MetricsFile, ProgressDisplay, say
 from distillkit.training.results import print_results, write_results
 from distillkit.training.run_folder import RunFolder, open_run_folder
 from distillkit.training.saving import save_student
+from distillkit.training.text import HeldOut, load_text
 from distillkit.training.trainer import DistillationTrainer
 
 Measurement = Callable[[], Divergence]
@@ -69,7 +73,7 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
         say(run.console, f"{run.folder.path}: this run is finished already, nothing is left to do")
         return run.folder.path
     models = load_models(config, run.folder, run.arguments, run.techniques, run.console)
-    train_rows, held_out = _datasets(run, models)
+    train_rows, held_out = load_text(config, run.arguments, models)
     measure = _measurement(run, models, held_out)
     requests = SaveRequests(SAVE_MINUTES if saves_by_the_clock(config.training_args) else None)
     display = ProgressDisplay(run.console)
@@ -115,37 +119,18 @@ def _begin(config: RunConfig, console: Console) -> Run:
     return Run(config, folder, arguments, techniques, console)
 
 
-def _datasets(run: Run, models: Models) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out rows; the first process prepares them, the others find them prepared."""
-    config, evaluation = run.config, run.config.evaluation
-    with run.arguments.main_process_first():
-        train_rows, held_out = build_datasets(
-            config.dataset,
-            models.tokenizer,
-            config.sequence_length,
-            None if evaluation is None else evaluation.dataset,
-        )
-    check_known_tokens(train_rows, models.vocabulary_size, models.tokenizer, "dataset.train_dataset")
-    if held_out is not None:
-        check_known_tokens(held_out, models.vocabulary_size, models.tokenizer, "the held-out text")
-    if held_out is None and evaluation is not None and not evaluation.prompts:
-        raise UserError("evaluation.dataset: is missing: name held-out text here or in dataset.eval_dataset")
-    if held_out is None and run.arguments.eval_strategy != "no":
-        raise UserError("training_args.eval_strategy: there is no held-out text; name it in dataset.eval_dataset")
-    return train_rows, held_out
-
-
-def _measurement(run: Run, models: Models, held_out: Dataset | None) -> Measurement | None:
+def _measurement(run: Run, models: Models, held_out: HeldOut | None) -> Measurement | None:
     """Measures the student as it is when called; None without held-out text."""
     if held_out is None:
         return None
     settings = run.config.evaluation or EvaluationConfig()
 
     def measure() -> Divergence:
+        batch_size = run.arguments.per_device_train_batch_size
         return measure_divergence(
-            models.teacher,
+            held_out.teacher,
             models.student,
-            held_out_batches(held_out, run.arguments.per_device_train_batch_size),
+            held_out_batches(held_out.rows, batch_size, signal_columns=held_out.signal_columns),
             num_tokens=settings.num_tokens,
             vocabulary_size=models.vocabulary_size,
             student_autocast=compute_dtype(run.arguments),
@@ -155,12 +140,13 @@ def _measurement(run: Run, models: Models, held_out: Dataset | None) -> Measurem
 
 
 def _trainer(
-    run: Run, models: Models, train_rows: Dataset, held_out: Dataset | None, measure: Measurement | None
+    run: Run, models: Models, train_rows: Dataset, held_out: HeldOut | None, measure: Measurement | None
 ) -> DistillationTrainer:
     config = run.config
-    assert config.teacher.kind == "hf"
     student, teacher = (
-        ModelShape(model.config.hidden_size, model.config.num_hidden_layers)
+        None
+        if isinstance(model, CapturedTeacher)
+        else ModelShape(model.config.hidden_size, model.config.num_hidden_layers)
         for model in (models.student, models.teacher)
     )
     objective = Objective(
@@ -171,23 +157,44 @@ def _trainer(
         force_hidden_state_projection=config.force_hidden_state_projection,
         vocabulary_size=models.vocabulary_size,
     )
-    online = OnlineTeacher(
+    asked = _teacher(config, models, objective)
+    signal_columns = models.teacher.columns if isinstance(models.teacher, CapturedTeacher) else ()
+    return DistillationTrainer(
+        Distiller(models.student, objective),
+        asked if objective.needs_teacher else None,
+        weights_dtype=compute_dtype(run.arguments),
+        divergence=measure,
+        args=run.arguments,
+        train_dataset=TensorRows(train_rows, signal_columns),
+        eval_dataset=None if held_out is None else held_out.rows,
+        data_collator=Collator(padding_token(models.tokenizer), config.sequence_length, signal_columns),
+        processing_class=models.tokenizer,
+    )
+
+
+def _teacher(config: RunConfig, models: Models, objective: Objective) -> Teacher:
+    """Who is asked about batches, with the background distribution where a loss wants one."""
+    positions = [
+        position
+        for position, loss in enumerate(config.loss_functions)
+        if loss.missing_probability_handling == "background"
+    ]
+    if isinstance(models.teacher, CapturedTeacher):
+        if positions and models.teacher.background is None:
+            raise UserError(
+                f"loss_functions[{positions[0]}].missing_probability_handling: background needs teacher.background, "
+                "for dataset.train_dataset has none"
+            )
+        return models.teacher
+    assert config.teacher.kind == "hf"
+    wanted = config.teacher.background if positions else None
+    return OnlineTeacher(
         models.teacher,
         objective.teacher_layers,
         final_norm=objective.taps_final_norm,
         top_k=config.teacher.top_k,
         vocabulary_size=models.vocabulary_size,
-    )
-    return DistillationTrainer(
-        Distiller(models.student, objective),
-        online if objective.needs_teacher else None,
-        weights_dtype=compute_dtype(run.arguments),
-        divergence=measure,
-        args=run.arguments,
-        train_dataset=train_rows,
-        eval_dataset=held_out,
-        data_collator=Collator(padding_token(models.tokenizer), config.sequence_length),
-        processing_class=models.tokenizer,
+        background=None if wanted is None else open_background(wanted, len(head(models.teacher)[0])),
     )
 
 
@@ -200,7 +207,7 @@ def _before(run: Run, measure: Measurement | None) -> Divergence | None:
     if run.folder.checkpoint is not None:
         return None
     before = measure()
-    run.folder.note("divergence_before", before.as_metrics())
+    run.folder.note("divergence_before", asdict(before))
     return before
 
 

@@ -14,8 +14,8 @@ from transformers.utils import is_flash_attn_2_available
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.config.teacher import DatasetTeacherConfig
 from distillkit.conversion.convert import convert
-from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.data import tokenizer_hash
+from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import check_head
 from distillkit.teacher.opening import manifest_of, open_captured

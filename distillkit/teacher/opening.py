@@ -1,0 +1,145 @@
+"""From the configuration to a captured teacher: how its word is stored, and whether the files are what was captured.
+
+A dataset that `distillkit capture` made has a manifest, which says how; what the YAML says must not contradict it.
+Datasets that others published have none: there the YAML says how, or the columns are plain.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
+
+from distillkit.compression import Codec, build_codec
+from distillkit.config.data import DatasetSource
+from distillkit.config.errors import UserError, shown
+from distillkit.config.section import Section
+from distillkit.config.teacher import DatasetTeacherConfig
+from distillkit.data import collate
+from distillkit.data.signals import TensorRows
+from distillkit.data.sources import load_source
+from distillkit.shards import Manifest, read_background, read_background_file, read_manifest, verify_shards
+from distillkit.teacher.captured import CapturedTeacher
+
+PLAIN = ("token_ids", "top_values")
+
+
+def manifest_of(source: DatasetSource) -> Manifest | None:
+    """The manifest of a captured dataset on disk; None for any other dataset."""
+    return None if source.disk_path is None else read_manifest(Path(source.disk_path))
+
+
+def open_captured(
+    config: DatasetTeacherConfig, source: DatasetSource, key: str = "dataset.train_dataset"
+) -> CapturedTeacher:
+    """The teacher whose word the training dataset holds.
+
+    key: the key of the YAML that holds the source, for error messages.
+
+    Raises `UserError` where nothing says how it is stored, or the YAML and the manifest contradict one another.
+    """
+    manifest = manifest_of(source)
+    named = {
+        name: section
+        for name in ("logprob_compressor", "legacy_logit_compression")
+        if (section := getattr(config, name)) is not None
+    }
+    if manifest is not None:
+        codec = build_codec(manifest.codec_kind, manifest.codec_config)
+        for kind, section in named.items():
+            _refuse_contradiction(kind, section, codec, key)
+    elif named:
+        codec = build_codec(*next(iter(named.items())))
+    else:
+        codec = _plain(config, source, key)
+    if config.vocab_size not in (None, codec.vocabulary_size):
+        raise UserError(
+            f"teacher.vocab_size: is {config.vocab_size}, but the outputs of {key} are over {codec.vocabulary_size} "
+            "tokens; remove it"
+        )
+    if config.background is not None:
+        return CapturedTeacher(codec, open_background(config.background, codec.vocabulary_size))
+    folder = Path(source.disk_path or "")
+    return CapturedTeacher(codec, read_background(folder, manifest))
+
+
+def open_held_out(taught: CapturedTeacher, source: DatasetSource, key: str) -> CapturedTeacher | None:
+    """The teacher whose word a held-out dataset holds; None where it holds text alone.
+
+    taught: the teacher of the training dataset, whose format a dataset without a manifest is taken to have.
+    """
+    manifest = manifest_of(source)
+    if manifest is not None:
+        return CapturedTeacher(build_codec(manifest.codec_kind, manifest.codec_config))
+    return taught if set(taught.columns) <= set(load_source(source, key).column_names) else None
+
+
+def open_background(path: str, vocabulary_size: int, key: str = "teacher.background") -> Float[Tensor, " vocab"]:
+    """The background of a captured dataset, or in a file of its own. Raises `UserError` where there is none."""
+    folder = Path(path)
+    logprobs = read_background(folder, read_manifest(folder)) if folder.is_dir() else read_background_file(folder)
+    if logprobs is None:
+        raise UserError(f"{key}: {path!r} has no background; name a dataset that distillkit capture made")
+    if len(logprobs) != vocabulary_size:
+        raise UserError(
+            f"{key}: covers {len(logprobs)} tokens, but the teacher's vocabulary has {vocabulary_size}; it is of "
+            "another teacher"
+        )
+    return logprobs
+
+
+def refuse_damage(source: DatasetSource, key: str) -> None:
+    """Raises `UserError` where a shard of a captured dataset is not what was captured. Reads all of them."""
+    manifest = manifest_of(source)
+    if manifest is None:
+        return
+    problems = verify_shards(Path(source.disk_path or ""), manifest)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(
+            f"{key}.disk_path: {problems[0]}{more}; delete such files, and distillkit capture goes on there"
+        )
+
+
+def refuse_other_format(teacher: CapturedTeacher, rows: Dataset, key: str) -> None:
+    """Raises `UserError` where the first row cannot have been stored as is said: other widths, tokens that are none."""
+    batch = collate([TensorRows(rows, teacher.columns)[0]], pad_token_id=0, signal_columns=teacher.columns)
+    try:
+        said = teacher.codec.decode({name: batch[name].flatten(0, 1) for name in teacher.columns})
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    largest = int(said.ids.max())
+    if largest >= teacher.vocabulary_size or bool(said.logprobs.isnan().any()):
+        raise UserError(
+            f"{key}: read as {teacher.codec.kind}, its first row says nonsense (token {largest} of "
+            f"{teacher.vocabulary_size}); give the configuration that it was captured with"
+        )
+
+
+def _refuse_contradiction(kind: str, section: Section, codec: Codec, key: str) -> None:
+    if kind != codec.kind:
+        raise UserError(f"teacher.{kind}: {key} was captured with {codec.kind}; remove it, for the manifest says how")
+    ours, theirs = section.model_dump(), codec.config.model_dump()
+    for name in ours:
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"teacher.{kind}.{name}: is {shown(ours[name])}, but {key} was captured with "
+                f"{shown(theirs[name])}; remove {kind}, for the manifest says how"
+            )
+
+
+def _plain(config: DatasetTeacherConfig, source: DatasetSource, key: str) -> Codec:
+    rows = load_source(source, key)
+    if not set(PLAIN) <= set(rows.column_names):
+        raise UserError(
+            f"teacher.logprob_compressor: is missing: {key} has no manifest that says how its outputs are compressed; "
+            "give logprob_compressor or legacy_logit_compression as it was captured"
+        )
+    if config.vocab_size is None:
+        raise UserError(f"teacher.vocab_size: is missing: the size of the vocabulary that {key} was captured over")
+    first: Mapping[str, Any] = rows[0]
+    if not first["token_ids"]:
+        raise UserError(f"{key}: its first row is empty; remove it")
+    return build_codec("plain", {"k": len(first["token_ids"][0]), "vocab_size": config.vocab_size})

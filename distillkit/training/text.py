@@ -1,0 +1,68 @@
+"""The rows of a run: what is trained on, what is measured on, and whose word comes with them."""
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainingArguments
+
+from distillkit.config import DatasetSource, RunConfig, UserError
+from distillkit.data import build_datasets
+from distillkit.teacher.captured import CapturedTeacher
+from distillkit.teacher.opening import open_held_out, refuse_damage, refuse_other_format
+from distillkit.teacher.vocabulary import check_known_tokens
+from distillkit.training.models import Models
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to measure on, and the teacher to measure against; None where its word on them is not known."""
+
+    rows: Dataset
+    teacher: PreTrainedModel | CapturedTeacher | None
+
+    @property
+    def signal_columns(self) -> tuple[str, ...]:
+        return self.teacher.columns if isinstance(self.teacher, CapturedTeacher) else ()
+
+
+def load_text(config: RunConfig, arguments: TrainingArguments, models: Models) -> tuple[Dataset, HeldOut | None]:
+    """Training and held-out rows; the first process prepares them, the others find them prepared.
+
+    Raises `UserError` for rows that cannot be learnt from, and for captured ones that are not as they were captured.
+    """
+    source, key = _held_out_source(config)
+    captured = models.teacher if isinstance(models.teacher, CapturedTeacher) else None
+    with arguments.main_process_first():
+        if arguments.process_index == 0:
+            refuse_damage(config.dataset.train_dataset, "dataset.train_dataset")
+            if source is not None:
+                refuse_damage(source, key)
+        judge: PreTrainedModel | CapturedTeacher | None = models.teacher
+        if captured is not None:
+            judge = None if source is None else open_held_out(captured, source, key)
+        train_rows, rows = build_datasets(
+            config.dataset,
+            models.tokenizer,
+            config.sequence_length,
+            None if config.evaluation is None else config.evaluation.dataset,
+            signal_columns=() if captured is None else captured.columns,
+            eval_signal_columns=judge.columns if isinstance(judge, CapturedTeacher) else (),
+        )
+    held_out = None if rows is None else HeldOut(rows, judge)
+    for teacher, each, name in ((captured, train_rows, "dataset.train_dataset"), (judge, rows, key)):
+        if each is not None:
+            check_known_tokens(each, models.vocabulary_size, models.tokenizer, name)
+            if isinstance(teacher, CapturedTeacher):
+                refuse_other_format(teacher, each, name)
+    if held_out is None and config.evaluation is not None and not config.evaluation.prompts:
+        raise UserError("evaluation.dataset: is missing: name held-out text here or in dataset.eval_dataset")
+    if held_out is None and arguments.eval_strategy != "no":
+        raise UserError("training_args.eval_strategy: there is no held-out text; name it in dataset.eval_dataset")
+    return train_rows, held_out
+
+
+def _held_out_source(config: RunConfig) -> tuple[DatasetSource | None, str]:
+    """Where held-out text is, and the key of the YAML that says so."""
+    if config.evaluation is not None and config.evaluation.dataset is not None:
+        return config.evaluation.dataset, "evaluation.dataset"
+    return config.dataset.eval_dataset, "dataset.eval_dataset"
