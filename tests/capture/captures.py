@@ -12,7 +12,7 @@ VOCABULARY = 259
 PLAIN = {"plain": {"k": 5, "vocab_size": VOCABULARY}}
 
 
-def configuration(teacher, text, folder, **changes):
+def configuration(teacher, text, folder, /, **changes):
     described = {
         "teacher": {"path": str(teacher)},
         "sequence_length": 24,

