@@ -150,7 +150,9 @@ def _dtype(kwargs: dict[str, Any], key: str) -> dict[str, torch.dtype | str]:
 
 @functools.cache
 def _warn_without_flash_attention() -> None:
-    logger.warning("flash-attention 2 is not installed or there is no CUDA device; attention runs as SDPA instead")
+    logger.warning(
+        "flash-attention 2 is not installed or there is no CUDA device; PyTorch's own attention runs instead"
+    )
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def test_flash_attention_falls_back_with_one_warning(folder, caplog):
         model = load_model(folder, attn_implementation="flash_attention_2")
         assert model.config._attn_implementation == "sdpa"
     assert [message for message in caplog.messages if "flash" in message] == [
-        "flash-attention 2 is not installed or there is no CUDA device; attention runs as SDPA instead"
+        "flash-attention 2 is not installed or there is no CUDA device; PyTorch's own attention runs instead"
     ]
 
 

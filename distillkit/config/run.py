@@ -64,7 +64,9 @@ class RunConfig(Section):
         default=[], description="regular expressions; parameters whose name they are found in are not trained"
     )
     output_path: PathText = Field(description="folder for the trained student and its checkpoints")
-    use_flash_attention: bool = Field(True, description="flash attention where it is installed, else SDPA")
+    use_flash_attention: bool = Field(
+        True, description="flash attention on CUDA: the package where it is installed, else PyTorch's own; false: SDPA"
+    )
     sequence_length: int = Field(gt=0, description="tokens per row")
     resize_embeddings_to_multiple_of: int | None = Field(
         None, gt=0, description="the student's embeddings grow to a multiple of this"

@@ -17,6 +17,7 @@ from distillkit.evaluation.divergence import Divergence, measure_divergence
 from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.teacher.decoder import check_head
 from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabulary
+from distillkit.varlen_attention import use_varlen_attention
 
 
 def evaluate(
@@ -44,6 +45,8 @@ def evaluate(
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     teacher_model = load_model(teacher, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs).to(device)
     student_model = load_model(student, key="student", trust_remote_code=trust_remote_code).to(device)
+    for model in (teacher_model, student_model):
+        use_varlen_attention(model, model.dtype)
     tokenizer = load_tokenizer(
         teacher, key="teacher", trust_remote_code=trust_remote_code, gguf_file=teacher_kwargs.get("gguf_file")
     )

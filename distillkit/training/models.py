@@ -26,6 +26,7 @@ from distillkit.training.freezing import Freezing, freeze
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.progress import say
 from distillkit.training.run_folder import RunFolder
+from distillkit.varlen_attention import use_varlen_attention
 
 OF_THE_ORIGINAL_ALONE = ("revision", "gguf_file", "subfolder", "torch_dtype", "dtype")
 """Keyword arguments for loading a student that say where it is, or in which dtype: not for a checkpoint of it."""
@@ -77,6 +78,8 @@ def load_models(
     trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
     say(console, cast_for_training(student, dtype, trained_dtype))
     student = student.to(arguments.device)
+    if config.use_flash_attention and config.model_kwargs.get("attn_implementation") != "sdpa":
+        use_varlen_attention(student, dtype)
     with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
         check_head(student, "model")
     if techniques.gradient_checkpointing:
@@ -146,6 +149,8 @@ def _load_teacher(config: RunConfig, teacher: HFTeacherConfig, arguments: Traini
     model = load_model(teacher.path, key="teacher.path", **options)
     if "device_map" not in teacher.kwargs:
         model = model.to(arguments.device)
+    if teacher.kwargs.get("attn_implementation") != "sdpa":
+        use_varlen_attention(model, model.dtype)
     check_head(model, "teacher.path")
     return model
 
