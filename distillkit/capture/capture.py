@@ -32,6 +32,7 @@ from distillkit.pretrained import load_model
 from distillkit.shards import remove_leftovers, signal_table, write_background, write_manifest, write_shard
 from distillkit.shards.background import BACKGROUND
 from distillkit.teacher.decoder import check_head
+from distillkit.varlen_attention import use_varlen_attention
 
 INTERRUPTED = 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -78,6 +79,8 @@ def load_engine(planned: Capture) -> Engine:
         model = load_model(config.teacher.path, key="teacher.path", **options)
         if "device_map" not in config.teacher.kwargs and torch.cuda.is_available():
             model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        if config.teacher.kwargs.get("attn_implementation") != "sdpa":
+            use_varlen_attention(model, model.dtype)
         check_head(model, "teacher.path")
         engine = TransformersEngine(model, config.tokens_per_batch)
     check_vocabulary(config, engine.vocabulary_size)
