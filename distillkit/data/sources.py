@@ -65,6 +65,8 @@ def _local_splits(path: str, where: str) -> DatasetDict:
     if os.path.isdir(path) and (manifest := read_manifest(Path(path))) is not None:  # a captured dataset
         shards = [os.path.join(path, shard.file) for shard in manifest.shards]
         return datasets.load_dataset("parquet", data_files={"train": shards})
+    if os.path.isfile(os.path.join(path, "plan.json")) and glob.glob(os.path.join(glob.escape(path), "shard-*")):
+        raise UserError(f"{where}: its capture is not finished; the same distillkit capture goes on with it")
     files = local_files(path)
     if not files:
         raise UserError(f"{where}: there is no such file or folder, or it is empty")

@@ -161,6 +161,14 @@ def test_a_damaged_shard_is_named_before_the_first_step(inputs, tmp_path, damage
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_capture_that_is_not_finished_is_refused(inputs, tmp_path):
+    data = copy(inputs, "top5", tmp_path / "data")
+    (Path(data) / "manifest.json").unlink()
+    config = configuration(inputs["student"], data, tmp_path / "run")
+    with pytest.raises(UserError, match=r"^dataset\.train_dataset\.disk_path: .* its capture is not finished"):
+        run(config)
+
+
 def test_another_format_or_other_columns_are_told_from_the_first_row(inputs, tmp_path):
     data = copy(inputs, "compressed", tmp_path / "data")
     (Path(data) / "manifest.json").unlink()
