@@ -1,8 +1,9 @@
-"""The two published formats for captured teacher outputs, as a `teacher` of kind `dataset` names them.
+"""The formats for captured teacher outputs: the two published ones, and plain columns.
 
-The configuration must be the one the outputs were captured with.
+A `teacher` of kind `dataset` must be given the configuration that its outputs were captured with.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -12,11 +13,28 @@ from distillkit.config.section import Section
 
 FloatType = Literal["float16", "bfloat16", "float32", "float64"]
 
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38, "float64": 1.7976e308}
+_HIGHEST_POWER = 64
+_REMEDY = "set normalize_t: true, fewer terms or a wider term_dtype"
+
 
 def _check_term(term: Any) -> Any:
-    if term in ("sqrt", "exp") or (isinstance(term, int) and not isinstance(term, bool) and term >= 0):
+    power = isinstance(term, int) and not isinstance(term, bool) and 0 <= term <= _HIGHEST_POWER
+    if power or term in ("sqrt", "exp"):
         return term
-    raise ValueError(f"must be a power (0, 1, 2, ...), 'sqrt' or 'exp', got {shown(term)}")
+    raise ValueError(f"must be a power from 0 to {_HIGHEST_POWER}, 'sqrt' or 'exp', got {shown(term)}")
+
+
+def _fits(term: int | str, t: int, dtype: str) -> bool:
+    """Whether a term at its largest argument is a number of the type."""
+    try:
+        if isinstance(term, str):
+            value = math.exp(t) if term == "exp" else math.sqrt(t)
+        else:
+            value = float(t**term)
+    except OverflowError:
+        return False
+    return value <= _LARGEST[dtype]
 
 
 class ResidualBin(Section):
@@ -30,7 +48,7 @@ class ResidualBin(Section):
 class LogprobCompressorConfig(Section):
     """`logprob_compressor`: exact head, polynomial tail, quantised residuals, packed ids."""
 
-    d: int = Field(gt=0, description="size of the teacher's vocabulary")
+    d: int = Field(gt=1, description="size of the teacher's vocabulary")
     k: int = Field(gt=0, description="log-probabilities per token, exact and approximated")
     exact_k: int = Field(ge=0, description="how many of them are stored as floating point numbers")
     exact_dtype: FloatType = Field("float32", description="type of the exact ones")
@@ -55,16 +73,20 @@ class LogprobCompressorConfig(Section):
         elements = sum(each.num_elements for each in self.residual_bins)
         if elements > approximated:
             raise KeyProblem("residual_bins", f"hold {elements} elements, but k - exact_k = {approximated}")
+        last = 1 if self.normalize_t else max(approximated - 1, 0)
+        for term in self.polynomial_terms or []:
+            if not _fits(term, last, self.term_dtype):
+                raise KeyProblem("polynomial_terms", f"{term} at t = {last} overflows {self.term_dtype}; {_REMEDY}")
         return self
 
 
 class LegacyLogitCompressionConfig(Section):
     """`legacy_logit_compression`: exact head and one polynomial for the rest."""
 
-    vocab_size: int = Field(gt=0, description="size of the teacher's vocabulary")
+    vocab_size: int = Field(gt=1, description="size of the teacher's vocabulary")
     k: int = Field(gt=0, description="log-probabilities per token, exact and approximated")
     exact_k: int = Field(ge=0, description="how many of them are stored as floating point numbers")
-    polynomial_degree: int = Field(ge=0, description="degree of the polynomial for the others")
+    polynomial_degree: int = Field(ge=0, le=_HIGHEST_POWER, description="degree of the polynomial for the others")
     with_sqrt_term: bool = Field(False, description="the polynomial has a square root term")
     term_dtype: FloatType = Field("float32", description="type of the polynomial's coefficients")
     invert_polynomial: bool = Field(True, description="fit in 1/t instead of t")
@@ -73,4 +95,28 @@ class LegacyLogitCompressionConfig(Section):
     def check_sizes(self) -> Self:
         if self.exact_k > self.k:
             raise KeyProblem("exact_k", f"must be <= k = {self.k}, got {self.exact_k}")
+        if self.k > self.vocab_size:
+            raise KeyProblem("k", f"must be <= vocab_size = {self.vocab_size}, got {self.k}")
+        approximated = self.k - self.exact_k
+        degree = 0 if self.invert_polynomial else self.polynomial_degree
+        if not _fits(degree, approximated, self.term_dtype):
+            raise KeyProblem(
+                "polynomial_degree",
+                f"{approximated} to the power of {degree} overflows {self.term_dtype}; "
+                "set invert_polynomial: true, a lower degree or a wider term_dtype",
+            )
+        return self
+
+
+class PlainConfig(Section):
+    """`plain`: the k likeliest tokens and their log-probabilities, uncompressed."""
+
+    k: int = Field(gt=0, description="log-probabilities per token")
+    vocab_size: int = Field(gt=1, description="size of the teacher's vocabulary")
+    dtype: Literal["float16", "float32"] = Field("float32", description="type of the log-probabilities")
+
+    @model_validator(mode="after")
+    def check_sizes(self) -> Self:
+        if self.k > self.vocab_size:
+            raise KeyProblem("k", f"must be <= vocab_size = {self.vocab_size}, got {self.k}")
         return self

@@ -1,0 +1,141 @@
+"""The curve through the log-probabilities that are not stored one by one: Σ cᵢ · termᵢ(t).
+
+The points t are the same for every token, so fitting is a product with one fixed matrix, and evaluating is a few
+multiplications and additions, of whole chunks of tokens.
+
+The published encoder fits in float32. Where that is enough the same is done here, so that what hangs on the last
+digits (which way a residual is rounded) comes out as there. Powers up to t⁴ at a hundred points are beyond float32:
+that fit misses the values by several nats, differently on each machine and number of threads. There the fit is one in
+float64; its coefficients are read by the same decoder.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Term = int | str
+
+
+class Curve:
+    """A sum of terms at fixed points.
+
+    Args:
+        terms: the value of each term at each point [terms, points], computed in the dtype that it is given.
+        dtype: the type in which coefficients are stored.
+        read: the terms as the decoder multiplies them; by default computed in `dtype`.
+    """
+
+    def __init__(
+        self,
+        terms: Callable[[torch.dtype], Tensor],
+        dtype: torch.dtype,
+        read: Float[Tensor, "terms points"] | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self._read = terms(dtype) if read is None else read
+        self._written = terms(torch.promote_types(dtype, torch.float32)).to(dtype)
+        self._single, self._double = _least_squares(terms(torch.float32), terms(torch.float64))
+        # No product of coefficient and term, nor their sum, leaves the type.
+        largest = terms(torch.float64).abs().amax(1).clamp(min=1) if self._read.numel() else torch.ones(len(self._read))
+        self._limit = torch.finfo(dtype).max / (len(self._read) * largest.double())
+
+    def __len__(self) -> int:
+        """How many terms."""
+        return len(self._read)
+
+    def fit(self, values: Float[Tensor, "tokens points"]) -> Float[Tensor, "tokens terms"]:
+        """The coefficients of least squared distance to finite values, in the type that stores them."""
+        limit = self._limit.to(values.device)
+        if self._single is not None and values.is_cpu and values.dtype == torch.float32:
+            left, inverse, right = self._single
+            with torch.autocast("cpu", enabled=False):
+                # A product per token, as the published encoder has it, where one of all tokens would round otherwise.
+                coefficients = (right @ (inverse * (left @ values.unsqueeze(-1)))).squeeze(-1).double()
+        else:
+            coefficients = values.double() @ self._double.to(values.device)
+        return torch.clamp(coefficients, -limit, limit).to(self.dtype)
+
+    def residual(
+        self, values: Float[Tensor, "tokens points"], coefficients: Float[Tensor, "tokens terms"]
+    ) -> Float[Tensor, "tokens points"]:
+        """What the curve misses, to the published encoder: it computes terms in float32 and rounds them afterwards."""
+        return values - _sum_of_products(coefficients, self._written)
+
+    def evaluate(self, coefficients: Float[Tensor, "tokens terms"]) -> Float[Tensor, "tokens points"]:
+        """What the decoder makes of the coefficients."""
+        return _sum_of_products(coefficients.to(self._read.dtype), self._read)
+
+
+def curve_of(terms: Sequence[Term], points: int, dtype: torch.dtype, *, normalize_t: bool) -> Curve:
+    """Terms are powers of t, "sqrt" and "exp"; t runs from 0 to points - 1, or to 1."""
+
+    def values(dtype: torch.dtype) -> Tensor:
+        t = torch.linspace(0, 1, points, dtype=dtype) if normalize_t else torch.arange(points, dtype=dtype)
+        return torch.stack([t**term if isinstance(term, int) else _FUNCTIONS[term](t) for term in terms])
+
+    return Curve(values, dtype)
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sqrt": torch.sqrt, "exp": torch.exp}
+
+
+def _sum_of_products(
+    coefficients: Float[Tensor, "tokens terms"], terms: Float[Tensor, "terms points"]
+) -> Float[Tensor, "tokens points"]:
+    """Σ cᵢ · termᵢ, products and result of the terms' type, sums of at least float32.
+
+    The order of the additions is the published decoder's: where terms are large and cancel each other, another order
+    differs in the third decimal. No matrix product: those round as the settings of the moment have it.
+    """
+    terms = terms.to(coefficients.device)
+    accumulator = torch.promote_types(terms.dtype, torch.float32)
+
+    def product(index: int) -> Tensor:
+        return (coefficients[:, index : index + 1] * terms[index]).to(accumulator)
+
+    def running(indices: Sequence[int]) -> Tensor:
+        return reduce(Tensor.add_, map(product, indices[1:]), product(indices[0]))
+
+    return reduce(Tensor.add_, map(running, _partial_sums(len(terms)))).to(terms.dtype)
+
+
+def _partial_sums(terms: int) -> list[list[int]]:
+    """Which terms are added to which: four running sums below 8 terms, else eight after those left over."""
+    lanes = 4 if terms < 8 else 8
+    full = terms - terms % lanes
+    left_over = list(range(full, terms))
+    sums = [list(range(lane, full, lanes)) for lane in range(lanes)]
+    sums = [sums[0] + left_over, *sums[1:]] if terms < 8 else [left_over, *sums]
+    return [each for each in sums if each]
+
+
+# Singular values up to this are taken for 0, as published.
+_CUT = 1e-5
+# How far the float32 fit of a unit vector may be from the exact one.
+_ENOUGH = 1e-3
+
+
+def _least_squares(
+    single: Float[Tensor, "terms points"], double: Float[Tensor, "terms points"]
+) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Float[Tensor, "points terms"]]:
+    """(the three factors of the pseudo-inverse in float32 where that is enough, the matrix of the chosen fit)."""
+    if not double.numel():
+        return None, double.T.clone()
+    factors = _pseudo_inverse(single)
+    exact, published = _product(_pseudo_inverse(double)), _product(factors)
+    if torch.linalg.matrix_norm((published - exact) @ double, 2) < _ENOUGH:
+        return factors, published
+    return None, exact
+
+
+def _pseudo_inverse(terms: Float[Tensor, "terms points"]) -> tuple[Tensor, Tensor, Tensor]:
+    left, singular, right = torch.linalg.svd(terms.T, full_matrices=False)
+    return left.T, torch.where(singular > _CUT, 1 / singular, 0).unsqueeze(-1), right.T
+
+
+def _product(factors: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "points terms"]:
+    left, inverse, right = (each.double() for each in factors)
+    return (right @ (inverse * left)).T
