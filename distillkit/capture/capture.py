@@ -49,6 +49,7 @@ def capture(config: CaptureConfig, share: str | None = None, console: Console | 
     """
     ours = find_share(share)
     console = console or Console()
+    console.quiet = share is None and ours.index > 0  # of torchrun's processes the first one tells how far they are
     transformers.utils.logging.disable_progress_bar()
     if not console.is_terminal:
         datasets.disable_progress_bars()
@@ -61,6 +62,7 @@ def capture(config: CaptureConfig, share: str | None = None, console: Console | 
         engine = load_engine(planned) if missing else None
         tokens, seconds = (0, 0.0) if engine is None else _make_shards(planned, engine, missing, console)
         summary = _finish(planned, engine, tokens, seconds)
+    console.quiet = console.quiet and not summary.complete
     print_summary(console, summary)
     return summary
 
@@ -173,7 +175,7 @@ def _say_what_is_left(planned: Capture, ours: Share, done: int, missing: int, co
     if done:
         line += f"; {done} are there already"
     if ours.count > 1:
-        line += f"; this process makes every {ours.count}. of them from the {ours.index + 1}. on"
+        line += f"; this is share {ours.index + 1} of {ours.count}"
     say(console, f"{line}; {missing} to make" if missing else f"{line}; nothing to make")
 
 

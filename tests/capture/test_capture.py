@@ -136,6 +136,20 @@ def split(answer, rows):
     return enumerate(answer.distribution.logprobs.split([len(rows[index]["input_ids"]) for index in answer.rows]))
 
 
+@pytest.mark.gpu
+def test_a_gpu_says_what_the_cpu_says(teacher, text, tmp_path, monkeypatch):
+    compressed = {"logprob_compressor": {"d": VOCABULARY, "k": 12, "exact_k": 4, "polynomial_terms": [0, 1, "sqrt"]}}
+    for name, visible in (("cuda", True), ("cpu", False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda visible=visible: visible)
+        run(configuration(teacher, text, tmp_path / f"{name}-plain"))
+        run(configuration(teacher, text, tmp_path / f"{name}-compressed", compression=compressed))
+    for ours, theirs in zip(rows_of(tmp_path / "cuda-plain"), rows_of(tmp_path / "cpu-plain"), strict=True):
+        assert torch.allclose(torch.tensor(ours["top_values"]), torch.tensor(theirs["top_values"]), atol=1e-3)
+    pairs = zip(rows_of(tmp_path / "cuda-compressed"), rows_of(tmp_path / "cpu-compressed"), strict=True)
+    same = [ours["bytepacked_indices"] == theirs["bytepacked_indices"] for ours, theirs in pairs]
+    assert sum(same) > 0.8 * len(same)  # near ties may come in another order
+
+
 def test_labels_are_kept_where_they_say_more_than_tokens(teacher, tmp_path):
     rows = [{"prompt": f"{number} plus {number} is ", "completion": f"{2 * number}."} for number in range(30)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -201,6 +215,16 @@ def test_shares():
             find_share(option, {})
     with pytest.raises(UserError, match="--shard: torchrun's processes share the shards already"):
         find_share("1/2", {"RANK": "1", "WORLD_SIZE": "2"})
+
+
+def test_processes_of_torchrun_share_and_one_of_them_speaks(teacher, text, captured, tmp_path, monkeypatch):
+    config = configuration(teacher, text, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(config) == ""
+    monkeypatch.setenv("RANK", "0")
+    assert "this is share 1 of 2" in run(config)
+    assert files(tmp_path) == files(captured[0])
 
 
 def test_ctrl_c_says_how_to_go_on(teacher, text, captured, tmp_path, monkeypatch, capsys):

@@ -115,6 +115,13 @@ def test_a_shard_is_read_by_others_and_its_bytes_are_the_same_again(tmp_path):
     assert loaded["bytes"][:] == table()["bytes"].to_pylist()
 
 
+def test_a_byte_takes_a_byte(tmp_path):
+    noise = torch.randint(256, (4000, 100)).to(torch.uint8)
+    input_ids = pa.array([[0] * 1000] * 4, pa.list_(pa.int32()))
+    rows = signal_table({"bytes": noise}, [1000] * 4).append_column("input_ids", input_ids)
+    assert write_shard(tmp_path, 0, rows, (0, 4)).bytes < 1.02 * noise.numel()
+
+
 def test_only_complete_shards_count(tmp_path):
     for index in (0, 1, 3):
         write_shard(tmp_path, index, table(), (0, 6))
