@@ -6,6 +6,7 @@ part of a conversation.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from trl.data_utils import apply_chat_template, common_prefix_length, is_convers
 from distillkit.config.errors import UserError
 from distillkit.data.assistant import assistant_encoder, training_template
 from distillkit.losses.vocabulary_head import IGNORED_LABEL
+
+logger = logging.getLogger(__name__)
 
 DOCUMENT_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
@@ -57,8 +60,11 @@ def tokenize_rows(
             f"{key}: column {column} holds no conversations, so dataset.assistant_only_loss cannot tell the "
             "assistant's part of it; remove assistant_only_loss, or name conversations"
         )
+    if row_format.completion_only_loss and column != "prompt":
+        logger.warning("%s: has no prompt and completion; dataset.completion_only_loss has no effect on it", key)
     wanted = [column, *(name for name in _EXTRA_COLUMNS.get(column, ()) if name in rows.column_names)]
     reader = _reader(column, tokenizer, row_format, key)
+    _check_eos_labels(row_format.eos_label_token_ids, tokenizer)
     eos_token_id = _eos_token_id(tokenizer, key) if row_format.eos_label_token_ids else None
     replaced = frozenset(row_format.eos_label_token_ids)
 
@@ -79,6 +85,15 @@ def tokenize_rows(
         num_proc=num_proc,
         desc="tokenising",
     )
+
+
+def _check_eos_labels(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    for position, token_id in enumerate(token_ids):
+        if not 0 <= token_id < len(tokenizer):
+            raise UserError(
+                f"dataset.eos_label_token_ids[{position}]: there is no token {token_id}; the tokenizer has "
+                f"{len(tokenizer)}, counted from 0"
+            )
 
 
 def holds_conversations(rows: Dataset, text_field: str, key: str) -> bool:

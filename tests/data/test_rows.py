@@ -125,6 +125,20 @@ def test_eos_label_token_ids_change_labels_alone(tiny_tokenizer):
     assert document["labels"] == [eos if token == end else token for token in document["input_ids"]]
 
 
+def test_eos_labels_that_do_not_exist_are_refused(tiny_tokenizer):
+    size = len(tiny_tokenizer)
+    assert error({"text": ["time"]}, tiny_tokenizer, eos_label_token_ids=(3, size)) == (
+        f"dataset.eos_label_token_ids[1]: there is no token {size}; the tokenizer has {size}, counted from 0"
+    )
+
+
+def test_completions_asked_for_where_there_are_none(tiny_tokenizer, caplog):
+    (document,) = tokenize({"messages": [CHAT]}, tiny_tokenizer, completion_only_loss=True)
+    assert plain(document)
+    line = "dataset.train_dataset: has no prompt and completion; dataset.completion_only_loss has no effect on it"
+    assert caplog.messages == [line]
+
+
 def test_columns_that_are_not_understood_are_named(tiny_tokenizer):
     assert error({"question": ["a"], "answer": ["b"]}, tiny_tokenizer) == (
         "dataset.train_dataset: has the columns question, answer; one of these is needed: "
