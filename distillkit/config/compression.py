@@ -28,13 +28,11 @@ def _check_term(term: Any) -> Any:
 def _fits(term: int | str, t: int, dtype: str) -> bool:
     """Whether a term at its largest argument is a number of the type."""
     try:
-        if isinstance(term, str):
-            value = math.exp(t) if term == "exp" else math.sqrt(t)
-        else:
-            value = float(t**term)
+        if term == "exp":
+            return math.exp(t) <= _LARGEST[dtype]
+        return t ** (0.5 if isinstance(term, str) else term) <= _LARGEST[dtype]
     except OverflowError:
         return False
-    return value <= _LARGEST[dtype]
 
 
 class ResidualBin(Section):
