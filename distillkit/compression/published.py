@@ -155,10 +155,9 @@ class _Reader:
         return self._stored[:, start : self._position]
 
     def floats(self, count: int, dtype: torch.dtype) -> Float[Tensor, "tokens count"]:
-        packed = self.bytes(count * dtype.itemsize)
-        if not packed.numel():
-            return torch.empty(len(packed), count, dtype=dtype, device=packed.device)
-        return packed.contiguous().view(dtype)
+        # A copy, as bytes in the midst of a row need not begin where such a number may.
+        packed = self.bytes(count * dtype.itemsize).clone(memory_format=torch.contiguous_format)
+        return packed.view(dtype) if packed.numel() else packed.new_empty(len(packed), count, dtype=dtype)
 
 
 def _as_bytes(values: Float[Tensor, "tokens n"]) -> UInt8[Tensor, "tokens bytes"]:

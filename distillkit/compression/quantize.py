@@ -47,12 +47,17 @@ def dequantize(
 
 
 def _step(values: Tensor, bits: int, scale_dtype: torch.dtype) -> Float[Tensor, "tokens 1"]:
-    """A bin of zeros has step 1. A step that the type cannot hold becomes the nearest one that it can, never 0."""
+    """A bin of zeros has step 1. One that the type cannot hold becomes the nearest that it can, never 0."""
     largest = values.abs().amax(-1, keepdim=True)
     step = torch.where(largest == 0, 1, largest / 2 ** (bits - 1))
-    limits = torch.finfo(scale_dtype)
-    smallest = limits.smallest_normal * limits.eps
-    return step.clamp(max=limits.max).to(scale_dtype).clamp(min=smallest)
+    smallest = max(_smallest(scale_dtype), _smallest(values.dtype))
+    widest = torch.promote_types(values.dtype, scale_dtype)
+    return step.to(widest).clamp(smallest, torch.finfo(scale_dtype).max).to(scale_dtype)
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    limits = torch.finfo(dtype)
+    return limits.smallest_normal * limits.eps
 
 
 def _rounded(scaled: Tensor, bits: int) -> Tensor:

@@ -56,7 +56,9 @@ def decode_logprobs(packed, config):
     values, slack = take(config.exact_k, config.exact_dtype), [0.0] * config.exact_k
     coefficients = take(len(config.polynomial_terms or []), config.term_dtype)
     for t in points(config):
-        products = [c * term_value(term, t) for c, term in zip(coefficients, config.polynomial_terms or [], strict=True)]
+        products = [
+            c * term_value(term, t) for c, term in zip(coefficients, config.polynomial_terms or [], strict=True)
+        ]
         values.append(sum(products))
         resolution = max(torch.finfo(getattr(torch, config.term_dtype)).eps, torch.finfo(torch.float32).eps)
         powers = [term for term in config.polynomial_terms or [] if isinstance(term, int)]
