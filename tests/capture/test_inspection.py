@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -27,19 +28,23 @@ def teacher(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("models") / "teacher", seed=1)
 
 
-@pytest.fixture(scope="module")
-def captured(tmp_path_factory, teacher):
-    folder = tmp_path_factory.mktemp("offline")
+def make_capture(folder, teacher, compression):
+    folder.mkdir(exist_ok=True)
     config = {
         "teacher": {"path": teacher},
         "sequence_length": 48,
         "dataset": {"train_dataset": {"disk_path": str(save_text(folder / "text.jsonl"))}},
-        "compression": {"plain": {"k": K, "vocab_size": BYTES}},
+        "compression": compression,
         "output_path": str(folder / "captured"),
         "rows_per_shard": 8,
     }
     capture(CaptureConfig.parse(config), console=Console(quiet=True))
     return folder / "captured"
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory, teacher):
+    return make_capture(tmp_path_factory.mktemp("offline"), teacher, {"plain": {"k": K, "vocab_size": BYTES}})
 
 
 @pytest.fixture
@@ -173,24 +178,30 @@ def test_what_is_no_captured_dataset_is_one_line(copy, tmp_path, capsys):
     assert "is a capture that has not ended (" in line(str(copy))
 
 
-def test_pack_then_inspect(captured, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "compression",
+    [
+        {"plain": {"k": K, "vocab_size": BYTES}},
+        {"logprob_compressor": {"d": BYTES, "k": K, "exact_k": 4, "polynomial_terms": [0, 1], "delta_encoding": False}},
+        {"legacy_logit_compression": {"vocab_size": BYTES, "k": K, "exact_k": 4, "polynomial_degree": 2}},
+    ],
+)
+def test_pack_then_inspect(teacher, tmp_path, capsys, compression):
     """By the command line: the packed dataset is one too, and says the same of its tokens."""
-    packed = tmp_path / "packed"
+    captured, packed = make_capture(tmp_path / "offline", teacher, compression), tmp_path / "packed"
     assert main(["pack", str(captured), str(packed), "--sequence-length", "100"]) == 0
     assert main(["inspect", str(packed), "--verify", "--tokens", "0"]) == 0
-    out = capsys.readouterr().out
-    assert "to 100 tokens per row" in out
-    codec = build_codec("plain", read_manifest(captured).codec_config)
-
-    def said(folder):
-        found = {}
-        for row in stored_rows(folder, read_manifest(folder), codec):
-            tokens = zip(row.input_ids, row.distribution.ids, row.distribution.logprobs, strict=True)
-            for token, ids, logprobs in tokens:
-                found.setdefault((token, *ids.tolist(), *logprobs.tolist()), 0)
-                found[(token, *ids.tolist(), *logprobs.tolist())] += 1
-        return found
-
+    assert "to 100 tokens per row" in capsys.readouterr().out
     assert said(packed) == said(captured)
     with pytest.raises(UserError, match=r"OUT: .* exists already"):
         pack(DatasetSource(disk_path=str(captured)), packed, 101, Console(quiet=True))
+
+
+def said(folder):
+    """How often each token comes with each word of the teacher."""
+    manifest = read_manifest(folder)
+    found = Counter()
+    for row in stored_rows(folder, manifest, build_codec(manifest.codec_kind, manifest.codec_config)):
+        words = zip(row.input_ids, row.distribution.ids.tolist(), row.distribution.logprobs.tolist(), strict=True)
+        found.update((token, *ids, *logprobs) for token, ids, logprobs in words)
+    return found
