@@ -4,9 +4,10 @@
     python benchmarks/precision.py --teacher … --data … --steps 4 --batch 1 --tokens 64 --output small.json
 
 Each run trains all parameters of the same freshly converted hybrid student, with the product's trainer, on the same
-rows in the same order. The 8-bit optimizer needs torchao, and is slow on the CPU. `unprotected` exists in this script only: bf16 weights under Trainer's own AdamW. Recorded are
-each step's loss, the mean of the last 20, and the loss of the trained weights on held-out rows, computed in float32
-for every run. On CUDA float32 means PyTorch's form of the delta rule: fla's kernels would multiply in TF32.
+rows in the same order. The 8-bit optimizer needs torchao, and is slow on the CPU. `unprotected` exists in this script
+only: bf16 weights under Trainer's own AdamW. Recorded are each step's loss, the mean of the last 20, and the loss of
+the trained weights on held-out rows, computed in float32 for every run. On CUDA float32 means PyTorch's form of the
+delta rule: fla's kernels would multiply in TF32.
 """
 
 import argparse
