@@ -50,7 +50,8 @@ def split_documents(documents: Dataset, sequence_length: int) -> Dataset:
         return pa.table({**columns, "seq_lengths": seq_lengths})
 
     features = Features({**documents.features, "seq_lengths": ROW_FEATURES["seq_lengths"]})
-    batch_size = _batch_size(documents, _VALUES_MOVED_AT_ONCE // _values_per_token(documents))
+    at_once = min(_TOKENS_PACKED_AT_ONCE, _VALUES_MOVED_AT_ONCE // _values_per_token(documents))
+    batch_size = _batch_size(documents, at_once)
     rows = documents.with_format("arrow").map(
         split, batched=True, batch_size=batch_size, features=features, desc="splitting"
     )
@@ -124,11 +125,14 @@ def _values_per_token(documents: Dataset) -> int:
 
 
 def _batch_size(documents: Dataset, tokens: int) -> int:
-    """Documents that have about so many tokens, and surely no more values than a batch can hold."""
+    """Documents that have about so many tokens; with further columns, surely no more values than a batch can hold."""
+    wanted = max(1, len(documents) * tokens // count_tokens(documents))
+    width = _values_per_token(documents)
+    if width == 1:
+        return wanted
     lengths = documents.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
     longest = max(pc.max(pc.list_value_length(batch["input_ids"])).as_py() for batch in lengths)
-    most = _MOST_VALUES // (longest * _values_per_token(documents))
-    return max(1, min(len(documents) * tokens // count_tokens(documents), most))
+    return max(1, min(wanted, _MOST_VALUES // (longest * width)))
 
 
 def _mask_first_tokens(rows: Dataset) -> Dataset:
