@@ -75,7 +75,7 @@ def inspect_dataset(
     for line in problems:
         say(console, line)
     if verify and not problems:
-        say(console, f"\nall {len(manifest.shards)} shards are what was captured")
+        say(console, "\nevery shard is what was captured")
     if problems:
         return False
     options = {"trust_remote_code": trust_remote_code, "gguf_file": teacher_kwargs.get("gguf_file")}
@@ -103,7 +103,8 @@ def describe(manifest: Manifest, codec: Codec) -> Lines:
         ("packed", packed or f"to {manifest.packed_to:,} tokens per row"),
         ("rows", f"{manifest.rows:,}"),
         ("tokens", f"{manifest.tokens:,}"),
-        ("size", f"{manifest.bytes / 2**20:,.1f} MiB in {len(manifest.shards)} shards"),
+        ("shards", f"{len(manifest.shards):,}"),
+        ("size", f"{manifest.bytes / 2**20:,.1f} MiB"),
         ("bytes per token", f"{codec.bytes_per_token} of signal; on disk {on_disk:.1f}, with the tokens"),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
     ]
