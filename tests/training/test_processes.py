@@ -3,6 +3,7 @@
 All cases run in one launch of torchrun: this file is the script that it starts.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -82,7 +83,7 @@ class WithBackground:
 
 
 def step(folder, case, **training):
-    """The gradients of one step, many times as large so that the rounding of the weights does not hide them."""
+    """The gradients of one step, at a rate that lifts them above the rounding of the weights, and what is logged."""
     trainer = make_trainer(
         folder,
         rows=ROWS[case.rows],
@@ -96,7 +97,7 @@ def step(folder, case, **training):
     trainer.teacher.top_k = case.top_k
     if any(loss.missing_probability_handling == "background" for loss in case.losses):
         trainer.teacher = WithBackground(trainer.teacher)
-    return gradients(trainer)
+    return gradients(trainer), trainer.state.log_history[0]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,11 @@ def of_two(tmp_path_factory):
 @pytest.mark.parametrize("name", cases())
 def test_two_processes_give_the_gradients_of_one(name, of_two, tmp_path):
     case = cases()[name]
-    assert_same(load_file(of_two / f"{name}.safetensors"), step(tmp_path, case), 1e-5)
+    expected, logged = step(tmp_path, case)
+    assert_same(load_file(of_two / f"{name}.safetensors"), expected, 1e-5)
+    logged_by_two = json.loads((of_two / f"{name}.json").read_text())
+    for key in {"loss", "tokens", *(loss.function for loss in case.losses)}:
+        assert logged_by_two[key] == pytest.approx(logged[key], rel=1e-5), key
 
 
 def test_the_rows_are_uneven():
@@ -128,6 +133,7 @@ def test_the_rows_are_uneven():
 if __name__ == "__main__":
     output = Path(sys.argv[1])
     for each, described in cases().items():
-        found = step(output / each, described, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+        found, line = step(output / each, described, per_device_train_batch_size=1, gradient_accumulation_steps=2)
         if os.environ["RANK"] == "0":
             save_file(found, output / f"{each}.safetensors")
+            (output / f"{each}.json").write_text(json.dumps(line))

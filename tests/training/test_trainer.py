@@ -1,9 +1,5 @@
 """A step is a step, however it is cut; what is frozen stays; what is logged is what happened."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -177,26 +173,3 @@ def test_vectors_do_not_decay(tmp_path):
 def test_an_optimizer_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(UserError, match=r"training_args\.optim: galore_adamw: .*galore"):
         make_trainer(tmp_path, losses=CE_KL, optim="galore_adamw", optim_target_modules=["mlp"]).train()
-
-
-@pytest.mark.timeout(120)
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    expected = gradients(make_trainer(tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([*command, str(tmp_path / "two")], check=True, env=environment, capture_output=True)
-    assert_same(load_file(tmp_path / "two" / "gradients.safetensors"), expected, 1e-5)
-    logged = json.loads((tmp_path / "two" / "log.json").read_text())
-    assert logged["tokens"] == sum(len(each["input_ids"]) for each in UNEVEN)
-
-
-if __name__ == "__main__":
-    from safetensors.torch import save_file
-
-    folder = Path(sys.argv[1])
-    distributed = make_trainer(folder, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-    found = gradients(distributed)
-    if distributed.is_world_process_zero():
-        folder.mkdir(exist_ok=True)
-        save_file(found, folder / "gradients.safetensors")
-        (folder / "log.json").write_text(json.dumps(distributed.state.log_history[0]))
