@@ -203,7 +203,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         ({"d": 9, "k": 4, "exact_k": 2}, "polynomial_terms: give terms (or residual_bins) for the 2 inexact values"),
         (
             {"d": 9, "k": 4, "exact_k": 2, "polynomial_terms": [0, "cubic"]},
-            "polynomial_terms[1]: must be a power (0, 1, 2, ...), 'sqrt' or 'exp', got 'cubic'",
+            "polynomial_terms[1]: must be a power from 0 to 64, 'sqrt' or 'exp', got 'cubic'",
         ),
         (
             {

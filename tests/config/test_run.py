@@ -141,7 +141,7 @@ def test_without_losses_half_cross_entropy_half_kl() -> None:
         ),
         pytest.param(
             {
-                "teacher": {"kind": "hf", "path": "org/teacher", "kwargs": None, "top_k": 32},
+                "teacher": {"kind": "hf", "path": "org/teacher", "kwargs": None, "top_k": 32, "background": "captured"},
                 "layer_mapping": [[0, 0], [6, 12]],
                 "force_hidden_state_projection": True,
                 "loss_functions": [
