@@ -39,11 +39,14 @@ class SparseDistribution:
         """The same distribution given that the token is one of the first `vocabulary_size`."""
         inside = self.ids < vocabulary_size
         logprobs = at_least_float32(self.logprobs)
-        outside_mass = logprobs.exp().masked_fill(inside, 0).sum(-1, keepdim=True)
+        mass = logprobs.exp()
+        outside_mass = mass.masked_fill(inside, 0).sum(-1, keepdim=True)
+        # A lossy codec may give more than 1 in all; what is inside is at least what is listed there.
+        inside_mass = torch.maximum(1 - outside_mass, mass.masked_fill(~inside, 0).sum(-1, keepdim=True))
         background = None if self.background is None else self.background[:vocabulary_size]
         return SparseDistribution(
             ids=self.ids.where(inside, 0),
-            logprobs=(logprobs - torch.log1p(-outside_mass)).masked_fill(~inside, -torch.inf),
+            logprobs=(logprobs - inside_mass.log()).masked_fill(~inside, -torch.inf),
             background=background,
         )
 

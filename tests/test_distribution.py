@@ -33,3 +33,12 @@ def test_first_columns_of_sparse_and_dense_agree():
 def test_a_row_whose_every_token_lies_outside_says_nothing():
     sparse = SparseDistribution(torch.tensor([[8, 9]]), torch.tensor([[-0.1, -3.0]])).first_columns(5)
     assert not sparse.present.any() and torch.all(sparse.ids < 5)
+
+
+def test_first_columns_of_a_row_that_a_codec_gave_more_than_all_mass():
+    rows = SparseDistribution(
+        torch.tensor([[7, 0, 1], [7, 8, 9]]), torch.tensor([[1.1, 0.3, 0.1], [0.9, 0.3, 0.1]]).log()
+    )
+    first = rows.first_columns(5)
+    torch.testing.assert_close(first.logprobs[0].exp(), torch.tensor([0, 0.75, 0.25]))
+    assert not first.present[1].any()
