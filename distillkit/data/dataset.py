@@ -114,6 +114,10 @@ def build_datasets(
         """A student of conversations may be measured on texts, of which all counts."""
         return holds_conversations(load_source(source, key), config.dataset_text_field, key)
 
+    def is_tokenised(source: DatasetSource, key: str) -> bool:
+        """A student of packed rows may be measured on texts, which get packed."""
+        return "input_ids" in load_source(source, key).column_names
+
     def build(source: DatasetSource, num_samples: int | None, name: str, key: str) -> Dataset:
         folder = None if config.prepared_dataset_path is None else Path(config.prepared_dataset_path) / name
         return build_dataset(
@@ -123,7 +127,7 @@ def build_datasets(
             seed=config.seed,
             num_samples=num_samples,
             packing=config.packing,
-            prepacked=config.prepacked,
+            prepacked=config.prepacked and (name == "train" or is_tokenised(source, key)),
             text_field=config.dataset_text_field,
             completion_only_loss=config.completion_only_loss,
             eos_label_token_ids=config.eos_label_token_ids,

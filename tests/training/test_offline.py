@@ -286,8 +286,10 @@ def test_held_out_rows_with_the_teachers_word_are_measured_against_it(inputs, tm
     assert any(line.startswith("│ perplexity, teacher") and "-" in line for line in said.splitlines())
 
 
-def test_held_out_text_alone_tells_the_students_perplexity(inputs, tmp_path):
-    given = {"train_dataset": {"disk_path": inputs["documents"]}, "eval_dataset": {"disk_path": inputs["text"]}}
+@pytest.mark.parametrize("dataset", ["whole", "documents"])
+def test_held_out_text_alone_tells_the_students_perplexity(inputs, tmp_path, dataset):
+    given = {"train_dataset": {"disk_path": inputs[dataset]}, "eval_dataset": {"disk_path": inputs["text"]}}
+    given["prepacked"] = dataset == "whole"
     said = run(configuration(inputs["student"], "", tmp_path / "run", dataset=given, evaluation={"num_tokens": 300}))
     after = divergences(tmp_path / "run")["after"]
     assert after["kl"] is None and after["agreement"] is None and after["teacher_perplexity"] is None
