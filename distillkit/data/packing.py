@@ -15,7 +15,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from trl.data_utils import pack_dataset
 
 from distillkit.config.errors import UserError
-from distillkit.data.rows import DOCUMENT_FEATURES, Batch
+from distillkit.data.rows import DOCUMENT_FEATURES, list_entries, running_sums
 from distillkit.losses.vocabulary_head import IGNORED_LABEL
 
 ROW_FEATURES = Features({**DOCUMENT_FEATURES, "seq_lengths": List(Value("int32"))})
@@ -44,10 +44,7 @@ def split_documents(documents: Dataset, sequence_length: int) -> Dataset:
         piece_lengths = np.full(pieces.sum(), sequence_length)
         piece_lengths[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * sequence_length
         columns = {name: relisted(table[name], piece_lengths) for name in table.column_names}
-        seq_lengths = pa.ListArray.from_arrays(
-            np.arange(len(piece_lengths) + 1, dtype=np.int32), piece_lengths.astype(np.int32)
-        )
-        return pa.table({**columns, "seq_lengths": seq_lengths})
+        return pa.table({**columns, "seq_lengths": _single_documents(piece_lengths)})
 
     features = Features({**documents.features, "seq_lengths": ROW_FEATURES["seq_lengths"]})
     at_once = min(_TOKENS_PACKED_AT_ONCE, _VALUES_MOVED_AT_ONCE // _values_per_token(documents))
@@ -64,27 +61,33 @@ def keep_rows(rows: Dataset, boundaries: Dataset | None, sequence_length: int, k
     boundaries: column `seq_lengths` of the same rows; without it each row is one document.
     """
 
-    def check(batch: Batch, indices: list[int]) -> Batch:
-        lengths = [len(input_ids) for input_ids in batch["input_ids"]]
-        seq_lengths = batch.get("seq_lengths", [[length] for length in lengths])
-        for index, length, parts in zip(indices, lengths, seq_lengths, strict=True):
+    def bounds(table: pa.Table, indices: list[int]) -> pa.Table:
+        lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+        sums, seq_lengths = lengths, _single_documents(lengths)
+        if boundaries is not None:
+            seq_lengths = table["seq_lengths"]
+            counts, parts = list_entries(seq_lengths)
+            parts = parts.cast(pa.int64()).to_numpy(zero_copy_only=False)
+            sums = np.diff(running_sums(parts)[running_sums(counts)])
+        wrong = np.flatnonzero((lengths > sequence_length) | (sums != lengths))
+        if len(wrong):
+            index, length, total = indices[wrong[0]], lengths[wrong[0]], sums[wrong[0]]
             if length > sequence_length:
                 raise UserError(
                     f"{key}: row {index} has {length} tokens, more than sequence_length ({sequence_length})"
                 )
-            if sum(parts) != length:
-                raise UserError(f"{key}: row {index} has {length} tokens, but its seq_lengths add up to {sum(parts)}")
-        return {**batch, "seq_lengths": seq_lengths}
+            raise UserError(f"{key}: row {index} has {length} tokens, but its seq_lengths add up to {total}")
+        return pa.table({"seq_lengths": seq_lengths})
 
-    further = rows.remove_columns(list(DOCUMENT_FEATURES))
-    rows = rows.select_columns(list(DOCUMENT_FEATURES))
-    if boundaries is not None:
-        if len(boundaries) != len(rows):
-            raise UserError(f"{key}: has rows without tokens; remove them")
-        rows = concatenate_datasets([rows, boundaries], axis=1)
-    checked = rows.map(check, batched=True, with_indices=True, features=ROW_FEATURES, desc="checking rows")
-    masked = _mask_first_tokens(checked)
-    return concatenate_datasets([masked, further], axis=1) if further.column_names else masked
+    if boundaries is not None and len(boundaries) != len(rows):
+        raise UserError(f"{key}: has rows without tokens; remove them")
+    tokens = rows.select_columns("input_ids")
+    looked_at = tokens if boundaries is None else concatenate_datasets([tokens, boundaries], axis=1)
+    features = Features({"seq_lengths": ROW_FEATURES["seq_lengths"]})
+    checked = looked_at.with_format("arrow").map(
+        bounds, batched=True, with_indices=True, features=features, desc="checking rows"
+    )
+    return _mask_first_tokens(concatenate_datasets([rows, checked.with_format(None)], axis=1))
 
 
 def refuse_packed_rows(rows: Dataset, key: str) -> None:
@@ -111,8 +114,12 @@ def count_tokens(rows: Dataset) -> int:
 def relisted(column: pa.ChunkedArray, lengths: np.ndarray) -> pa.ListArray:
     """The entries of all lists of a column, in lists of other lengths."""
     lists = pa.concat_arrays(column.chunks)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(lists.offsets.type.to_pandas_dtype())
+    offsets = running_sums(lengths).astype(lists.offsets.type.to_pandas_dtype())
     return type(lists).from_arrays(offsets, lists.flatten())
+
+
+def _single_documents(lengths: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(np.arange(len(lengths) + 1, dtype=np.int32), lengths.astype(np.int32))
 
 
 def _values_per_token(documents: Dataset) -> int:
@@ -147,11 +154,12 @@ def _mask_first_tokens(rows: Dataset) -> Dataset:
         masked = type(labels).from_arrays(pa.array(offsets - offsets[0]), pa.array(values))
         return table.set_column(table.column_names.index("labels"), "labels", masked)
 
+    batch_size = _batch_size(rows.select_columns(list(DOCUMENT_FEATURES)), _TOKENS_PACKED_AT_ONCE)
     names = ["labels", "seq_lengths"]
     features = Features({name: ROW_FEATURES[name] for name in names})
     masked = (
         rows.select_columns(names)
         .with_format("arrow")
-        .map(mask, batched=True, features=features, desc="marking documents")
+        .map(mask, batched=True, batch_size=batch_size, features=features, desc="marking documents")
     )
     return concatenate_datasets([rows.remove_columns(names), masked.with_format(None)], axis=1)

@@ -2,7 +2,7 @@
 
 The formats and their handling are those of TRL's SFT trainer: chat templates are applied by TRL's functions, a text
 ends with one EOS token, of prompt and completion only the completion counts. `data.assistant` tells the assistant's
-part of a conversation.
+part of a conversation. Rows of tokens are read as buffers of Arrow, for there may be billions of them.
 """
 
 import json
@@ -10,9 +10,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, common_prefix_length, is_conversational, maybe_convert_to_chatml
@@ -63,20 +68,25 @@ def tokenize_rows(
     if row_format.completion_only_loss and column != "prompt":
         logger.warning("%s: has no prompt and completion; dataset.completion_only_loss has no effect on it", key)
     wanted = [column, *(name for name in _EXTRA_COLUMNS.get(column, ()) if name in rows.column_names)]
-    reader = _reader(column, tokenizer, row_format, key)
+    of_tokens = column == "input_ids"
+    read: Callable[[Any], Flat] = (
+        partial(_read_tokens, vocabulary=len(tokenizer), key=key)
+        if of_tokens
+        else partial(_read_documents, _reader(column, tokenizer, row_format, key))
+    )
     _check_eos_labels(row_format.eos_label_token_ids, tokenizer)
     eos_token_id = _eos_token_id(tokenizer, key) if row_format.eos_label_token_ids else None
-    replaced = frozenset(row_format.eos_label_token_ids)
 
-    def tokenize(batch: Batch) -> Batch:
-        documents = [document for document in reader(batch) if document[0]]
-        labels = [
-            [eos_token_id if label in replaced else label for label in labels] if replaced else labels
-            for _, labels in documents
-        ]
-        return {"input_ids": [input_ids for input_ids, _ in documents], "labels": labels}
+    def tokenize(batch: Any) -> pa.Table:
+        offsets, input_ids, labels = read(batch)
+        if eos_token_id is not None:
+            labels = np.where(np.isin(labels, row_format.eos_label_token_ids), np.int32(eos_token_id), labels)
+        bounds = pa.array(np.unique(offsets), pa.int32())  # an empty document starts where the next one does
+        columns = {"input_ids": input_ids, "labels": labels}
+        return pa.table({name: pa.ListArray.from_arrays(bounds, values) for name, values in columns.items()})
 
-    return rows.select_columns(wanted).map(
+    rows = rows.select_columns(wanted).with_format("arrow" if of_tokens else None)
+    documents = rows.map(
         tokenize,
         batched=True,
         batch_size=_DOCUMENTS_AT_ONCE,
@@ -85,6 +95,7 @@ def tokenize_rows(
         num_proc=num_proc,
         desc="tokenising",
     )
+    return documents.with_format(None)
 
 
 def _check_eos_labels(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,7 +114,10 @@ def holds_conversations(rows: Dataset, text_field: str, key: str) -> bool:
 
 
 Document = tuple[list[int], list[int]]
+"""`input_ids` and `labels`."""
 Reader = Callable[[Batch], list[Document]]
+Flat = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Where each of several documents starts and the last ends, then the `input_ids` and `labels` of all of them."""
 
 
 def _content_column(columns: Sequence[str], text_field: str, key: str) -> str:
@@ -122,9 +136,6 @@ def _reader(column: str, tokenizer: PreTrainedTokenizerBase, row_format: RowForm
     if row_format.assistant_only_loss:
         return _assistant_reader(column, tokenizer, completion_only, key)
 
-    def read_tokens(batch: Batch) -> list[Document]:
-        return [_read_tokens(row, len(tokenizer), key) for row in _rows_of(batch)]
-
     def read_text(batch: Batch) -> list[Document]:
         _require_text(batch[column], f"{key}: column {column!r}")
         texts = [text for text in batch[column] if text]
@@ -138,8 +149,6 @@ def _reader(column: str, tokenizer: PreTrainedTokenizerBase, row_format: RowForm
         rows = [row for row in _rows_of(batch) if row["prompt"] and row["completion"]]
         return _read_completions(rows, tokenizer, completion_only, key)
 
-    if column == "input_ids":
-        return read_tokens
     if column in ("messages", "conversations"):
         return read_conversations
     return read_completions if column == "prompt" else read_text
@@ -149,26 +158,63 @@ def _rows_of(batch: Batch) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
-def _read_tokens(row: dict[str, Any], vocabulary: int, key: str) -> Document:
-    """Tokens as they are, without padding."""
-    input_ids = row["input_ids"] or []
-    labels = row.get("labels") or list(input_ids)
-    for name, ids, lowest in (("input_ids", input_ids, 0), ("labels", labels, IGNORED_LABEL)):
-        strange = [token for token in ids if not lowest <= token < vocabulary]
-        if strange:
-            raise UserError(
-                f"{key}: {name} holds token {strange[0]}, but the tokenizer has {vocabulary}; "
-                "the rows were made with another tokenizer"
-            )
-    if len(labels) != len(input_ids):
-        raise UserError(f"{key}: a row has {len(input_ids)} input_ids and {len(labels)} labels; they must be as many")
-    mask = row.get("attention_mask")
-    if mask is not None and len(mask) != len(input_ids):
-        raise UserError(f"{key}: a row has {len(input_ids)} input_ids and an attention_mask of {len(mask)}")
-    if mask is not None:
-        input_ids = [token for token, seen in zip(input_ids, mask, strict=True) if seen]
-        labels = [label for label, seen in zip(labels, mask, strict=True) if seen]
-    return input_ids, labels
+def _read_documents(reader: Reader, batch: Batch) -> Flat:
+    documents = reader(batch)
+    offsets = running_sums(np.array([len(input_ids) for input_ids, _ in documents], dtype=np.int64))
+    input_ids = np.fromiter(chain.from_iterable(input_ids for input_ids, _ in documents), np.int32)
+    labels = np.fromiter(chain.from_iterable(labels for _, labels in documents), np.int32)
+    return offsets, input_ids, labels
+
+
+def _read_tokens(table: pa.Table, vocabulary: int, key: str) -> Flat:
+    """Tokens as they are, without padding; a row without labels has its tokens for labels."""
+    lengths, values = list_entries(table["input_ids"])
+    input_ids = labels = _checked_tokens(values, "input_ids", 0, vocabulary, key)
+    offsets = running_sums(lengths)
+    if "labels" in table.column_names:
+        counts, values = list_entries(table["labels"])
+        given = _checked_tokens(values, "labels", IGNORED_LABEL, vocabulary, key)
+        wrong = np.flatnonzero((counts != 0) & (counts != lengths))
+        if len(wrong):
+            found = f"{lengths[wrong[0]]} input_ids and {counts[wrong[0]]} labels"
+            raise UserError(f"{key}: a row has {found}; they must be as many")
+        labels = input_ids.copy()
+        labels[np.repeat(counts != 0, lengths)] = given
+    if "attention_mask" in table.column_names:
+        counts, values = list_entries(table["attention_mask"])
+        masked = table["attention_mask"].is_valid().to_numpy()
+        wrong = np.flatnonzero(masked & (counts != lengths))
+        if len(wrong):
+            found = f"{lengths[wrong[0]]} input_ids and an attention_mask of {counts[wrong[0]]}"
+            raise UserError(f"{key}: a row has {found}")
+        seen = np.ones(len(input_ids), dtype=bool)
+        seen[np.repeat(masked, lengths)] = values.cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False)
+        input_ids, labels = input_ids[seen], labels[seen]
+        offsets = running_sums(seen)[offsets]
+    return offsets, input_ids, labels
+
+
+def list_entries(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Lengths of all lists of a column, 0 where there is none, and their entries one after the other."""
+    lists = pa.concat_arrays(column.chunks)
+    lists = lists.cast(pa.list_(pa.int32())) if pa.types.is_null(lists.type) else lists
+    return pc.list_value_length(lists).fill_null(0).to_numpy(), lists.flatten()
+
+
+def running_sums(numbers: np.ndarray) -> np.ndarray:
+    """Of the first none, one, two ... and all of the numbers; of lengths, where each list starts and the last ends."""
+    return np.concatenate([[0], np.cumsum(numbers)])
+
+
+def _checked_tokens(values: pa.Array, name: str, lowest: int, vocabulary: int, key: str) -> np.ndarray:
+    tokens = values.to_numpy(zero_copy_only=False)
+    strange = tokens[~((tokens >= lowest) & (tokens < vocabulary))]
+    if len(strange):
+        raise UserError(
+            f"{key}: {name} holds token {strange[0]}, but the tokenizer has {vocabulary}; "
+            "the rows were made with another tokenizer"
+        )
+    return values.cast(pa.int32()).to_numpy()
 
 
 def _read_completions(

@@ -82,3 +82,25 @@ def test_rows_packed_elsewhere_that_do_not_fit():
         keep_rows(documents([4, 5]), None, 4, "dataset")
     with pytest.raises(UserError, match="dataset: row 0 has 4 tokens, but its seq_lengths add up to 3"):
         keep_rows(documents([4]), Dataset.from_dict({"seq_lengths": [[2, 1]]}), 4, "dataset")
+    boundaries = Dataset.from_dict({"seq_lengths": [[1, 1]] * 1501 + [[1, 1, 1]] + [[]] * 98})
+    with pytest.raises(UserError, match="dataset: row 1501 has 2 tokens, but its seq_lengths add up to 3"):
+        keep_rows(documents([2] * 1600), boundaries, 4, "dataset")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=6), min_size=1, max_size=12), st.data())
+def test_rows_packed_elsewhere_are_read_as_row_by_row(seq_lengths, data):
+    lengths = [sum(parts) + data.draw(st.sampled_from([0, 0, 0, 0, 1])) for parts in seq_lengths]
+    packed = documents(lengths)
+    wrong = [index for index, length in enumerate(lengths) if length > 20 or length != sum(seq_lengths[index])]
+    if wrong:
+        reason = "more than" if lengths[wrong[0]] > 20 else "but its seq_lengths add up to"
+        with pytest.raises(UserError, match=f"^dataset: row {wrong[0]} has {lengths[wrong[0]]} tokens, {reason}"):
+            keep_rows(packed, Dataset.from_dict({"seq_lengths": seq_lengths}), 20, "dataset")
+        return
+    rows = keep_rows(packed, Dataset.from_dict({"seq_lengths": seq_lengths}), 20, "dataset")
+    assert rows["seq_lengths"][:] == seq_lengths
+    assert rows["input_ids"][:] == packed["input_ids"][:]
+    for labels, given_labels, parts in zip(rows["labels"], packed["labels"], seq_lengths, strict=True):
+        firsts = {sum(parts[:index]) for index in range(len(parts))}
+        assert labels == [-100 if index in firsts else label for index, label in enumerate(given_labels)]

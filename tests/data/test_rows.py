@@ -1,8 +1,13 @@
 import json
+import time
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen2_5_chat_template
@@ -116,6 +121,105 @@ def test_tokens_are_kept_with_their_labels_and_without_padding(tiny_tokenizer):
     assert [row["labels"] for row in tokenize(columns, tiny_tokenizer)] == [[5, -100, 7], [8, 9, 3]]
     padded = tokenize({**columns, "attention_mask": [[1, 1, 1], [1, 1, 0]]}, tiny_tokenizer)
     assert padded[1] == {"input_ids": [8, 9], "labels": [8, 9]}
+
+
+def read_slowly(row: dict[str, Any], vocabulary: int) -> tuple[dict[str, Any], list[str]]:
+    """The document that a row of tokens is, and what is wrong with it."""
+    input_ids = row["input_ids"] or []
+    labels = row["labels"] or input_ids
+    mask = row["attention_mask"]
+    faults = []
+    for name, ids, lowest in (("input_ids", input_ids, 0), ("labels", labels, -100)):
+        for strange in [token for token in ids if not lowest <= token < vocabulary][:1]:
+            faults.append(
+                f"dataset.train_dataset: {name} holds token {strange}, but the tokenizer has {vocabulary}; "
+                "the rows were made with another tokenizer"
+            )
+    found = f"dataset.train_dataset: a row has {len(input_ids)} input_ids and"
+    if len(labels) != len(input_ids):
+        faults.append(f"{found} {len(labels)} labels; they must be as many")
+    if mask is not None and len(mask) != len(input_ids):
+        faults.append(f"{found} an attention_mask of {len(mask)}")
+    seen = [index for index in range(len(input_ids)) if mask is None or mask[index : index + 1] != [0]]
+    return {
+        name: [ids[index] for index in seen if index < len(ids)]
+        for name, ids in (("input_ids", input_ids), ("labels", labels))
+    }, faults
+
+
+@st.composite
+def token_rows(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Rows of tokens with or without labels and mask; now and then one that does not fit."""
+    faulty = draw(st.integers(0, 3)) == 0
+    rows = []
+    for _ in range(draw(st.integers(1, 12))):
+        length = draw(st.integers(0, 6))
+        token = st.integers(0, 120 if faulty else 99)
+
+        def entries(entry: st.SearchStrategy[int], length: int = length) -> list[int]:
+            size = max(0, length + draw(st.integers(-1, 1))) if faulty else length
+            return draw(st.lists(entry, min_size=size, max_size=size))
+
+        rows.append(
+            {
+                "input_ids": draw(st.lists(token, min_size=length, max_size=length))
+                if length
+                else draw(st.sampled_from([None, []])),
+                "labels": draw(st.sampled_from([None, [], entries(st.just(-100) | token)])),
+                "attention_mask": draw(st.sampled_from([None, entries(st.integers(0, 1))])),
+            }
+        )
+    return rows
+
+
+HUNDRED_TOKENS = Tokenizer(WordLevel({str(index): index for index in range(100)}, "0"))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(token_rows(), st.sampled_from(["uint8", "int32", "int64"]), st.sets(st.integers(0, 99), max_size=40), st.data())
+def test_tokens_are_read_as_row_by_row(rows, integers, replaced, data):
+    types = {"input_ids": integers, "labels": "int64", "attention_mask": data.draw(st.sampled_from(["int8", "bool"]))}
+    features = Features({name: List(Value(kind)) for name, kind in types.items()})
+    wanted = data.draw(st.permutations(range(len(rows))).map(lambda order: order[: len(rows) // 2 + 1]) | st.none())
+    cut = data.draw(st.integers(0, len(rows) - 1))  # lists that start within a buffer, and in several buffers
+    table = Dataset.from_list([rows[-1], *rows], features=features).select(range(1, len(rows) + 1))
+    table = concatenate_datasets([table.select(range(cut)), table.select(range(cut, len(rows)))])
+    if wanted is not None:
+        table, rows = table.select(wanted), [rows[index] for index in wanted]
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=HUNDRED_TOKENS, eos_token="3")
+    read = [read_slowly(row, 100) for row in rows]
+    faults = [fault for _, found in read for fault in found]
+    row_format = RowFormat(eos_label_token_ids=tuple(replaced))
+    if faults:
+        with pytest.raises(UserError) as caught:
+            tokenize_rows(table, tokenizer, row_format, num_proc=None, key="dataset.train_dataset")
+        assert str(caught.value) in faults
+        return
+    documents = tokenize_rows(table, tokenizer, row_format, num_proc=None, key="dataset.train_dataset")
+    assert documents.to_list() == [
+        {**document, "labels": [3 if label in replaced else label for label in document["labels"]]}
+        for document, _ in read
+        if document["input_ids"]
+    ]
+
+
+def test_rows_without_any_labels_or_mask(tiny_tokenizer):
+    columns = {"input_ids": [[5, 6], None, [7]], "labels": [None] * 3, "attention_mask": [None] * 3}
+    assert [plain(document) for document in tokenize(columns, tiny_tokenizer)] == [[5, 6], [7]]
+    assert tokenize({"input_ids": [None, []]}, tiny_tokenizer) == []
+    assert tokenize({"input_ids": [None]}, tiny_tokenizer) == []
+
+
+def test_numbers_that_are_no_tokens(tiny_tokenizer):
+    assert "input_ids holds token nan" in error({"input_ids": [[5, None]]}, tiny_tokenizer)
+
+
+def test_millions_of_tokens_are_read_in_a_moment(tiny_tokenizer):
+    rows = Dataset.from_dict({"input_ids": [list(range(5, 105)) * 20] * 2000})
+    start = time.perf_counter()
+    tokenize_rows(rows, tiny_tokenizer, RowFormat(), num_proc=None, key="dataset.train_dataset")
+    assert time.perf_counter() - start < 0.5  # as Python numbers 4M tokens take twice as long, as buffers a tenth
 
 
 def test_eos_label_token_ids_change_labels_alone(tiny_tokenizer):
