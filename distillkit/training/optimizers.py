@@ -130,11 +130,13 @@ def round_stochastically(exact: Float[Tensor, "*shape"], generator: torch.Genera
     """bf16 numbers whose expectation is `exact`, which is float32.
 
     bf16 is the upper half of a float32. A uniform random number, added to the lower half before that is cut off,
-    carries into the upper with just the probability that the lower half stands for.
+    carries into the upper with just the probability that the lower half stands for. What is not finite is kept: the
+    bits of a NaN could carry over into those of -0, and a broken step would look like weights of zero.
     """
     bits = exact.view(torch.int32)
     noise = torch.randint(2**16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    return ((bits + noise) & -(2**16)).view(torch.float32).bfloat16()
+    rounded = ((bits + noise) & -(2**16)).view(torch.float32)
+    return torch.where(exact.isfinite(), rounded, exact).bfloat16()
 
 
 def _step_seeded(optimizer_class: type[Optimizer]) -> type[Optimizer]:

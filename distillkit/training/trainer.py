@@ -6,6 +6,7 @@ outside of the module that is trained; a checkpoint holds a loadable student and
 what is logged are the single losses, and tokens.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +115,19 @@ class DistillationTrainer(Trainer):
         """Weight decay is for matrices: not for norms and biases (Trainer's rule), nor for vectors such as A_log."""
         vectors = {name for name, parameter in model.named_parameters() if parameter.dim() < 2}
         return [name for name in super().get_decay_parameter_names(model) if name not in vectors]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm, before the optimizer's step. Raises UserError where that step would wreck the weights.
+
+        Optimizers that round stochastically may even make zeros of NaNs, which nobody would see.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            raise UserError(
+                f"training_args.learning_rate: the gradient of step {self.state.global_step + 1} is {float(norm)}; the "
+                "run has stopped before it reached the weights; lower it, and start again in another output_path"
+            )
+        return norm
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """The divergence from the teacher, as `eval_kl`, `eval_agreement`, …"""

@@ -47,6 +47,15 @@ def test_rounding_goes_to_a_neighbour_and_is_right_on_average(number):
     assert abs(values.mean() - number) <= 5 * (farther - nearer_to_zero).abs() / 2 / math.sqrt(4096)
 
 
+def test_what_is_not_finite_stays_so():
+    """The first is CUDA's NaN, all of whose low bits are set."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000], dtype=torch.int32).repeat(1000, 1)
+    exact = bits.view(torch.float32)
+    rounded = round_stochastically(exact, torch.Generator().manual_seed(0))
+    assert torch.all(rounded[:, :3].isnan())
+    assert torch.equal(rounded[:, 3:].float(), exact[:, 3:])
+
+
 @pytest.mark.parametrize("slice_size", [7, 2**24])
 def test_float32_weights_are_updated_as_by_adamw(monkeypatch, slice_size):
     monkeypatch.setattr("distillkit.training.optimizers.SLICE", slice_size)

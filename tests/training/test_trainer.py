@@ -173,3 +173,13 @@ def test_vectors_do_not_decay(tmp_path):
 def test_an_optimizer_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(UserError, match=r"training_args\.optim: galore_adamw: .*galore"):
         make_trainer(tmp_path, losses=CE_KL, optim="galore_adamw", optim_target_modules=["mlp"]).train()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path, max_grad_norm):
+    trainer = make_trainer(tmp_path, losses=CE_KL, max_grad_norm=max_grad_norm, max_steps=3)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.model.student.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(UserError, match=r"training_args\.learning_rate: the gradient of step 1 is nan; the run has"):
+        trainer.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
