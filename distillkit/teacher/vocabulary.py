@@ -31,29 +31,18 @@ _TEXTS = (
 
 def common_vocabulary(
     teacher: PreTrainedModel | CapturedTeacher, student: PreTrainedModel, *tokenizers: PreTrainedTokenizerBase
-) -> int | None:
-    """Columns of both heads that mean tokens of all tokenizers; None where neither head has others.
+) -> int:
+    """Columns that both heads have and that mean tokens of all tokenizers.
 
-    Raises UserError where the heads differ and one is too narrow for what the tokenizers share.
+    A head may be wider than the tokenizer, for padding, or narrower, where a token was added to the tokenizer alone.
     """
     captured = isinstance(teacher, CapturedTeacher)
     columns = teacher.vocabulary_size if captured else head(teacher)[0].shape[0]
-    widths = {"teacher": columns, "student": head(student)[0].shape[0]}
-    tokens = min(_size(tokenizer) for tokenizer in tokenizers)
-    if max(widths.values()) <= tokens and len(set(widths.values())) == 1:
-        return None
-    for role, width in widths.items():
-        if width < tokens:
-            raise UserError(f"{role}: its head has {width} columns, but the tokenizer knows {tokens} tokens")
-    return tokens
+    return min(columns, head(student)[0].shape[0], *map(_size, tokenizers))
 
 
-def check_known_tokens(
-    rows: Dataset, vocabulary_size: int | None, tokenizer: PreTrainedTokenizerBase, key: str
-) -> None:
+def check_known_tokens(rows: Dataset, vocabulary_size: int, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     """Raises UserError where rows (of `input_ids`) hold a token beyond the common vocabulary; `key` named the rows."""
-    if vocabulary_size is None:
-        return
     for batch in rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
         largest = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
         if largest is not None and largest >= vocabulary_size:

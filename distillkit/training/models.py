@@ -42,7 +42,8 @@ class Models:
     teacher: PreTrainedModel | CapturedTeacher
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    vocabulary_size: int | None
+    vocabulary_size: int
+    """Tokens that both models know."""
     freezing: Freezing
 
 
