@@ -167,12 +167,32 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_held_out_text(self) -> Self:
+        if self.dataset.eval_dataset is not None:
+            return self
+        if self.evaluation is not None:
+            if self.evaluation.dataset is not None:
+                return self
+            if not self.evaluation.prompts:
+                raise KeyProblem("evaluation.dataset", "is missing: name held-out text here or in dataset.eval_dataset")
+        for name, off in (("eval_strategy", "no"), ("eval_on_start", False)):
+            if self.training_args.get(name, off) != off:
+                raise KeyProblem(f"training_args.{name}", "there is no held-out text; name it in dataset.eval_dataset")
+        return self
+
+    @model_validator(mode="after")
     def check_background(self) -> Self:
-        """What a live teacher needs for it is known here; a dataset may bring its own."""
+        """What a live teacher needs for it is known here; a captured dataset on disk may bring its own."""
         for position, loss in enumerate(self.loss_functions):
-            if loss.missing_probability_handling != "background" or self.teacher.kind != "hf":
+            if loss.missing_probability_handling != "background":
                 continue
             key = f"loss_functions[{position}].missing_probability_handling"
+            if self.teacher.kind == "dataset":
+                if self.teacher.background is None and self.dataset.train_dataset.disk_path is None:
+                    raise KeyProblem(key, "background needs teacher.background, for a dataset of the hub has none")
+                continue
+            if self.teacher.kind != "hf":
+                continue
             if self.teacher.top_k is None:
                 raise KeyProblem(key, "background needs teacher.top_k: of a whole distribution nothing is missing")
             if self.teacher.background is None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from distillkit.config import DatasetSource, RunConfig, UserError
+from distillkit.config import DatasetSource, RunConfig
 from distillkit.data import build_datasets
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.opening import open_held_out, refuse_damage, refuse_other_format
@@ -54,10 +54,6 @@ def load_text(config: RunConfig, arguments: TrainingArguments, models: Models) -
             check_known_tokens(each, models.vocabulary_size, models.tokenizer, name)
             if isinstance(teacher, CapturedTeacher):
                 refuse_other_format(teacher, each, name)
-    if held_out is None and config.evaluation is not None and not config.evaluation.prompts:
-        raise UserError("evaluation.dataset: is missing: name held-out text here or in dataset.eval_dataset")
-    if held_out is None and arguments.eval_strategy != "no":
-        raise UserError("training_args.eval_strategy: there is no held-out text; name it in dataset.eval_dataset")
     return train_rows, held_out
 
 

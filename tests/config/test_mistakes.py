@@ -159,6 +159,42 @@ def test_weights_in_bfloat16_need_an_optimizer_that_rounds(override: str, line: 
     assert str(caught.value).startswith(line)
 
 
+BACKGROUND = "[{function: kl, weight: 1, missing_probability_handling: background}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line", "remedy"),
+    [
+        (
+            ["evaluation.num_tokens=9"],
+            "evaluation.dataset: is missing: name held-out text here or in dataset.eval_dataset",
+            "dataset.eval_dataset.repo_id=org/held-out",
+        ),
+        (
+            ["training_args.eval_strategy=steps"],
+            "training_args.eval_strategy: there is no held-out text; name it in dataset.eval_dataset",
+            "evaluation.dataset.repo_id=org/held-out",
+        ),
+        (
+            ["training_args.eval_on_start=true"],
+            "training_args.eval_on_start: there is no held-out text; name it in dataset.eval_dataset",
+            "dataset.eval_dataset.repo_id=org/held-out",
+        ),
+        (
+            ["teacher={kind: dataset}", f"loss_functions={BACKGROUND}"],
+            "loss_functions[0].missing_probability_handling: background needs teacher.background, for a dataset of "
+            "the hub has none",
+            "teacher.background=captured",
+        ),
+    ],
+)
+def test_what_a_run_would_lack_is_known_from_its_configuration(overrides: list[str], line: str, remedy: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_run_config(SEED, overrides)
+    assert str(caught.value) == line
+    load_run_config(SEED, [*overrides, remedy])
+
+
 def test_further_mistakes_are_counted() -> None:
     with pytest.raises(UserError, match=r"^trust_remote_code: must be true or false, got 7 \(and 2 more\)$"):
         load_run_config(SEED, ["trust_remote_code=7", "sequence_length=-1", "loss_functions.0.weight=-1"])

@@ -188,7 +188,8 @@ def test_older_names_of_training_arguments() -> None:
         "remove_unused_columns": False,
         "save_strategy": False,
     }
-    assert parse(training_args=given).training_args == {
+    held_out = {**ONLINE["dataset"], "eval_dataset": {"repo_id": "org/held-out"}}
+    assert parse(training_args=given, dataset=held_out).training_args == {
         "warmup_steps": 0.1,
         "eval_strategy": "steps",
         "save_strategy": "no",

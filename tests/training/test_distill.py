@@ -194,14 +194,6 @@ def test_what_does_not_touch_the_weights_may_change(finished, inputs):
     assert "finished already" in run(changed)
 
 
-def test_evaluation_without_text_is_refused(inputs, tmp_path):
-    dataset = {"train_dataset": {"disk_path": inputs["text"]}}
-    with pytest.raises(UserError, match=r"evaluation\.dataset: is missing"):
-        run(configuration(inputs, tmp_path / "a", dataset=dataset, evaluation={}))
-    with pytest.raises(UserError, match=r"training_args\.eval_strategy: there is no held-out text"):
-        run(configuration(inputs, tmp_path / "b", {"eval_strategy": "steps"}, dataset=dataset, evaluation=None))
-
-
 def test_the_divergence_can_be_followed_during_training(inputs, tmp_path):
     said = run(configuration(inputs, tmp_path / "run", {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 8}))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
