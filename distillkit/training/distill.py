@@ -227,8 +227,8 @@ def _finish(
     """Save the student, measure it as saved, let it write, and say how the run ended."""
     folder, evaluation = run.folder, run.config.evaluation
     cast_for_saving(models.student, trainer.weights_dtype)
-    if run.config.resize_embeddings_to_multiple_of is not None and models.vocabulary_size is not None:
-        level_padding(models.student, models.vocabulary_size)
+    if run.config.resize_embeddings_to_multiple_of is not None:
+        level_padding(models.student, models.embedding_rows)
     if folder.main_process:
         save_student(models.student, folder.path, trainer.weights_dtype)
         models.tokenizer.save_pretrained(folder.path)

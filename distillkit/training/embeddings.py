@@ -27,11 +27,11 @@ def grow_embeddings(model: PreTrainedModel, multiple: int) -> tuple[int, int]:
     return rows, head(model)[0].shape[0]
 
 
-def level_padding(model: PreTrainedModel, vocabulary_size: int) -> None:
-    """Make the rows from `vocabulary_size` on the mean of the others again, where these were trained."""
+def level_padding(model: PreTrainedModel, rows: int) -> None:
+    """Make all but the first `rows`, which are those before growth, their mean again where these were trained."""
     for parameter in _of_tokens(model):
         if parameter.requires_grad:
-            _level(parameter, vocabulary_size)
+            _level(parameter, rows)
 
 
 def _of_tokens(model: PreTrainedModel) -> list[Tensor]:

@@ -44,6 +44,8 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int
     """Tokens that both models know."""
+    embedding_rows: int
+    """Rows of the student's embeddings before these grew."""
     freezing: Freezing
 
 
@@ -68,10 +70,7 @@ def load_models(
     else:
         raise UserError(f"teacher.kind: {teacher_config.kind} is not built yet; use kind: hf or dataset")
     student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, arguments)
-    if config.resize_embeddings_to_multiple_of is not None:
-        rows, grown = grow_embeddings(student, config.resize_embeddings_to_multiple_of)
-        if grown > rows:
-            say(console, f"embeddings: {rows:,} rows grow to {grown:,}; those added mean no token")
+    embedding_rows = _grow_embeddings(config, folder, student, console)
     freezing = freeze(student, config.frozen_res, config.frozen_modules)
     for matched, other in freezing.shared_with_frozen:
         say(console, f"frozen: {other} too, for it is the same tensor as {matched}")
@@ -86,7 +85,18 @@ def load_models(
     if techniques.gradient_checkpointing:
         _checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     vocabulary_size = common_vocabulary(teacher, student, tokenizer, teachers_tokenizer)
-    return Models(teacher, student, tokenizer, vocabulary_size, freezing)
+    return Models(teacher, student, tokenizer, vocabulary_size, embedding_rows, freezing)
+
+
+def _grow_embeddings(config: RunConfig, folder: RunFolder, student: PreTrainedModel, console: Console) -> int:
+    """Let the embeddings grow if that is asked for. Rows that they had before, which a checkpoint no longer tells."""
+    rows, grown = grow_embeddings(student, config.resize_embeddings_to_multiple_of or 1)
+    if grown > rows:
+        say(console, f"embeddings: {rows:,} rows grow to {grown:,}; those added mean no token")
+    if folder.checkpoint is not None:
+        return int(folder.noted("embedding_rows") or rows)
+    folder.note("embedding_rows", rows)
+    return rows
 
 
 def _checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Embeddings grow by rows that no loss sees and that are never written, whatever the hidden state."""
 
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from distillkit.training.embeddings import grow_embeddings
 from tests.model.students import VOCABULARY, student, tokens
 from tests.training.test_distill import configuration, run
 from tests.training.test_trainer import ALL_KINDS
-from tests.training.tiny import BYTES, batch, llama, row, save_llama, save_text
+from tests.training.tiny import BYTES, batch, llama, row, save_llama, save_text, tokenizer
 
 
 def with_biased_head():
@@ -99,6 +99,13 @@ def test_no_loss_sees_the_new_rows():
         assert not ours[97:].any()
 
 
+def back_to_step_2(folder):
+    """As if the run had been killed before its end."""
+    for entry in ("model.safetensors", "results.json", "config.json"):
+        (folder / entry).unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+
+
 def test_a_run_trains_saves_and_resumes_a_grown_student(tmp_path):
     inputs = {
         "teacher": save_llama(tmp_path / "teacher", 0, tied=False),
@@ -117,14 +124,40 @@ def test_a_run_trains_saves_and_resumes_a_grown_student(tmp_path):
     before = load_model(inputs["student"]).lm_head.weight
     assert not torch.allclose(weight[:BYTES].mean(0), before.mean(0))
 
-    for entry in ("model.safetensors", "results.json", "config.json"):  # as if killed before its end
-        (folder / entry).unlink()
     lines = (folder / "metrics.jsonl").read_text()
-    for entry in Path(folder / "checkpoint-4").iterdir():
-        entry.unlink()
-    (folder / "checkpoint-4").rmdir()
+    back_to_step_2(folder)
     said = run(configuration(inputs, folder, training, **changes, resume=True))
     assert "resuming after step 2" in said
     assert "rows grow" not in said
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).lm_head.weight, weight)
     assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_rows_of_tokens_that_the_student_alone_has_are_left_as_they_are(tmp_path, multiple):
+    """Whether anything grows or not, and in a run that goes on from a checkpoint, which is grown already."""
+    inputs = {
+        "teacher": save_llama(tmp_path / "teacher", 0),
+        "student": str(tmp_path / "student"),
+        "text": save_text(tmp_path / "train.jsonl"),
+        "held_out": save_text(tmp_path / "valid.jsonl", documents=10),
+    }
+    own = llama(1, tied=False, vocab=BYTES + 2)
+    own.save_pretrained(inputs["student"])
+    more = tokenizer()
+    more.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    more.save_pretrained(inputs["student"])
+    training = {"max_steps": 4, "save_steps": 2, "weight_decay": 0.0}
+    changes = {"resize_embeddings_to_multiple_of": multiple, "frozen_res": ["layers"], "evaluation": None}
+    folder = tmp_path / "run"
+    for resume in (False, True):
+        if resume:
+            back_to_step_2(folder)
+        run(configuration(inputs, folder, training, **changes, resume=resume))
+        finished = load_model(folder)
+        for trained, before in ((finished.lm_head, own.lm_head), (finished.model.embed_tokens, own.model.embed_tokens)):
+            assert not torch.equal(trained.weight[:BYTES], before.weight[:BYTES])
+            assert torch.equal(trained.weight[BYTES : BYTES + 2], before.weight[BYTES:])
+            padding = trained.weight[BYTES + 2 :]
+            assert len(padding) == (59 if multiple == 64 else 0)
+            torch.testing.assert_close(padding, trained.weight[: BYTES + 2].mean(0).expand_as(padding))
