@@ -12,6 +12,7 @@ from distillkit.config.unbuilt import refuse_unbuilt
 def check_ready(config: RunConfig) -> None:
     """Raises `UserError` where the run could not start."""
     refuse_unbuilt(config)
+    _refuse_split_models()
     for key, source in _sources(config).items():
         check_source(f"{key}.disk_path", source)
     if config.model is not None:
@@ -22,6 +23,16 @@ def check_ready(config: RunConfig) -> None:
         check_source("teacher.background", DatasetSource(disk_path=config.teacher.background))
     if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
         raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
+
+
+def _refuse_split_models() -> None:
+    """As training_args.fsdp and training_args.deepspeed are refused, which accelerate's configuration goes before."""
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() not in ("", "0", "false"):
+            raise UserError(
+                f"accelerate: {name} is not supported yet, each GPU holds the models whole; launch with torchrun, or "
+                f"without {name}"
+            )
 
 
 def _sources(config: RunConfig) -> dict[str, DatasetSource]:

@@ -138,9 +138,6 @@ class RunConfig(Section):
             return self
         if not self.training_args.get("bf16"):
             raise KeyProblem("trained_weights", "bfloat16 needs training_args.bf16: true; set it, or use float32")
-        for name in ("fsdp", "deepspeed"):
-            if self.training_args.get(name):
-                raise KeyProblem("trained_weights", f"bfloat16 does not go with training_args.{name}; use float32")
         optim = self.training_args.get("optim", STOCHASTIC_OPTIMIZERS[0])
         if optim not in STOCHASTIC_OPTIMIZERS:
             raise KeyProblem(

@@ -48,6 +48,9 @@ SET_BY_THE_RUN = {
     "neftune_noise_alpha": "noisy embeddings would not match the teacher's; remove it",
     "average_tokens_across_devices": "the run always averages over all devices; remove it",
     "fp16": "gradients of single tokens are too small for float16; use bf16: true",
+    "fsdp": "models split over GPUs (FSDP) are not supported yet, each GPU holds them whole; remove it",
+    "fsdp_config": "models split over GPUs (FSDP) are not supported yet, each GPU holds them whole; remove it",
+    "deepspeed": "DeepSpeed is not supported yet, each GPU holds the models whole; remove it",
     "do_train": "the run always trains; remove it",
     "do_predict": "the run does not predict; remove it",
 }

@@ -1,6 +1,6 @@
 """The module that is trained: student, projections and losses in one forward.
 
-Trainer, DDP and FSDP wrap this module. The whole of the student's computation, the head's included, happens inside of
+Trainer and DDP wrap this module. The whole of the student's computation, the head's included, happens inside of
 its forward, which is where their hooks expect it; the teacher's does not.
 """
 

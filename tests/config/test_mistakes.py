@@ -144,10 +144,6 @@ def test_a_mistake_is_one_line(override: str, line: str) -> None:
             "trained_weights: bfloat16 needs training_args.bf16: true; set it, or use float32",
         ),
         (
-            "training_args.fsdp=full_shard",
-            "trained_weights: bfloat16 does not go with training_args.fsdp; use float32",
-        ),
-        (
             "training_args.optim=adamw_bnb_8bit",
             "training_args.optim: adamw_bnb_8bit would lose small updates of trained_weights: bfloat16; use",
         ),

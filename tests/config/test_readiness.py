@@ -59,3 +59,13 @@ def test_files_that_are_there(tmp_path: Path) -> None:
         check(dataset={"train_dataset": {"disk_path": str(path)}}, output_path=str(tmp_path / "new"))
     with pytest.raises(UserError, match=r"^output_path: .* is a file; name a folder"):
         check(output_path=str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize(("name", "shown"), [("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")])
+def test_models_split_over_gpus_are_refused(name: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=rf"^training_args\.{name}: .*{shown}.* not supported yet, .*; remove it$"):
+        check(training_args={name: "full_shard"})
+    check(training_args={name: ""})
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(UserError, match=f"^accelerate: {shown} is not supported yet, .*launch with torchrun"):
+        check()
