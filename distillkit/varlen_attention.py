@@ -2,9 +2,10 @@
 
 Where documents are packed, transformers hands SDPA a mask [batch, 1, tokens, tokens] and SDPA computes every pair of
 tokens: at 32k tokens that is a gigabyte, and most of the work is thrown away. Here all rows are one row of documents
-and each document is attended to by itself: on CUDA, in 16 bits, by `torch.nn.attention.varlen`, elsewhere by one call
-of SDPA per document. Boundaries come from the decoder's `cu_seq_lens_q` and `max_length_q`, the names that transformers
-gives them for flash attention, or from `position_ids`; whatever is not one row without a mask goes to SDPA as ever.
+and each document is attended to by itself: on CUDA, in 16 bits, by `torch.nn.attention.varlen`, and by one call of SDPA
+per document elsewhere and for what that kernel cannot do (dropout, some head sizes). Boundaries come from the decoder's
+`cu_seq_lens_q` and `max_length_q`, the names that transformers gives them for flash attention, or from `position_ids`;
+whatever is not one row without a mask goes to SDPA as ever.
 """
 
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 VARLEN = "varlen"
 _KERNEL_CAPABILITY = (8, 0)
+_KERNEL_HEAD_SIZES = range(8, 257, 8)
 
 
 def use_varlen_attention(model: PreTrainedModel, compute_dtype: torch.dtype) -> bool:
@@ -53,14 +55,15 @@ def varlen_attention(
     module: nn.Module,
     query: Float[Tensor, "batch heads tokens head_dim"],
     key: Float[Tensor, "batch kv_heads kv_tokens head_dim"],
-    value: Float[Tensor, "batch kv_heads kv_tokens head_dim"],
+    value: Float[Tensor, "batch kv_heads kv_tokens value_dim"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    dropout: float = 0.0,
     cu_seq_lens_q: Int[Tensor, " documents_and_1"] | None = None,
     max_length_q: int | None = None,
     **kwargs: Any,
-) -> tuple[Float[Tensor, "batch tokens heads head_dim"], None]:
+) -> tuple[Float[Tensor, "batch tokens heads value_dim"], None]:
     """Causal attention within documents; an attention function of transformers.
 
     Raises ValueError for boundaries with more than one row, or with a mask.
@@ -69,7 +72,9 @@ def varlen_attention(
     if cu_seq_lens_q is not None and not one_row:
         raise ValueError("cu_seq_lens_q needs one row that holds all documents, no attention_mask and no cache")
     if not one_row or kwargs.get("softcap") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if cu_seq_lens_q is None or max_length_q is None:
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
@@ -81,10 +86,21 @@ def varlen_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     query, key, value = (x.to(dtype)[0].transpose(0, 1) for x in (query, key, value))
-    in_kernel = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    attend = _by_kernel if in_kernel else _by_document
-    output = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    if _kernel_can(query, value, dropout):
+        output = _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    else:
+        output = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)
     return output.unsqueeze(0), None
+
+
+def _kernel_can(
+    query: Float[Tensor, "tokens heads head_dim"], value: Float[Tensor, "tokens heads value_dim"], dropout: float
+) -> bool:
+    """It has no dropout, and one head size for queries, keys and values (multi-head latent attention has two)."""
+    head_dim = query.shape[-1]
+    in_16_bits = query.dtype in (torch.bfloat16, torch.float16)
+    sizes = head_dim in _KERNEL_HEAD_SIZES and value.shape[-1] == head_dim
+    return query.is_cuda and in_16_bits and sizes and dropout == 0
 
 
 def _by_kernel(
@@ -107,12 +123,12 @@ def _by_kernel(
 def _by_document(
     query: Float[Tensor, "tokens heads head_dim"],
     key: Float[Tensor, "tokens heads head_dim"],
-    value: Float[Tensor, "tokens heads head_dim"],
+    value: Float[Tensor, "tokens heads value_dim"],
     cu_seqlens: Int[Tensor, " documents_and_1"],
-    longest: int,
     scaling: float | None,
     sliding_window: int | None,
-) -> Float[Tensor, "tokens heads head_dim"]:
+    dropout: float,
+) -> Float[Tensor, "tokens heads value_dim"]:
     lengths = cu_seqlens.diff().tolist()
     outputs = []
     for q, k, v in zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True):
@@ -120,7 +136,9 @@ def _by_document(
         band = None
         if sliding_window is not None and tokens > sliding_window:
             band = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=band, is_causal=band is None, scale=scaling)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling
+        )
         outputs.append(attended.transpose(0, 1))
     return torch.cat(outputs)
 

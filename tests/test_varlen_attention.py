@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from distillkit.config import StudentConfig
 from distillkit.conversion.convert import build_student
@@ -30,11 +38,27 @@ def mistral_with_a_window():
     return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=7))
 
 
+def latent_attention():
+    """Queries and keys of 24 numbers, values of 16."""
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    config = DeepseekV3Config(**{**SIZES, **sizes, "num_key_value_heads": 4}, first_k_dense_replace=4)
+    return DeepseekV3ForCausalLM(config)
+
+
+def llama_with_wide_heads():
+    return LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=264))
+
+
+def llama_with_odd_heads():
+    return LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=20))
+
+
 def hybrid_student():
     return build_student(llama(), StudentConfig(layout="hybrid"))
 
 
-MODELS = [llama, mistral_with_a_window, hybrid_student]
+MODELS = [llama, mistral_with_a_window, hybrid_student, latent_attention]
+ON_CUDA = [llama, mistral_with_a_window, latent_attention, llama_with_wide_heads, llama_with_odd_heads]
 
 
 def both_ways(make_model, dtype=torch.float64, device="cpu"):
@@ -76,6 +100,33 @@ def test_gradient_checkpointing_sees_the_same_boundaries():
     _, found = gradients(varlen, *packed())
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+@torch.no_grad()
+def assert_dropout_is_that_of_sdpa(device, autocast):
+    """Of all weights, which has an outcome that is no chance; and of half of them, which is another each time."""
+
+    def all_dropped():
+        return LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=1.0))
+
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        masked, varlen = both_ways(all_dropped, torch.float32, device)
+        torch.testing.assert_close(decode(varlen, *packed(device))[0], decode(masked, *packed(device))[0])
+        for module in varlen.modules():
+            if isinstance(module, LlamaAttention):
+                module.attention_dropout = 0.5
+        assert not torch.equal(decode(varlen, *packed(device))[0], decode(varlen, *packed(device))[0])
+        varlen.eval()
+        torch.testing.assert_close(decode(varlen, *packed(device))[0], decode(varlen, *packed(device))[0])
+
+
+def test_attention_drops_out_as_in_sdpa():
+    assert_dropout_is_that_of_sdpa("cpu", autocast=False)
+
+
+@pytest.mark.gpu
+def test_attention_drops_out_as_in_sdpa_on_cuda():
+    assert_dropout_is_that_of_sdpa("cuda", autocast=True)
 
 
 @torch.no_grad()
@@ -123,7 +174,7 @@ def test_a_cpu_keeps_sdpa():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("make_model", [llama, mistral_with_a_window])
+@pytest.mark.parametrize("make_model", ON_CUDA)
 def test_the_kernel_equals_sdpa_document_by_document(make_model):
     masked, varlen = both_ways(make_model, torch.float32, "cuda")
     assert use_varlen_attention(copy.deepcopy(masked), torch.bfloat16)
