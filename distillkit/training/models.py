@@ -160,7 +160,7 @@ def _load_teacher(config: RunConfig, teacher: HFTeacherConfig, arguments: Traini
     model = load_model(teacher.path, key="teacher.path", **options)
     if "device_map" not in teacher.kwargs:
         model = model.to(arguments.device)
-    if teacher.kwargs.get("attn_implementation") != "sdpa":
+    if config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(model, model.dtype)
     check_head(model, "teacher.path")
     return model

@@ -120,6 +120,15 @@ def test_precision_is_said_in_one_line_and_bf16_students_are_saved_as_bf16(input
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_sdpa_is_for_teacher_and_student(inputs, tmp_path, monkeypatch, wanted):
+    """Where the exchange of SDPA is possible at all, which is on CUDA: here it is only noted."""
+    exchanged = []
+    monkeypatch.setattr("distillkit.training.models.use_varlen_attention", lambda model, _: exchanged.append(model))
+    run(configuration(inputs, tmp_path, {"max_steps": 1}, evaluation=None, use_flash_attention=wanted))
+    assert len(exchanged) == (2 if wanted else 0)
+
+
 def test_a_converted_student_learns_and_its_conversion_is_done_once(inputs, tmp_path):
     teacher = {"kind": "hf", "path": save_llama(tmp_path / "teacher", 2, layers=4)}
     folder, training = tmp_path / "run", {"bf16": True, "gradient_checkpointing": True, "max_steps": 4}
