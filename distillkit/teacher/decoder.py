@@ -66,8 +66,8 @@ def check_head(model: PreTrainedModel, role: str) -> None:
     training = model.training
     model.eval()
     hidden, _ = decode(model, input_ids, position_ids)
-    ours = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
-    theirs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
+    ours = nn.functional.linear(hidden.to(weight), weight, bias).float()
+    theirs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float().to(ours.device)
     model.train(training)
     if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
         raise UserError(

@@ -1,7 +1,6 @@
 """A teacher that is a live model, run beside the student."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distillkit.distribution import DenseDistribution, Distribution
+from distillkit.distribution import DenseDistribution, Distribution, SparseDistribution
 from distillkit.teacher.decoder import decode, head
 from distillkit.teacher.signal import TeacherSignal
 
@@ -42,35 +41,38 @@ class OnlineTeacher:
         self.top_k = top_k
         self.vocabulary_size = vocabulary_size
         self.background = background
+        self._matrix = _padded(head(model)[0])
 
     @torch.no_grad()
     def signal(self, batch: Mapping[str, Tensor]) -> TeacherSignal:
-        """The teacher's word on the batch's `input_ids` and `position_ids`.
+        """The teacher's word on the batch's `input_ids` and `position_ids`, on the device of the batch.
 
-        It is computed in the teacher's own dtype, whatever autocast says.
+        It is computed in the teacher's own dtype, whatever autocast says, and on the teacher's own devices.
         """
-        input_ids, position_ids = batch["input_ids"], batch["position_ids"]
-        with torch.autocast(input_ids.device.type, enabled=False):
+        device, first = batch["input_ids"].device, self.model.get_input_embeddings().weight.device
+        input_ids, position_ids = (batch[name].to(first) for name in ("input_ids", "position_ids"))
+        with torch.autocast(first.type, enabled=False):
             final, states = decode(self.model, input_ids, position_ids, self.layers, final_norm=self.final_norm)
-        flat, (weight, bias) = final.flatten(0, 1), head(self.model)
+        weight, bias = head(self.model)
+        flat = final.flatten(0, 1).to(weight.device)
         columns = self.vocabulary_size or weight.shape[0]
-        matrix = _padded(weight)
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Distribution:
             with torch.autocast(hidden.device.type, enabled=False):
-                whole = F.linear(hidden, matrix)[:, : weight.shape[0]]
+                whole = F.linear(hidden, self._matrix)[:, : weight.shape[0]]
             dense = DenseDistribution((whole if bias is None else whole + bias)[:, :columns])
             if self.top_k is None:
-                return dense
-            background = None if self.background is None else self.background.to(hidden.device)[:columns]
-            return replace(dense.top_k(self.top_k), background=background)
+                return DenseDistribution(dense.logits.to(device))
+            best = dense.top_k(self.top_k)
+            background = None if self.background is None else self.background.to(device)[:columns]
+            return SparseDistribution(best.ids.to(device), best.logprobs.to(device), background)
 
         def distribution(rows: Tensor) -> Callable[[slice], Distribution]:
-            wanted = flat[rows]
+            wanted = flat[rows.to(flat.device)]
             return lambda chunk: logits(wanted[chunk])
 
-        return TeacherSignal(distribution, states)
+        return TeacherSignal(distribution, {index: state.to(device) for index, state in states.items()})
 
 
 def _padded(weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from distillkit.config.errors import UserError
 from distillkit.teacher.decoder import check_head, decode
@@ -77,6 +77,58 @@ def test_rows_may_be_laid_end_to_end_as_flash_attention_needs_them(teacher_model
     flat_final, flat_states = decode(teacher_model, *(inputs[name].view(1, -1) for name in inputs), layers=[1])
     torch.testing.assert_close(flat_final.view_as(final), final)
     torch.testing.assert_close(flat_states[1].view_as(states[1]), states[1])
+
+
+def assert_same_word(signal, expected, device):
+    """Of two signals on 24 tokens, with hidden state 1; the first is on `device`."""
+    rows = torch.arange(24)
+    said, wanted = (each.distribution(rows.to(where)) for each, where in ((signal, device), (expected, "cpu")))
+    for chunk in (slice(0, 20), slice(20, 24)):
+        ours, theirs = vars(said(chunk)), vars(wanted(chunk))
+        for name, tensor in theirs.items():
+            assert ours[name].device.type == device
+            torch.testing.assert_close(ours[name].cpu(), tensor)
+    assert signal.hidden_states[1].device.type == device
+    torch.testing.assert_close(signal.hidden_states[1].cpu(), expected.hidden_states[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_teacher_on_another_device_answers_on_the_batchs(teacher_model, inputs, top_k):
+    """As with teacher.kwargs.device_map: cpu, for a teacher that the GPU has no room for."""
+    background = torch.randn(VOCAB).log_softmax(-1) if top_k else None
+    teacher = OnlineTeacher(teacher_model, [1], top_k=top_k, background=background)
+    on_cuda = {name: tensor.cuda() for name, tensor in inputs.items()}
+    assert_same_word(teacher.signal(on_cuda), teacher.signal(inputs), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_teacher_spread_over_devices_answers_on_the_batchs(tmp_path, inputs, tied):
+    """As with teacher.kwargs.device_map: auto. A tied head is where the embeddings are, the last layer is elsewhere."""
+    whole = llama(0, layers=3, dtype=torch.float64, tied=tied)
+    whole.save_pretrained(tmp_path)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 0 if tied else 1}
+    places |= {f"model.layers.{layer}": int(layer > 0) for layer in range(3)}
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+    check_head(spread, "teacher.path")
+    on_cuda = {name: tensor.cuda() for name, tensor in inputs.items()}
+    assert_same_word(OnlineTeacher(spread, [1]).signal(on_cuda), OnlineTeacher(whole, [1]).signal(inputs), "cuda")
+
+
+@pytest.mark.gpu
+def test_a_head_is_padded_once():
+    """On CUDA, where a head of a vocabulary that is no multiple of 64 is copied for it: half a gigabyte or more."""
+    teacher = OnlineTeacher(llama(0, vocab=100_001).cuda())
+    example = {name: torch.arange(4, device="cuda").unsqueeze(0) for name in ("input_ids", "position_ids")}
+    teacher.signal(example)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    signal = teacher.signal(example)
+    assert signal.distribution(torch.arange(4, device="cuda"))(slice(0, 4)).logits.shape == (4, 100_001)
+    head_bytes = 4 * 32 * 100_001
+    assert torch.cuda.max_memory_allocated() - before < head_bytes
 
 
 def test_a_head_that_is_more_than_a_matrix_is_refused():
