@@ -11,6 +11,7 @@ import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -18,10 +19,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillkit.config.errors import UserError
+from distillkit.pretrained import load_tokenizer
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import head
 
 logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 _TEXTS = (
     "The quick brown fox, aged 12345 (or 3.14159?), can't jump OVER it; we'll see... #1!",
@@ -55,6 +59,27 @@ def check_known_tokens(rows: Dataset, vocabulary_size: int, tokenizer: PreTraine
                 f"{key}: holds token {largest} ({token!r}), which the teacher and the student do not both know; remove "
                 "it from the text, or from the chat template that brings it"
             )
+
+
+def load_students_tokenizer(
+    path: str, teacher: PreTrainedTokenizerBase, key: str, **options: Any
+) -> PreTrainedTokenizerBase:
+    """The student's tokenizer, held to the teacher's; the teacher's itself where the student's folder has none.
+
+    key, options: as for `load_tokenizer`.
+
+    Raises UserError where there is one that cannot be read, or that numbers other tokens.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir() and options.get("gguf_file") is None and not _has_tokenizer(folder):
+        return teacher
+    student = load_tokenizer(path, key=key, **options)
+    check_same_tokenizer(teacher, student)
+    return student
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

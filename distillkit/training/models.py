@@ -19,7 +19,7 @@ from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import check_head
 from distillkit.teacher.opening import manifest_of, open_captured
-from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabulary
+from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabulary, load_students_tokenizer
 from distillkit.training.arguments import StudentTechniques
 from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, freeze
@@ -204,9 +204,4 @@ def _load_tokenizers(
     if config.model is None:
         return teachers, teachers
     where = {name: config.model_kwargs[name] for name in ("gguf_file", "revision") if name in config.model_kwargs}
-    try:
-        students = load_tokenizer(origin, key="model", **options, **where)
-    except UserError:
-        return teachers, teachers
-    check_same_tokenizer(teachers, students)
-    return students, teachers
+    return load_students_tokenizer(origin, teachers, "model", **options, **where), teachers

@@ -9,7 +9,12 @@ from tokenizers import ByteLevelBPETokenizer, SentencePieceUnigramTokenizer, Tok
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillkit.config.errors import UserError
-from distillkit.teacher.vocabulary import check_known_tokens, check_same_tokenizer, common_vocabulary
+from distillkit.teacher.vocabulary import (
+    check_known_tokens,
+    check_same_tokenizer,
+    common_vocabulary,
+    load_students_tokenizer,
+)
 from tests.smollm2 import needs_smollm2, smollm2_tokenizer
 from tests.training.tiny import BYTES, llama, tokenizer
 
@@ -139,6 +144,31 @@ def test_tokenizers_of_other_kinds_differ(words):
     fallback.train_from_iterator([line[::-1] for line in LINES], 500, 2, False)
     for other in (pieces, fallback):
         assert difference(PreTrainedTokenizerFast(tokenizer_object=other._tokenizer), words)
+
+
+def test_a_student_without_a_tokenizer_takes_the_teachers(tmp_path):
+    llama(1).save_pretrained(tmp_path)
+    teachers = tokenizer()
+    assert load_students_tokenizer(str(tmp_path), teachers, "model") is teachers
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("tokenizer.json", "{", r"^model: cannot load the tokenizer of "),
+        (
+            "tokenizer_config.json",
+            '{"auto_map": {"AutoTokenizer": [null, "own.Own"]}}',
+            r"^model: .* runs code of its own",
+        ),
+    ],
+)
+def test_a_students_tokenizer_that_cannot_be_read_is_not_replaced(tmp_path, file, content, line):
+    llama(1).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=line):
+        load_students_tokenizer(str(tmp_path), tokenizer(), "model")
 
 
 @needs_smollm2
