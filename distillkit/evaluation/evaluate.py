@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from distillkit.config import DatasetSource, UserError
+from distillkit.config import DatasetSource
 from distillkit.data import build_dataset, collate
 from distillkit.data.signals import TensorRows
 from distillkit.evaluation.divergence import Divergence, measure_divergence
 from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.teacher.decoder import check_head
-from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabulary
+from distillkit.teacher.vocabulary import check_known_tokens, common_vocabulary, load_students_tokenizer
 from distillkit.varlen_attention import use_varlen_attention
 
 
@@ -36,33 +36,33 @@ def evaluate(
     Args:
         teacher, student: folders, hub ids or .gguf files. Each computes in the dtype of its checkpoint, on the
             accelerator if there is one.
-        data: held-out text; its documents are packed into rows of `sequence_length` tokens.
+        data: held-out text, which the student's tokenizer reads, as in a run; its documents are packed into rows of
+            `sequence_length` tokens.
         teacher_kwargs: keyword arguments of `from_pretrained` for the teacher, such as `gguf_file`.
 
     Raises:
-        UserError: a model or the data cannot be read, or the models do not share a tokenizer.
+        UserError: a model or the data cannot be read, the models do not share a tokenizer, or the text holds a token
+            that one of them does not know.
     """
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     teacher_model = load_model(teacher, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs).to(device)
     student_model = load_model(student, key="student", trust_remote_code=trust_remote_code).to(device)
     for model in (teacher_model, student_model):
         use_varlen_attention(model, model.dtype)
-    tokenizer = load_tokenizer(
-        teacher, key="teacher", trust_remote_code=trust_remote_code, gguf_file=teacher_kwargs.get("gguf_file")
-    )
-    try:
-        students_tokenizer = load_tokenizer(student, key="student", trust_remote_code=trust_remote_code)
-    except UserError:
-        students_tokenizer = tokenizer  # it came without
-    check_same_tokenizer(tokenizer, students_tokenizer)
+    where = {name: teacher_kwargs[name] for name in ("gguf_file", "revision") if name in teacher_kwargs}
+    teachers = load_tokenizer(teacher, key="teacher", trust_remote_code=trust_remote_code, **where)
+    tokenizer = load_students_tokenizer(student, teachers, "student", trust_remote_code=trust_remote_code)
+    vocabulary_size = common_vocabulary(teacher_model, student_model, tokenizer, teachers)
     check_head(teacher_model, "teacher")
     check_head(student_model, "student")
+    rows = build_dataset(data, tokenizer, sequence_length, key="data")
+    check_known_tokens(rows, vocabulary_size, tokenizer, "data")
     measured = measure_divergence(
         teacher_model,
         student_model,
-        held_out_batches(build_dataset(data, tokenizer, sequence_length, key="data")),
+        held_out_batches(rows),
         num_tokens=num_tokens,
-        vocabulary_size=common_vocabulary(teacher_model, student_model, tokenizer, students_tokenizer),
+        vocabulary_size=vocabulary_size,
     )
     (console or Console()).print(divergence_table({Path(student).name: measured}))
     return measured
