@@ -40,6 +40,7 @@ from distillkit.training.interruption import EXIT_CODE, SaveRequests
 from distillkit.training.models import Models, load_models
 from distillkit.training.optimizers import OptimizerLine
 from distillkit.training.precision import cast_for_saving, compiled_layers, compute_dtype
+from distillkit.training.processes import first_process_first
 from distillkit.training.progress import MetricsFile, ProgressDisplay, say
 from distillkit.training.results import print_results, write_results
 from distillkit.training.run_folder import RunFolder, open_run_folder
@@ -66,7 +67,8 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
 
     Raises:
         UserError: something in the configuration cannot be; the line names the key.
-        SystemExit: with code 130, after Ctrl-C or SIGTERM and a last checkpoint.
+        SystemExit: with code 130, after Ctrl-C or SIGTERM and a last checkpoint; with 1 or 2 on all processes but the
+            first, which has raised the error.
     """
     run = _begin(config, console or Console())
     if run.folder.finished:
@@ -109,8 +111,7 @@ def _begin(config: RunConfig, console: Console) -> Run:
     if arguments.n_gpu > 1:
         say(console, f"one of {arguments.n_gpu} GPUs is used; start with torchrun --nproc-per-node gpu for all of them")
         arguments._n_gpu = 1
-    with arguments.main_process_first():
-        folder = open_run_folder(config, main_process=arguments.process_index == 0)
+    folder = first_process_first(arguments, lambda: open_run_folder(config, main_process=arguments.process_index == 0))
     if folder.checkpoint is not None and not folder.finished:
         say(console, f"resuming after step {folder.checkpoint.step}")
     elif config.resume and not folder.finished:

@@ -11,6 +11,7 @@ from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.opening import open_held_out, refuse_damage, refuse_other_format
 from distillkit.teacher.vocabulary import check_known_tokens
 from distillkit.training.models import Models
+from distillkit.training.processes import first_process_first
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def load_text(config: RunConfig, arguments: TrainingArguments, models: Models) -
     """
     source, key = _held_out_source(config)
     captured = models.teacher if isinstance(models.teacher, CapturedTeacher) else None
-    with arguments.main_process_first():
+
+    def build() -> tuple[Dataset, Dataset | None, PreTrainedModel | CapturedTeacher | None]:
         if arguments.process_index == 0:
             refuse_damage(config.dataset.train_dataset, "dataset.train_dataset")
             if source is not None:
@@ -48,6 +50,9 @@ def load_text(config: RunConfig, arguments: TrainingArguments, models: Models) -
             signal_columns=() if captured is None else captured.columns,
             eval_signal_columns=judge.columns if isinstance(judge, CapturedTeacher) else (),
         )
+        return train_rows, rows, judge
+
+    train_rows, rows, judge = first_process_first(arguments, build)
     held_out = None if rows is None else HeldOut(rows, judge)
     for teacher, each, name in ((captured, train_rows, "dataset.train_dataset"), (judge, rows, key)):
         if each is not None:
