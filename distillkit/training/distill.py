@@ -5,6 +5,7 @@ is checkpointed, so a run killed anywhere ends, after `--resume`, as if it had n
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -45,7 +46,7 @@ from distillkit.training.progress import MetricsFile, ProgressDisplay, say
 from distillkit.training.results import print_results, write_results
 from distillkit.training.run_folder import RunFolder, open_run_folder
 from distillkit.training.saving import save_student
-from distillkit.training.text import HeldOut, load_text
+from distillkit.training.text import PREPARED, HeldOut, load_text
 from distillkit.training.trainer import DistillationTrainer
 
 Measurement = Callable[[], Divergence]
@@ -75,7 +76,7 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
         say(run.console, f"{run.folder.path}: this run is finished already, nothing is left to do")
         return run.folder.path
     models = load_models(config, run.folder, run.arguments, run.techniques, run.console)
-    train_rows, held_out = load_text(config, run.arguments, models)
+    train_rows, held_out = load_text(config, run.folder, run.arguments, models)
     measure = _measurement(run, models, held_out)
     requests = SaveRequests(SAVE_MINUTES if saves_by_the_clock(config.training_args) else None)
     display = ProgressDisplay(run.console)
@@ -234,7 +235,9 @@ def _finish(
         save_student(models.student, folder.path, trainer.weights_dtype)
         models.tokenizer.save_pretrained(folder.path)
     after = measure() if measure is not None and evaluation is not None else None
+    trainer.accelerator.wait_for_everyone()  # until nobody reads the prepared rows
     if folder.main_process:
+        shutil.rmtree(folder.path / PREPARED, ignore_errors=True)
         samples = []
         if evaluation is not None:
             settings = evaluation.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})

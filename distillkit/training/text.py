@@ -12,6 +12,13 @@ from distillkit.teacher.opening import open_held_out, refuse_damage, refuse_othe
 from distillkit.teacher.vocabulary import check_known_tokens
 from distillkit.training.models import Models
 from distillkit.training.processes import first_process_first
+from distillkit.training.run_folder import RunFolder
+
+PREPARED = "_prepared"
+"""In a run's folder: the rows that its processes share, until it ends. What begins with _ is not pushed to the hub.
+
+Captured rows that are packed already are not copied there: next to nothing is done to them, and they are large.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,13 +33,18 @@ class HeldOut:
         return self.teacher.columns if isinstance(self.teacher, CapturedTeacher) else ()
 
 
-def load_text(config: RunConfig, arguments: TrainingArguments, models: Models) -> tuple[Dataset, HeldOut | None]:
+def load_text(
+    config: RunConfig, folder: RunFolder, arguments: TrainingArguments, models: Models
+) -> tuple[Dataset, HeldOut | None]:
     """Training and held-out rows; the first process prepares them, the others find them prepared.
 
     Raises `UserError` for rows that cannot be learnt from, and for captured ones that are not as they were captured.
     """
     source, key = _held_out_source(config)
     captured = models.teacher if isinstance(models.teacher, CapturedTeacher) else None
+    dataset = config.dataset
+    if arguments.world_size > 1 and dataset.prepared_dataset_path is None and not (captured and dataset.prepacked):
+        dataset = dataset.model_copy(update={"prepared_dataset_path": str(folder.path / PREPARED)})
 
     def build() -> tuple[Dataset, Dataset | None, PreTrainedModel | CapturedTeacher | None]:
         if arguments.process_index == 0:
@@ -43,7 +55,7 @@ def load_text(config: RunConfig, arguments: TrainingArguments, models: Models) -
         if captured is not None:
             judge = None if source is None else open_held_out(captured, source, key)
         train_rows, rows = build_datasets(
-            config.dataset,
+            dataset,
             models.tokenizer,
             config.sequence_length,
             None if config.evaluation is None else config.evaluation.dataset,

@@ -1,5 +1,6 @@
 """A whole run of two processes that nobody watches over, as srun and mpirun start them: each of them must end."""
 
+import json
 import os
 import shutil
 import socket
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distillkit.config import RunConfig
+from distillkit.data import dataset
+from distillkit.training import distill
 from tests.training.captures import captured, configuration
 from tests.training.tiny import BYTES, save_llama, save_text
 
@@ -85,3 +89,26 @@ def test_a_mistake_that_the_first_process_finds_ends_both_and_is_told_once(input
     line = "error: output_path: "
     config = of_text(inputs, tmp_path / "taken")
     assert_first_alone_speaks(two_processes(config, "-m", "distillkit"), line)
+
+
+def test_text_is_tokenised_once(inputs, tmp_path):
+    config = of_text(inputs, tmp_path / "run", evaluation={"num_tokens": 50})
+    for code, errors in two_processes(config, __file__):
+        assert code == 0, errors
+    assert sorted(path.name for path in tmp_path.glob("tokenised*")) == ["tokenised by 0"]
+    assert (tmp_path / "tokenised by 0").read_text() == "dataset.train_dataset\ndataset.eval_dataset\n"
+    assert not list((tmp_path / "run").glob("*prepared*"))
+    assert json.loads((tmp_path / "run/results.json").read_text())["training"]["step"] == 1
+
+
+if __name__ == "__main__":
+    described = RunConfig.parse(yaml.safe_load(Path(sys.argv[1]).read_text()))
+    tokenize_rows = dataset.tokenize_rows
+
+    def noted(*given, key, **options):
+        with Path(described.output_path).with_name(f"tokenised by {os.environ['RANK']}").open("a") as file:
+            file.write(f"{key}\n")
+        return tokenize_rows(*given, key=key, **options)
+
+    dataset.tokenize_rows = noted
+    distill(described)
