@@ -28,6 +28,9 @@ from distillkit.training.progress import say
 SLICE = 2**24
 """Weights that `StochasticAdamW` updates at a time: what it computes in float32 for them is all it needs besides."""
 
+LOSSY_ADDENDS = 24
+"""So many equal bf16 numbers, added up in bf16, miss their sum by 1.1 % (16: 0.8 %, 32: 1.6 %, 64: 3.2 %)."""
+
 
 def protect_updates(
     optim: str, optimizer_class: Any, options: dict[str, Any], trained: list[nn.Parameter]
@@ -178,6 +181,18 @@ def describe(optimizer: Optimizer) -> str:
     return f"optimizer: {', '.join(words)}"
 
 
+def lossy_accumulation(optimizer: Optimizer, micro_batches: int) -> str | None:
+    """The line that warns of gradients that are added up in bf16, where so many lose more than 1 % of a sum."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if micro_batches < LOSSY_ADDENDS or not any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        return None
+    return (
+        f"trained_weights: the gradients of {micro_batches} micro-batches are added up in bfloat16, which rounds away "
+        "more than 1 % of them; use a larger training_args.per_device_train_batch_size with fewer "
+        "gradient_accumulation_steps, or trained_weights: float32"
+    )
+
+
 class OptimizerLine(TrainerCallback):
     """Says at the beginning of training which optimizer it is."""
 
@@ -189,4 +204,7 @@ class OptimizerLine(TrainerCallback):
     ) -> None:
         """Say it."""
         optimizer = kwargs["optimizer"]
-        say(self._console, describe(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer))
+        optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        for line in (describe(optimizer), lossy_accumulation(optimizer, args.gradient_accumulation_steps)):
+            if line is not None:
+                say(self._console, line)

@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distillkit.config import UserError
-from distillkit.training.optimizers import StochasticAdamW, describe, protect_updates, round_stochastically
+from distillkit.training.optimizers import (
+    StochasticAdamW,
+    describe,
+    lossy_accumulation,
+    protect_updates,
+    round_stochastically,
+)
 from distillkit.training.precision import cast_for_training
 from tests.training.test_distill import configuration, run
 from tests.training.tiny import VOCAB, llama, save_llama, save_text
@@ -137,10 +143,28 @@ def test_an_optimizer_that_cannot_round_is_given_no_bf16_weight():
         protect_updates("sgd", torch.optim.SGD, {}, [weight])
 
 
-def test_adamw_is_fused_where_all_weights_are_on_cuda_and_says_so():
+def error_of_a_bf16_sum(addends):
+    """Of equal numbers between 1 and 2, relative to their sum."""
+    numbers = (1 + torch.rand(20_000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    total = torch.zeros_like(numbers)
+    for _ in range(addends):
+        total += numbers
+    exact = addends * numbers.double()
+    return ((total.double() - exact).norm() / exact.norm()).item()
+
+
+def test_gradients_added_up_in_bf16_are_warned_of_where_more_than_a_hundredth_is_lost():
+    halved, whole = (nn.Parameter(torch.ones(2, 2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    in_bf16, in_float32 = (make_optimizer("adamw_torch", [weight]) for weight in (halved, whole))
+    for micro_batches in (1, 8, 16, 24, 32, 64):
+        warned = lossy_accumulation(in_bf16, micro_batches) is not None
+        assert warned == (error_of_a_bf16_sum(micro_batches) > 0.01)
+        assert lossy_accumulation(in_float32, micro_batches) is None
+
+
+def test_adamw_by_its_plain_name_is_not_fused_on_a_cpu():
     weight = nn.Parameter(torch.ones(2, 2))
-    assert protect_updates("adamw_torch", torch.optim.AdamW, {"lr": 1.0}, [weight])[1] == {"lr": 1.0}
-    assert describe(torch.optim.AdamW([weight], fused=True)) == "optimizer: AdamW, fused, float32 weights"
+    assert describe(make_optimizer("adamw_torch", [weight])) == "optimizer: AdamW, float32 weights"
 
 
 @pytest.mark.gpu
@@ -184,6 +208,7 @@ def test_a_run_says_its_protection_and_resumes_exactly(inputs, tmp_path, optim):
     training = {"bf16": True, "optim": optim.removeprefix("float32 "), "max_steps": 8, "save_steps": 4}
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     said = run(configuration(inputs, undisturbed, training, evaluation=None, **trained_weights))
+    assert "added up in bfloat16" not in said
     if trained_weights:
         assert "parameters train in bfloat16, rounded stochastically" in said
         assert "bfloat16 weights rounded stochastically" in said
@@ -199,6 +224,12 @@ def test_a_run_says_its_protection_and_resumes_exactly(inputs, tmp_path, optim):
     )
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (stopped, undisturbed))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_run_warns_of_a_sum_of_many_gradients_in_bf16(inputs, tmp_path):
+    training = {"bf16": True, "max_steps": 1, "gradient_accumulation_steps": 24}
+    said = run(configuration(inputs, tmp_path, training, evaluation=None, trained_weights="bfloat16"))
+    assert "trained_weights: the gradients of 24 micro-batches are added up in bfloat16, which rounds away" in said
 
 
 def held_out_loss_of_200_steps(optim, weights, compute):
