@@ -24,6 +24,7 @@ from distillkit.training.arguments import StudentTechniques
 from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, freeze
 from distillkit.training.precision import cast_for_training, compute_dtype
+from distillkit.training.processes import first_process_first
 from distillkit.training.progress import say
 from distillkit.training.run_folder import RunFolder
 from distillkit.varlen_attention import use_varlen_attention
@@ -66,7 +67,8 @@ def load_models(
     elif isinstance(teacher_config, DatasetTeacherConfig):
         origin = str(config.model)
         teacher = open_captured(teacher_config, config.dataset.train_dataset)
-        tokenizer, teachers_tokenizer = _load_students_tokenizer(config)
+        tokenizer = load_tokenizer(origin, key="model", **_where(config))
+        known = teachers_tokenizer(config.dataset.train_dataset, tokenizer)
     else:
         raise UserError(f"teacher.kind: {teacher_config.kind} is not built yet; use kind: hf or dataset")
     student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, arguments)
@@ -118,15 +120,21 @@ def _origin(
     if config.student is None:
         assert config.model is not None
         return config.model
-    recipe = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
-    with arguments.main_process_first():
-        if arguments.process_index == 0 and not (folder.untrained.exists() and folder.noted("converted") == recipe):
-            for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
-                shutil.rmtree(remains, ignore_errors=True)
-            options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
-            console.print(convert(teacher.path, folder.untrained, config.student, **options))
-            folder.note("converted", recipe)
+    first_process_first(arguments, lambda: _convert(config, teacher, folder, console))
     return str(folder.untrained)
+
+
+def _convert(config: RunConfig, teacher: HFTeacherConfig, folder: RunFolder, console: Console) -> None:
+    """Convert the teacher into `untrained`, which one process does, unless the same was done there already."""
+    assert config.student is not None
+    recipe = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
+    if not folder.main_process or (folder.untrained.exists() and folder.noted("converted") == recipe):
+        return
+    for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
+        shutil.rmtree(remains, ignore_errors=True)
+    options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
+    console.print(convert(teacher.path, folder.untrained, config.student, **options))
+    folder.note("converted", recipe)
 
 
 def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArguments) -> PreTrainedModel:
@@ -164,34 +172,6 @@ def _load_teacher(config: RunConfig, teacher: HFTeacherConfig, arguments: Traini
         use_varlen_attention(model, model.dtype)
     check_head(model, "teacher.path")
     return model
-
-
-def _load_students_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The student's tokenizer, and that of the captured teacher: the same one, unless the dataset says otherwise.
-
-    Where the two number tokens differently, the teacher's is looked for where it was when it was captured, for the
-    two may still agree on all tokens that both have.
-    """
-    options = {"trust_remote_code": config.trust_remote_code}
-    where = {name: config.model_kwargs[name] for name in ("gguf_file", "revision") if name in config.model_kwargs}
-    students = load_tokenizer(str(config.model), key="model", **options, **where)
-    manifest = manifest_of(config.dataset.train_dataset)
-    if manifest is None or manifest.tokenizer_sha256 in (None, tokenizer_hash(students)):
-        return students, students
-    path, kwargs = manifest.teacher.get("path", ""), manifest.teacher.get("kwargs", {})
-    where = {name: kwargs[name] for name in ("gguf_file", "revision") if name in kwargs}
-    refused = UserError(
-        f"model: its tokenizer is not the one that dataset.train_dataset was captured with, that of {path!r}; use a "
-        "student of the teacher's family, or capture with the student's tokenizer"
-    )
-    try:
-        teachers = load_tokenizer(path, key="teacher", **options, **where)
-    except UserError:
-        raise refused from None
-    if tokenizer_hash(teachers) != manifest.tokenizer_sha256:
-        raise refused
-    check_same_tokenizer(teachers, students)
-    return students, teachers
 
 
 def _load_tokenizers(
