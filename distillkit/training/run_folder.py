@@ -141,13 +141,21 @@ def _refuse_to_overwrite(folder: Path, checkpoints: list[Checkpoint]) -> None:
 
 
 def _refuse_changes(config: dict[str, Any], former: dict[str, Any], folder: Path) -> None:
-    now, then = dict(_flat(config)), dict(_flat(former))
+    now, then = dict(_flat(config)), dict(_flat(_completed(former)))
     for key in [*now, *(key for key in then if key not in now)]:
         if now.get(key) != then.get(key) and not key.startswith(FREE_TO_CHANGE):
             raise UserError(
                 f"{key}: is {shown(now.get(key))}, but the run in {str(folder)!r} was started with "
                 f"{shown(then.get(key))}; resume with that, or choose another output_path"
             )
+
+
+def _completed(former: dict[str, Any]) -> dict[str, Any]:
+    """A former configuration, with the defaults of keys that came after it; as it is, where it is no longer legal."""
+    try:
+        return RunConfig.parse(former).model_dump(mode="json")
+    except UserError:
+        return former
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -197,6 +197,32 @@ def test_a_run_is_resumed_only_as_it_was_started(finished, inputs, training, cha
         run(configuration(inputs, folder, training, resume=True, **changes))
 
 
+def begun_by_another_version(finished, folder, change):
+    """A folder like that of the finished run, whose configuration as it was written then is changed."""
+    described = json.loads((finished[0] / "run.json").read_text())
+    change(described["config"])
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(described))
+    (folder / "results.json").write_text("{}")
+    return folder
+
+
+def test_a_run_begun_before_a_key_was_there_had_its_default(finished, inputs, tmp_path):
+    def before_two_keys(config):
+        del config["force_hidden_state_projection"], config["dataset"]["packing"]
+
+    folder = begun_by_another_version(finished, tmp_path / "run", before_two_keys)
+    assert "finished already" in run(configuration(inputs, folder, resume=True))
+    with pytest.raises(UserError, match=r"^force_hidden_state_projection: is true, but .* was started with false"):
+        run(configuration(inputs, folder, resume=True, force_hidden_state_projection=True))
+
+
+def test_a_run_begun_with_a_key_that_is_gone_is_not_resumed(finished, inputs, tmp_path):
+    folder = begun_by_another_version(finished, tmp_path / "run", lambda config: config.update(forgotten=1))
+    with pytest.raises(UserError, match=r"^forgotten: is (empty|nothing), but .* was started with 1"):
+        run(configuration(inputs, folder, resume=True))
+
+
 def test_what_does_not_touch_the_weights_may_change(finished, inputs):
     folder, _ = finished
     changed = configuration(inputs, folder, {"logging_steps": 1, "save_steps": 2}, resume=True, project_name="other")
