@@ -1,5 +1,7 @@
 """The rows of a run: what is trained on, what is measured on, and whose word comes with them."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -7,8 +9,9 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from distillkit.config import DatasetSource, RunConfig
 from distillkit.data import build_datasets
+from distillkit.data.prepared import file_states
 from distillkit.teacher.captured import CapturedTeacher
-from distillkit.teacher.opening import open_held_out, refuse_damage, refuse_other_format
+from distillkit.teacher.opening import manifest_of, open_held_out, refuse_damage, refuse_other_format
 from distillkit.teacher.vocabulary import check_known_tokens
 from distillkit.training.models import Models
 from distillkit.training.processes import first_process_first
@@ -47,12 +50,12 @@ def load_text(
         dataset = dataset.model_copy(update={"prepared_dataset_path": str(folder.path / PREPARED)})
 
     def build() -> tuple[Dataset, Dataset | None, PreTrainedModel | CapturedTeacher | None]:
-        if arguments.process_index == 0:
-            refuse_damage(config.dataset.train_dataset, "dataset.train_dataset")
-            if source is not None:
-                refuse_damage(source, key)
         judge: PreTrainedModel | CapturedTeacher | None = models.teacher
         if captured is not None:
+            if folder.main_process:
+                _verify(folder, config.dataset.train_dataset, "dataset.train_dataset")
+                if source is not None:
+                    _verify(folder, source, key)
             judge = None if source is None else open_held_out(captured, source, key)
         train_rows, rows = build_datasets(
             dataset,
@@ -72,6 +75,20 @@ def load_text(
             if isinstance(teacher, CapturedTeacher):
                 refuse_other_format(teacher, each, name)
     return train_rows, held_out
+
+
+def _verify(folder: RunFolder, source: DatasetSource, key: str) -> None:
+    """Hold a captured dataset to its manifest, unless its files are those that were held to it when the run started.
+
+    They are taken for the same by their sizes and times of change: there may be terabytes of them.
+    """
+    if manifest_of(source) is None:
+        return
+    files = hashlib.sha256(json.dumps(file_states(source.disk_path or "")).encode()).hexdigest()
+    verified = folder.noted("verified") or {}
+    if verified.get(key) != files:
+        refuse_damage(source, key)
+        folder.note("verified", {**verified, key: files})
 
 
 def _held_out_source(config: RunConfig) -> tuple[DatasetSource | None, str]:

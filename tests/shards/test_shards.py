@@ -2,6 +2,7 @@
 
 import os
 import resource
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,12 +22,13 @@ from distillkit.shards import (
     signal_array,
     signal_table,
     signal_tensor,
+    verify,
     verify_shards,
     write_background,
     write_manifest,
     write_shard,
 )
-from distillkit.shards.files import _whole_or_not_at_all
+from distillkit.shards.files import _whole_or_not_at_all, sha256
 
 DTYPES = [torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
 
@@ -178,6 +180,18 @@ def test_damage_is_named(dataset):
         "shard-00002.parquet: is not what was captured",
         "shard-00007.parquet: is not in the manifest; it is of another dataset",
     ]
+
+
+def test_shards_are_read_at_the_same_time(dataset, monkeypatch):
+    folder, made = dataset
+    all_at_once = threading.Barrier(len(made.shards), timeout=20)
+
+    def slow(path):
+        all_at_once.wait()
+        return sha256(path)
+
+    monkeypatch.setattr(verify, "sha256", slow)
+    assert verify_shards(folder, made) == []
 
 
 def test_a_shard_of_another_dataset_is_named(dataset):

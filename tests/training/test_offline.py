@@ -11,6 +11,8 @@ from distillkit.data import build_dataset
 from distillkit.evaluation import measure_divergence
 from distillkit.evaluation.evaluate import held_out_batches
 from distillkit.pretrained import load_model
+from distillkit.shards import verify
+from distillkit.shards.files import sha256
 from tests.training.captures import COMPRESSED, KL, captured, configuration, first_step, run
 from tests.training.tiny import BYTES, save_llama, save_text, tokenizer
 
@@ -159,6 +161,28 @@ def test_a_damaged_shard_is_named_before_the_first_step(inputs, tmp_path, damage
         run(configuration(inputs["student"], data, tmp_path / "run"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_resumed_run_reads_again_only_a_dataset_that_has_changed(inputs, tmp_path, monkeypatch):
+    data = copy(inputs, "top5", tmp_path / "data")
+    shards = sorted(Path(data).glob("*.parquet"))
+    hashed = []
+    monkeypatch.setattr(verify, "sha256", lambda path: hashed.append(path) or sha256(path))
+    training = {"save_steps": 1, "max_steps": 2}
+    run(configuration(inputs["student"], data, tmp_path / "run", training=training))
+    assert sorted(hashed) == shards
+
+    def resume():
+        (tmp_path / "run/results.json").unlink(missing_ok=True)
+        run(configuration(inputs["student"], data, tmp_path / "run", training=training, resume=True))
+
+    resume()
+    assert sorted(hashed) == shards
+    content = bytearray(shards[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    shards[1].write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00001.parquet: is not what was captured"):
+        resume()
 
 
 def test_a_capture_that_is_not_finished_is_refused(inputs, tmp_path):
