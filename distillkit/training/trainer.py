@@ -21,7 +21,7 @@ from distillkit.config import UserError
 from distillkit.evaluation.divergence import Divergence
 from distillkit.losses.objective import shifted_labels
 from distillkit.losses.vocabulary_head import IGNORED_LABEL
-from distillkit.teacher.signal import Teacher
+from distillkit.teacher.signal import Teacher, TeacherSignal
 from distillkit.training import checkpoints
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.optimizers import protect_updates
@@ -61,6 +61,7 @@ class DistillationTrainer(Trainer):
         self._window = _LogWindow()
         self._unread_tokens = torch.zeros((), dtype=torch.long)
         self._preference_pairs: dict[str, Tensor] = {}
+        self._said: TeacherSignal | None = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -85,7 +86,9 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the step's loss."""
-        signal = self.teacher.signal(inputs) if self.teacher is not None else None
+        signal, self._said = self._said, None
+        if signal is None and self.teacher is not None:
+            signal = self.teacher.signal(inputs)
         output: DistillerOutput = model(
             **{name: inputs[name] for name in ("input_ids", "position_ids", "labels")},
             normalizer=num_items_in_batch,
@@ -156,13 +159,17 @@ class DistillationTrainer(Trainer):
         return self.accelerator.reduce(values, "sum")
 
     def _count_preference_pairs(self, batches: list[Any]) -> dict[str, Tensor]:
-        """Ranking losses are divided by the pairs of the whole step, which only the teacher's word on it tells."""
+        """Ranking losses are divided by the pairs of the whole step, which only the teacher's word on it tells.
+
+        The word on a step of one micro-batch is kept for its loss. Of several it would take their number's memory.
+        """
         objective = self.model.objective
         if not objective.ranking_terms or self.teacher is None:
             return {}
         totals: dict[str, Tensor] = {}
         for batch in map(self._prepare_inputs, batches):
             signal = self.teacher.signal(batch)
+            self._said = signal if len(batches) == 1 else None
             for name, pairs in objective.preference_pairs(batch["labels"], signal.distribution).items():
                 totals[name] = totals.get(name, torch.zeros_like(pairs)) + pairs
         return {name: self._over_ranks(pairs) for name, pairs in totals.items()}

@@ -105,6 +105,24 @@ def test_the_step_is_the_sum_over_tokens_divided_by_their_number(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx((total / count).item(), rel=1e-5)
 
 
+class CountingTeacher:
+    def __init__(self, teacher):
+        self.teacher, self.asked = teacher, 0
+
+    def signal(self, batch):
+        self.asked += 1
+        return self.teacher.signal(batch)
+
+
+@pytest.mark.parametrize(("micro_batches", "asked"), [(1, 3), (2, 12)])
+def test_pairs_of_a_single_micro_batch_cost_no_second_run_of_the_teacher(tmp_path, micro_batches, asked):
+    size = {"per_device_train_batch_size": 4 // micro_batches, "gradient_accumulation_steps": micro_batches}
+    trainer = make_trainer(tmp_path, max_steps=3, **size)
+    trainer.teacher = CountingTeacher(trainer.teacher)
+    trainer.train()
+    assert trainer.teacher.asked == asked
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert_same(gradients(make_trainer(tmp_path, checkpointing=True)), gradients(make_trainer(tmp_path)), 1e-5)
 
