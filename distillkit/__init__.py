@@ -4,7 +4,6 @@ Importing the package registers the student's classes with transformers, so that
 student whichever is imported first. `convert`, `distill` and `evaluate` are the commands of the same names.
 """
 
-import logging
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -23,10 +22,6 @@ def _started_as_command() -> bool:
         return modules[:1] == ["distillkit"]
     return Path(sys.argv[0]).stem == "distillkit"
 
-
-# transformers imports torchao wherever it is installed, which then warns of its kernels for other devices.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 # The classes need torch, which takes seconds to import. The command line answers `--help` and mistakes in a
 # configuration without it, and registers the classes when it comes to load a model.

@@ -5,6 +5,7 @@ without it.
 """
 
 import glob
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -207,6 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words.insert(0, "distill")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals, not for log files
+    # transformers imports torchao wherever it is installed, which then warns of its kernels for other devices.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(args=words, prog_name="distillkit", standalone_mode=False)
     except UserError as error:

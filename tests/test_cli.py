@@ -121,6 +121,16 @@ def test_importing_the_package_registers_the_student() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("words", "silenced"), [("import distillkit.training", False), ("main(['--help'])", True)])
+def test_only_the_command_silences_other_packages(words: str, silenced: bool) -> None:
+    driver = (
+        f"import logging; from distillkit.cli import main; {words}\n"
+        "raise SystemExit(logging.getLogger('torchao').level > logging.WARNING)"
+    )
+    done = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, cwd=SEED.parents[2])
+    assert done.returncode == silenced, done.stderr
+
+
 def test_convert_and_evaluate(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
 ) -> None:
