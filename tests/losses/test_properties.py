@@ -43,14 +43,14 @@ def test_a_student_that_agrees_with_a_sparse_teacher_pays_nothing(logits, name, 
 @settings(max_examples=100, deadline=None)
 def test_a_sparse_teacher_that_names_every_token_in_any_order_is_the_dense_teacher(pair, name, random):
     student, logits = pair
+    # Where the student says what the teacher says, rounding decides the slope of tvd and hinge: it never quite does.
+    student = student + 0.1 * torch.arange(1, VOCAB + 1, dtype=torch.float64).sqrt()
     order = list(range(VOCAB))
     random.shuffle(order)
     named = sparse_teacher(logits, VOCAB)
     shuffled = SparseDistribution(named.ids[:, order], named.logprobs[:, order])
     results = []
-    # Ranking counts strict preferences, which the softmax may round away: the dense teacher is given the same numbers.
-    dense = torch.empty_like(logits).scatter(-1, named.ids, named.logprobs)
-    for teacher in (DenseDistribution(dense), shuffled):
+    for teacher in (DenseDistribution(logits), shuffled):
         inputs = student.clone().requires_grad_()
         sums, counts = DISTRIBUTION_LOSSES[name](inputs, teacher, labels_for(student))
         results.append((sums.detach(), counts, *torch.autograd.grad(sums.sum(), inputs)))
