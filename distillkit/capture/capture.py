@@ -32,6 +32,7 @@ from distillkit.pretrained import load_model
 from distillkit.shards import remove_leftovers, signal_table, write_background, write_manifest, write_shard
 from distillkit.shards.background import BACKGROUND
 from distillkit.teacher.decoder import check_head
+from distillkit.teacher.tokenizer import write_tokenizer
 from distillkit.varlen_attention import use_varlen_attention
 
 INTERRUPTED = 130
@@ -149,11 +150,12 @@ def _make_shard(planned: Capture, engine: Engine, shard: int, advance: Callable[
 
 
 def _finish(planned: Capture, engine: Engine | None, tokens: int, seconds: float) -> CaptureSummary:
-    """Write the manifest if all shards are there, and take stock."""
+    """Write the tokenizer and the manifest if all shards are there, and take stock."""
     records, fidelity = planned.records(), None
     if len(records) == len(planned.plan.shards):
         background = BACKGROUND if planned.plan.background else None
         shards = list(records.values())
+        write_tokenizer(planned.folder, planned.tokenizer)
         write_manifest(planned.folder, planned.plan.manifest(shards, background))
         if isinstance(engine, TransformersEngine):
             fidelity = measure_fidelity(planned, engine)

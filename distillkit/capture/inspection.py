@@ -5,7 +5,6 @@ Only the manifest and the first rows are read, unless every byte is to be verifi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from distillkit.distribution import SparseDistribution
 from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.shards import Manifest, read_background, read_manifest, signal_tensor, verify_shards
 from distillkit.teacher.decoder import check_head
+from distillkit.teacher.tokenizer import read_tokenizer
 
 ALTERNATIVES = 5
 TOKENS_COMPARED = 4096
@@ -79,7 +79,7 @@ def inspect_dataset(
     if problems:
         return False
     options = {"trust_remote_code": trust_remote_code, "gguf_file": teacher_kwargs.get("gguf_file")}
-    tokenizer = _tokenizer(manifest, teacher, options)
+    tokenizer = _tokenizer(folder, manifest, teacher, options)
     if tokens and manifest.tokens:
         _print_tokens(console, next(stored_rows(folder, manifest, codec)), tokens, tokenizer)
     if teacher is not None:
@@ -169,22 +169,16 @@ def _decoded(table: pa.Table, codec: Codec) -> StoredRow:
     return StoredRow(table["input_ids"][0].as_py(), table["seq_lengths"][0].as_py(), codec.decode(columns))
 
 
-def _tokenizer(manifest: Manifest, teacher: str | None, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The live teacher's; or the captured one's, where it lies on this machine and is still the one of the tokens."""
-    if teacher is not None:
-        found = load_tokenizer(teacher, key="--teacher", **options)
-        if manifest.tokenizer_sha256 not in (None, tokenizer_hash(found)):
-            raise UserError("--teacher: its tokenizer is not the one that the dataset was captured with")
-        return found
-    path = str(manifest.teacher.get("path", ""))
-    if not os.path.exists(path):
-        return None
-    try:
-        options["gguf_file"] = manifest.teacher.get("kwargs", {}).get("gguf_file")
-        found = load_tokenizer(path, **options)
-    except UserError:
-        return None
-    return found if manifest.tokenizer_sha256 in (None, tokenizer_hash(found)) else None
+def _tokenizer(
+    folder: Path, manifest: Manifest, teacher: str | None, options: dict[str, Any]
+) -> PreTrainedTokenizerBase | None:
+    """The live teacher's, or the one that was captured."""
+    if teacher is None:
+        return read_tokenizer(folder, manifest)
+    found = load_tokenizer(teacher, key="--teacher", **options)
+    if manifest.tokenizer_sha256 not in (None, tokenizer_hash(found)):
+        raise UserError("--teacher: its tokenizer is not the one that the dataset was captured with")
+    return found
 
 
 def _print_tokens(console: Console, row: StoredRow, tokens: int, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -38,6 +38,7 @@ from distillkit.shards import (
     write_shard,
     write_whole,
 )
+from distillkit.teacher.tokenizer import copy_tokenizer
 
 TOKENS_PER_SHARD = 2**19
 TOKENS_PACKED_TOGETHER = 2**24
@@ -87,6 +88,7 @@ def pack(source: DatasetSource, out: Path, sequence_length: int, console: Consol
     else:
         if manifest.background is not None:
             write_whole(partial / manifest.background, (_folder(source) / manifest.background).read_bytes())
+        copy_tokenizer(_folder(source), partial)
         write_manifest(partial, replace(manifest, shards=tuple(records), packed_to=sequence_length))
     partial.rename(out)
     filled = pieces.length.sum() / (len(packed) * sequence_length)

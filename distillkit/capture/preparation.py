@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distillkit.capture.engines import Row
 from distillkit.capture.plan import Plan, make_plan, settle_plan
@@ -34,6 +34,7 @@ class Capture:
     plan: Plan
     rows: Dataset
     codec: Codec
+    tokenizer: PreTrainedTokenizerBase
 
     def record(self, shard: int) -> ShardRecord | None:
         """Of a shard that is there; the first one is only together with the background, which is made with it."""
@@ -72,7 +73,7 @@ def prepare(config: CaptureConfig) -> Capture:
     if settled.versions != plan.versions:
         then = ", ".join(f"{name} {number}" for name, number in settled.versions.items())
         logger.warning("%s was begun with %s; what is added now may differ in the last bits", folder, then)
-    return Capture(config, folder, settled, rows, codec)
+    return Capture(config, folder, settled, rows, codec, tokenizer)
 
 
 def check_vocabulary(config: CaptureConfig, width: int) -> None:

@@ -11,17 +11,20 @@ from typing import Any
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from distillkit.compression import Codec, build_codec
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError, shown
 from distillkit.config.section import Section
 from distillkit.config.teacher import DatasetTeacherConfig
-from distillkit.data import collate
+from distillkit.data import collate, tokenizer_hash
 from distillkit.data.signals import TensorRows
 from distillkit.data.sources import load_source
 from distillkit.shards import Manifest, read_background, read_background_file, read_manifest, verify_shards
 from distillkit.teacher.captured import CapturedTeacher
+from distillkit.teacher.tokenizer import read_tokenizer
+from distillkit.teacher.vocabulary import check_same_tokenizer
 
 PLAIN = ("token_ids", "top_values")
 
@@ -74,6 +77,30 @@ def open_held_out(taught: CapturedTeacher, source: DatasetSource, key: str) -> C
     if manifest is not None:
         return CapturedTeacher(build_codec(manifest.codec_kind, manifest.codec_config))
     return taught if set(taught.columns) <= set(load_source(source, key).column_names) else None
+
+
+def captured_tokenizer(
+    source: DatasetSource, student: PreTrainedTokenizerBase, key: str = "dataset.train_dataset"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the teacher that was captured: the student's, unless the dataset says otherwise.
+
+    Where the two number tokens differently, that which lies in the dataset tells whether they agree on all tokens that
+    both have.
+
+    Raises `UserError` where they do not, or that cannot be told.
+    """
+    manifest = manifest_of(source)
+    if manifest is None or manifest.tokenizer_sha256 in (None, tokenizer_hash(student)):
+        return student
+    teacher = read_tokenizer(Path(source.disk_path or ""), manifest)
+    if teacher is None:
+        raise UserError(
+            f"model: its tokenizer is not the one that {key} was captured with, that of "
+            f"{manifest.teacher.get('path', '')!r}; use a student of the teacher's family, or capture with the "
+            "student's tokenizer"
+        )
+    check_same_tokenizer(teacher, student)
+    return teacher
 
 
 def open_background(path: str, vocabulary_size: int, key: str = "teacher.background") -> Float[Tensor, " vocab"]:

@@ -14,12 +14,11 @@ from transformers.utils import is_flash_attn_2_available
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.config.teacher import DatasetTeacherConfig
 from distillkit.conversion.convert import convert
-from distillkit.data import tokenizer_hash
 from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import check_head
-from distillkit.teacher.opening import manifest_of, open_captured
-from distillkit.teacher.vocabulary import check_same_tokenizer, common_vocabulary, load_students_tokenizer
+from distillkit.teacher.opening import captured_tokenizer, open_captured
+from distillkit.teacher.vocabulary import common_vocabulary, load_students_tokenizer
 from distillkit.training.arguments import StudentTechniques
 from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, freeze
@@ -67,8 +66,8 @@ def load_models(
     elif isinstance(teacher_config, DatasetTeacherConfig):
         origin = str(config.model)
         teacher = open_captured(teacher_config, config.dataset.train_dataset)
-        tokenizer = load_tokenizer(origin, key="model", **_where(config))
-        known = teachers_tokenizer(config.dataset.train_dataset, tokenizer)
+        tokenizer = _load_students_tokenizer(config)
+        teachers_tokenizer = captured_tokenizer(config.dataset.train_dataset, tokenizer)
     else:
         raise UserError(f"teacher.kind: {teacher_config.kind} is not built yet; use kind: hf or dataset")
     student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, arguments)
@@ -172,6 +171,11 @@ def _load_teacher(config: RunConfig, teacher: HFTeacherConfig, arguments: Traini
         use_varlen_attention(model, model.dtype)
     check_head(model, "teacher.path")
     return model
+
+
+def _load_students_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    where = {name: config.model_kwargs[name] for name in ("gguf_file", "revision") if name in config.model_kwargs}
+    return load_tokenizer(str(config.model), key="model", trust_remote_code=config.trust_remote_code, **where)
 
 
 def _load_tokenizers(

@@ -36,7 +36,7 @@ def run(config, share=None):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def rows_of(folder):

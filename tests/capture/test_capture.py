@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -21,6 +22,7 @@ from distillkit.data import build_dataset
 from distillkit.distribution import DenseDistribution, SparseDistribution
 from distillkit.pretrained import load_model
 from distillkit.shards import read_background, read_manifest, signal_tensor, verify_shards
+from distillkit.teacher.tokenizer import read_tokenizer, write_tokenizer
 from tests.capture.captures import PLAIN, VOCABULARY, configuration, files, rows_of, run
 from tests.training.tiny import save_llama, save_text, tokenizer
 
@@ -85,6 +87,35 @@ def test_the_manifest_says_what_it_is(teacher, captured):
     assert "output_path" not in manifest.capture
     assert f"{manifest.tokens:,} tokens in {manifest.rows:,} rows and {len(manifest.shards)} shards" in printed
     assert "bytes per token on disk" in printed and "KL(teacher ‖ stored) is 0." in printed
+
+
+def test_the_tokenizer_is_beside_what_was_said(captured):
+    folder, _ = captured
+    found = read_tokenizer(folder, read_manifest(folder))
+    assert found.get_vocab() == tokenizer().get_vocab()
+    assert found("Größe, 12").input_ids == tokenizer()("Größe, 12").input_ids
+
+
+def test_a_tokenizer_is_saved_alike_whatever_it_was_last_used_for(tmp_path):
+    used = tokenizer()
+    write_tokenizer(tmp_path / "fresh", used)
+    used("some text", truncation=True, max_length=3, padding="max_length")
+    write_tokenizer(tmp_path / "used", used)
+    assert files(tmp_path / "used") == files(tmp_path / "fresh")
+
+
+def test_a_saved_tokenizer_that_is_another_or_wants_to_run_code_is_none(captured, tmp_path):
+    manifest = read_manifest(captured[0])
+    more = tokenizer()
+    more.add_tokens(["more"])
+    write_tokenizer(tmp_path / "another", more)
+    write_tokenizer(tmp_path / "code", tokenizer())
+    path = tmp_path / "code" / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({"auto_map": {"AutoTokenizer": [None, "own.Own"]}}))
+    (path.parent / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for folder in ("another", "code", "empty"):
+        assert read_tokenizer(tmp_path / folder, manifest) is None
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_background_is_where_the_teachers_other_mass_lies(teacher, captured):
@@ -170,10 +201,18 @@ def test_a_capture_that_is_there_is_not_made_again(teacher, text, captured):
     assert files(captured[0]) == before
 
 
-@pytest.mark.parametrize("lost", ["shard-00002.parquet", "shard-00001.json", "background.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "shard-00002.parquet",
+        "shard-00001.json",
+        "background.safetensors",
+        "tokenizer/tokenizer.json",
+        "manifest.json",
+    ],
+)
 def test_what_is_lost_is_made_again(teacher, text, captured, tmp_path, lost):
-    for name, content in files(captured[0]).items():
-        (tmp_path / name).write_bytes(content)
+    shutil.copytree(captured[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / lost).unlink()
     (tmp_path / ".shard-00002.parquet.elsewhere.1.unfinished").write_bytes(b"half")
     run(configuration(teacher, text, tmp_path))

@@ -18,6 +18,7 @@ from distillkit.config import DatasetSource, UserError
 from distillkit.config.capture import CaptureConfig
 from distillkit.pretrained import load_model
 from distillkit.shards import read_background, read_manifest
+from tests.capture.captures import files
 from tests.training.tiny import BYTES, llama, save_llama, save_text, tokenizer
 
 K = 20
@@ -95,11 +96,13 @@ def test_tokens_and_what_the_teacher_expected(captured, teacher):
     ]
 
 
-def test_ids_where_there_is_no_tokenizer(captured, tmp_path):
+def test_texts_of_tokens_need_no_teacher_but_its_tokenizer(captured, tmp_path):
     copy = shutil.copytree(captured, tmp_path / "copy")
     path = copy / "manifest.json"
-    teacher = read_manifest(copy).teacher["path"]
-    path.write_text(path.read_text().replace(f'"{teacher}"', '"someone/their-model"'))
+    path.write_text(path.read_text().replace(f'"{read_manifest(copy).teacher["path"]}"', '"someone/their-model"'))
+    first = inspected(copy, tokens=3)[1].split("\n\n")[1].splitlines()[1]
+    assert first.startswith("'")
+    shutil.rmtree(copy / "tokenizer")
     first = inspected(copy, tokens=3)[1].split("\n\n")[1].splitlines()[1]
     assert first.split()[0].isdigit()
 
@@ -194,6 +197,7 @@ def test_pack_then_inspect(teacher, tmp_path, capsys, compression):
     assert main(["inspect", str(packed), "--verify", "--tokens", "0"]) == 0
     assert "to 100 tokens per row" in capsys.readouterr().out
     assert said(packed) == said(captured)
+    assert files(packed / "tokenizer") == files(captured / "tokenizer") != {}
     with pytest.raises(UserError, match=r"OUT: .* exists already"):
         pack(DatasetSource(disk_path=str(captured)), packed, 101, Console(quiet=True))
 

@@ -14,7 +14,7 @@ from distillkit.pretrained import load_model
 from distillkit.shards import verify
 from distillkit.shards.files import sha256
 from tests.training.captures import COMPRESSED, KL, captured, configuration, first_step, run
-from tests.training.tiny import BYTES, save_llama, save_text, tokenizer
+from tests.training.tiny import BYTES, llama, save_llama, save_text, tokenizer
 
 EVERY_LOSS = [
     {"function": "cross_entropy", "weight": 0.1},
@@ -198,6 +198,7 @@ def test_another_format_or_other_columns_are_told_from_the_first_row(inputs, tmp
     (Path(data) / "manifest.json").unlink()
     for other in Path(data).glob("*.json"):
         other.unlink()
+    shutil.rmtree(Path(data) / "tokenizer")
     wrong = {**COMPRESSED["logprob_compressor"], "exact_k": 7}
     teacher = {"kind": "dataset", "logprob_compressor": wrong}
     with pytest.raises(
@@ -219,12 +220,29 @@ def test_a_student_with_another_tokenizer_is_refused(inputs, tmp_path):
     with pytest.raises(UserError, match=r"its tokenizer is not the student's: '[yz]' is"):
         run(configuration(str(student), inputs["top5"], tmp_path / "run"))
     data = copy(inputs, "top5", tmp_path / "data")
-    manifest = Path(data) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(inputs["teacher"], str(tmp_path / "gone")))
+    shutil.rmtree(Path(data) / "tokenizer")
     with pytest.raises(
         UserError, match=r"^model: its tokenizer is not the one that dataset\.train_dataset was captured"
     ):
         run(configuration(str(student), data, tmp_path / "run"))
+
+
+def with_one_more_token(folder):
+    """A student whose tokenizer has a token that the teacher's has not."""
+    llama(1, vocab=BYTES + 1).save_pretrained(folder)
+    more = tokenizer()
+    more.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    more.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_student_with_one_more_token_learns_where_the_teacher_is_gone(inputs, tmp_path):
+    student, data = with_one_more_token(tmp_path / "student"), copy(inputs, "top5", tmp_path / "data")
+    manifest = Path(data) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(inputs["teacher"], str(tmp_path / "gone")))
+    _, gradients = first_step(configuration(student, data, tmp_path / "run"))
+    assert gradients["model.embed_tokens.weight"][:BYTES].any()
+    assert not gradients["model.embed_tokens.weight"][BYTES:].any()
 
 
 def test_what_decides_no_id_may_differ(inputs, tmp_path):
