@@ -16,6 +16,7 @@ from trl.chat_template_utils import (
     has_generation_markers,
     is_chat_template_stop_token_trained,
 )
+from trl.data_utils import common_prefix_length
 
 from distillkit.config.errors import UserError
 
@@ -77,7 +78,7 @@ def _spans_by_turns(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The whole text, and where in it (first character, end) the assistant speaks."""
     whole = render(messages)
-    prompt = render(_QUESTION, add_generation_prompt=True).removeprefix(render(_QUESTION))
+    prompt = _header(render)
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -99,3 +100,14 @@ def _spans_by_turns(
         said = through.rstrip()
         spans.append((start + len(prompt), len(said if said.endswith(special_tokens) else through)))
     return whole, spans
+
+
+def _header(render: Callable[..., str]) -> str:
+    """What stands between a question and the assistant's words: what prompts the model for them."""
+    question = render(_QUESTION)
+    prompt = render(_QUESTION, add_generation_prompt=True).removeprefix(question)
+    if prompt:
+        return prompt
+    # Some templates take no notice of add_generation_prompt: there it is what all answers begin with.
+    answers = [render([*_QUESTION, {"role": "assistant", "content": content}]) for content in ("A", "B")]
+    return answers[0][: common_prefix_length(*answers)].removeprefix(question)

@@ -315,6 +315,15 @@ def test_marks_of_the_chat_template_tell_the_assistants_tokens(tiny_tokenizer):
         assert by_turns == by_marks
 
 
+def test_a_template_without_a_generation_prompt_does_not_make_the_header_the_assistants(tiny_tokenizer):
+    promptless = with_template(tiny_tokenizer, tiny_tokenizer.chat_template.split("{% if")[0])
+    (document,) = tokenize({"messages": [TURNS]}, promptless, assistant_only_loss=True)
+    assert said(document, promptless) == ["relative\n<|im_end|>", "the theory,  Ünïcödé 和 12345<|im_end|>"]
+    headless = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    (document,) = tokenize({"messages": [TURNS]}, with_template(tiny_tokenizer, headless), assistant_only_loss=True)
+    assert said(document, tiny_tokenizer) == ["relative\n<|im_end|>", "the theory,  Ünïcödé 和 12345<|im_end|>"]
+
+
 def test_templates_that_trl_knows_get_its_marks_and_see_tools(tiny_tokenizer):
     known = with_template(tiny_tokenizer, qwen2_5_chat_template)
     call = {"function": {"name": "clock", "arguments": {"zone": "moon"}}}
