@@ -95,7 +95,19 @@ def tokenize_rows(
         num_proc=num_proc,
         desc="tokenising",
     )
+    if row_format.assistant_only_loss and len(documents) < len(rows):
+        _tell_of_silence(len(rows) - len(documents), len(rows), key)
     return documents.with_format(None)
+
+
+def _tell_of_silence(silent: int, rows: int, key: str) -> None:
+    """What `assistant_only_loss` leaves out. Raises `UserError` where that is everything."""
+    if silent == rows:
+        raise UserError(
+            f"{key}: in none of its conversations the assistant says anything, so nothing would count; name others, "
+            "or remove dataset.assistant_only_loss"
+        )
+    logger.warning("%s: %d of %d conversations are left out: the assistant says nothing in them", key, silent, rows)
 
 
 def _check_eos_labels(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -240,7 +252,10 @@ def _read_completions(
 
 
 def _assistant_reader(column: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool, key: str) -> Reader:
-    """Only what the assistant says counts; of prompt and completion only what it says in the completion."""
+    """Only what the assistant says counts; of prompt and completion only what it says in the completion.
+
+    A conversation in which it says nothing is an empty document.
+    """
     _require_chat_template(tokenizer, key)
     template = training_template(tokenizer)
     encode = assistant_encoder(tokenizer, template)
@@ -251,17 +266,13 @@ def _assistant_reader(column: str, tokenizer: PreTrainedTokenizerBase, completio
             options = {"tools": tools or None, **row.get("chat_template_kwargs", {})}
             messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
             input_ids, said = encode(messages, options)
-            if not any(said):
-                shown = str(messages[0].get("content"))[:40]
-                raise UserError(
-                    f"{key}: in a conversation ({shown!r} ...) the assistant says nothing, so nothing would count; "
-                    "remove it, or dataset.assistant_only_loss"
-                )
             start = 0
             if "prompt" in row and completion_only:
                 prompt = apply_chat_template(row, tokenizer, tools, chat_template=template)["prompt"]
                 start = common_prefix_length(tokenizer(prompt, add_special_tokens=False).input_ids, input_ids)
         counted = [index >= start and each for index, each in enumerate(said)]
+        if not any(counted):
+            return [], []
         return input_ids, [token if each else IGNORED_LABEL for token, each in zip(input_ids, counted, strict=True)]
 
     def complete(row: dict[str, Any]) -> bool:

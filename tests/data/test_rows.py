@@ -350,6 +350,20 @@ def test_of_a_completion_only_the_assistants_part_counts(tiny_tokenizer):
     assert said(all_turns, tiny_tokenizer) == said(both, tiny_tokenizer)
 
 
+def test_conversations_in_which_the_assistant_says_nothing_are_left_out(tiny_tokenizer, caplog):
+    asked = {"assistant_only_loss": True}
+    (expected,) = tokenize({"messages": [CHAT]}, tiny_tokenizer, **asked)
+    assert not caplog.messages
+    rows = {"messages": [CHAT[:1]] * 300 + [CHAT] + [TURNS[2:3]]}
+    assert tokenize(rows, tiny_tokenizer, **asked) == [expected]
+    left_out = "conversations are left out: the assistant says nothing in them"
+    assert caplog.messages == [f"dataset.train_dataset: 301 of 302 {left_out}"]
+    silent = {"prompt": [TURNS[:1], TURNS[:3]], "completion": [TURNS[2:3], TURNS[3:]]}
+    (completed,) = tokenize(silent, tiny_tokenizer, **asked)
+    assert said(completed, tiny_tokenizer) == ["the theory,  Ünïcödé 和 12345<|im_end|>"]
+    assert caplog.messages[1:] == [f"dataset.train_dataset: 1 of 2 {left_out}"]
+
+
 def test_what_ends_the_assistants_turn_may_count_as_eos(tiny_tokenizer):
     end, eos = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"), tiny_tokenizer.eos_token_id
     options = {"assistant_only_loss": True, "eos_label_token_ids": (end,)}
@@ -366,7 +380,10 @@ def test_what_cannot_count_the_assistant_alone_is_told(tiny_tokenizer):
             "dataset.assistant_only_loss cannot tell the assistant's part of it; remove assistant_only_loss, or name "
             "conversations"
         )
-    assert "('time?' ...) the assistant says nothing" in error({"messages": [CHAT[:1]]}, tiny_tokenizer, **asked)
+    assert error({"messages": [CHAT[:1]]}, tiny_tokenizer, **asked) == (
+        "dataset.train_dataset: in none of its conversations the assistant says anything, so nothing would count; name "
+        "others, or remove dataset.assistant_only_loss"
+    )
     assert "the tokenizer has no chat template" in error(
         {"messages": [CHAT]}, with_template(tiny_tokenizer, None), **asked
     )
