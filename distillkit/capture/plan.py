@@ -24,7 +24,7 @@ from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError, shown
 from distillkit.data import tokenizer_hash
-from distillkit.shards import Manifest, ShardRecord, write_whole
+from distillkit.shards import Manifest, ShardRecord, write_first
 
 PLAN = "plan.json"
 
@@ -113,14 +113,13 @@ def settle_plan(folder: Path, plan: Plan) -> Plan:
     """
     path = folder / PLAN
     if not path.exists():
-        foreign = sorted(
-            each.name for pattern in ("*.parquet", "*.safetensors", "*.json") for each in folder.glob(pattern)
-        )
-        if foreign:
+        patterns = ("*.parquet", "*.safetensors", "*.json")
+        foreign = sorted({each.name for pattern in patterns for each in folder.glob(pattern)} - {PLAN})
+        if foreign and not path.exists():  # what is there may be of a process that has settled the plan meanwhile
             raise UserError(f"output_path: {str(folder)!r} holds {foreign[0]}, but no capture; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(plan), indent=2, ensure_ascii=False, sort_keys=True)
-        write_whole(path, (text + "\n").encode())
+        write_first(path, (text + "\n").encode())
     content = json.loads(path.read_text(encoding="utf-8"))
     if set(content) != {field.name for field in fields(Plan)}:
         raise UserError(f"output_path: {path} is no plan of a capture; choose another folder")

@@ -8,12 +8,13 @@ does, so that what a killed process left behind can be told from what a living o
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ import pyarrow.parquet as pq
 
 _UNFINISHED = ".unfinished"
 _ROWS_PER_GROUP = 64
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system answers that has no hard links."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def write_first(path: Path, content: bytes) -> None:
+    """Write a file whole, unless there is one: of processes that do so at the same time, one has its way."""
+    with suppress(FileExistsError), _whole_or_not_at_all(path, _link) as file:
+        file.write(content)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the unfinished files that nobody writes any more."""
     for path in folder.glob(f".*{_UNFINISHED}"):
@@ -98,8 +107,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _link(staged: Path, path: Path) -> None:
+    try:
+        os.link(staged, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.replace(staged, path)
+
+
 @contextmanager
-def _whole_or_not_at_all(path: Path) -> Iterator[BinaryIO]:
+def _whole_or_not_at_all(path: Path, publish: Callable[[Path, Path], object] = os.replace) -> Iterator[BinaryIO]:
     """A file that becomes `path` when the block ends, and is gone when it does not end well."""
     staged = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
     try:
@@ -107,7 +125,7 @@ def _whole_or_not_at_all(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(staged, path)
+            publish(staged, path)
     finally:
         staged.unlink(missing_ok=True)
     _fsync_folder(path.parent)
