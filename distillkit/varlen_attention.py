@@ -130,16 +130,17 @@ def _by_document(
     dropout: float,
 ) -> Float[Tensor, "tokens heads value_dim"]:
     lengths = cu_seqlens.diff().tolist()
+    batches = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # of one row, as fused kernels want them
     outputs = []
-    for q, k, v in zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True):
-        tokens = q.shape[1]
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in batches), strict=True):
+        tokens = q.shape[2]
         band = None
         if sliding_window is not None and tokens > sliding_window:
             band = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling
         )
-        outputs.append(attended.transpose(0, 1))
+        outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
