@@ -28,6 +28,9 @@ from distillkit.shards import Manifest, ShardRecord, write_first
 
 PLAN = "plan.json"
 
+FORMAT = 1
+"""Of the file; to be counted up when what it says changes its meaning."""
+
 IGNORED = -100
 
 WITHOUT_BEARING: Any = {
@@ -57,6 +60,7 @@ class Plan:
     tokens: list[int]
     """Of each shard."""
     versions: dict[str, str]
+    format: int = FORMAT
 
     def manifest(self, records: list[ShardRecord], background: str | None) -> Manifest:
         """The manifest of the dataset once all shards are there."""
@@ -120,14 +124,26 @@ def settle_plan(folder: Path, plan: Plan) -> Plan:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(plan), indent=2, ensure_ascii=False, sort_keys=True)
         write_first(path, (text + "\n").encode())
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if set(content) != {field.name for field in fields(Plan)}:
-        raise UserError(f"output_path: {path} is no plan of a capture; choose another folder")
-    settled = Plan(**content)
+    settled = _read(path)
     for line in _differences(plan, settled):
         remedy = "go on with that, or choose another output_path"
         raise UserError(f"{line} when the capture in {str(folder)!r} was begun; {remedy}")
     return settled
+
+
+def _read(path: Path) -> Plan:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+        raise UserError(
+            f"output_path: {path} is of format {content['format']}, this version of distillkit knows {FORMAT}; go on "
+            "with the version that began it, or choose another folder"
+        )
+    if not isinstance(content, dict) or set(content) != {field.name for field in fields(Plan)}:
+        raise UserError(f"output_path: {path} is no plan of a capture; choose another folder")
+    return Plan(**content)
 
 
 def _differences(now: Plan, then: Plan) -> Iterator[str]:

@@ -15,6 +15,9 @@ from distillkit.shards.files import ShardRecord, write_whole
 
 MANIFEST = "manifest.json"
 
+FORMAT = 1
+"""Of the file and the shards; to be counted up when an older reader would misunderstand them."""
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -36,6 +39,7 @@ class Manifest:
     """Name of the file with the distribution of the mass outside the top k."""
     packed_to: int | None
     """Tokens that rows were packed to; None where a row is a document or a piece of one."""
+    format: int = FORMAT
 
     @property
     def rows(self) -> int:
@@ -59,13 +63,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a captured dataset; None where there is none, as in published datasets.
 
-    Raises `UserError` where the file is no manifest.
+    Raises `UserError` where the file is no manifest, or one of a format to come.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise UserError(f"{path}: is of format {content['format']}, this version of distillkit reads {FORMAT}")
         shards = tuple(ShardRecord.from_json(record) for record in content["shards"])
         return Manifest(**{**{field.name: content[field.name] for field in fields(Manifest)}, "shards": shards})
     except (ValueError, KeyError, TypeError) as error:

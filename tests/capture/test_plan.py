@@ -1,5 +1,6 @@
 """A folder belongs to one plan, whoever comes first and however many come at once."""
 
+import json
 import multiprocessing
 
 import pytest
@@ -57,3 +58,25 @@ def test_of_two_captures_that_start_in_a_folder_one_has_it(tmp_path):
     answers = settled_at_once(tmp_path / "dataset", [plan(), plan(vocabulary_size=10)] * 3)
     assert answers.count(True) == 3
     assert all("its head has" in answer for answer in answers if answer is not True)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("{", "is no plan of a capture; choose another folder"),
+        ("[1]", "is no plan of a capture; choose another folder"),
+        ('{"teacher": {}}', "is no plan of a capture; choose another folder"),
+        (b"\xff", "is no plan of a capture; choose another folder"),
+        ('{"format": 2, "others": 0}', "is of format 2, this version of distillkit knows 1; go on with the version"),
+    ],
+)
+def test_a_plan_that_is_none_is_told(tmp_path, content, line):
+    (tmp_path / "plan.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        settle_plan(tmp_path, plan())
+    assert str(error.value).startswith(f"output_path: {tmp_path / 'plan.json'} {line}")
+
+
+def test_the_format_is_written(tmp_path):
+    settle_plan(tmp_path, plan())
+    assert json.loads((tmp_path / "plan.json").read_text())["format"] == 1

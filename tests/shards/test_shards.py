@@ -160,6 +160,10 @@ def test_a_manifest_comes_back(dataset):
     assert (made.rows, made.tokens) == (18, sum(record.tokens for record in made.shards))
     assert verify_shards(folder, made) == []
     assert read_manifest(folder / "nothing") is None
+    later = (folder / "manifest.json").read_text().replace('"format": 1', '"format": 2')
+    (folder / "manifest.json").write_text(later)
+    with pytest.raises(UserError, match="is of format 2, this version of distillkit reads 1"):
+        read_manifest(folder)
     (folder / "manifest.json").write_text('{"shards": [{}]}')
     with pytest.raises(UserError, match="is no manifest of a captured dataset"):
         read_manifest(folder)
