@@ -66,9 +66,10 @@ class LogprobCompressorConfig(Section):
         if self.k > self.d:
             raise KeyProblem("k", f"must be <= d = {self.d}, got {self.k}")
         approximated = self.k - self.exact_k
-        if approximated and not self.polynomial_terms and not self.residual_bins:
-            raise KeyProblem("polynomial_terms", f"give terms (or residual_bins) for the {approximated} inexact values")
         elements = sum(each.num_elements for each in self.residual_bins)
+        if not self.polynomial_terms and elements < approximated:
+            left = approximated - elements
+            raise KeyProblem("polynomial_terms", f"give terms (or residual_bins) for the {left} inexact values")
         if elements > approximated:
             raise KeyProblem("residual_bins", f"hold {elements} elements, but k - exact_k = {approximated}")
         last = 1 if self.normalize_t else max(approximated - 1, 0)
