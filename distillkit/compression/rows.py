@@ -48,8 +48,9 @@ def encode_in_chunks(
     ids, logprobs = distribution.ids, distribution.logprobs
     if ids.shape[-1] < k:
         raise UserError(f"k: {k} log-probabilities per token are to be stored, but the teacher gives {ids.shape[-1]}")
-    if ids.numel() and not 0 <= int(ids.min()) <= (largest := int(ids.max())) < vocabulary_size:
-        raise UserError(f"the teacher names token {largest}, but its vocabulary is said to have {vocabulary_size}")
+    strange = ids[(ids < 0) | (ids >= vocabulary_size)]
+    if len(strange):
+        raise UserError(f"the teacher names token {strange[0]}, but its vocabulary is said to have {vocabulary_size}")
     leading = ids.shape[:-1]
     ids, logprobs = ids.flatten(0, -2), logprobs.flatten(0, -2)
     stored = {

@@ -24,7 +24,7 @@ def published(draw):
         elements = draw(st.integers(1, room))
         room -= elements
         bins.append({"scale_dtype": draw(FLOATS), "element_bits": draw(st.integers(1, 64)), "num_elements": elements})
-    terms = st.lists(st.sampled_from([0, 1, 2, 3, 4, "sqrt", "exp"]), min_size=0 if bins or k == exact_k else 1)
+    terms = st.lists(st.sampled_from([0, 1, 2, 3, 4, "sqrt", "exp"]), min_size=1 if room else 0)
     return {
         "d": draw(st.integers(max(k, 2), 300000)),
         "k": k,
@@ -228,6 +228,8 @@ def test_what_does_not_fit_is_said():
     given_rows = rows(codec)
     with pytest.raises(UserError, match="names token 300, but its vocabulary is said to have 300"):
         codec.encode(SparseDistribution(given_rows.ids + 300 - given_rows.ids.max(), given_rows.logprobs))
+    with pytest.raises(UserError, match="names token -1, but its vocabulary is said to have 300"):
+        codec.encode(SparseDistribution(given_rows.ids - given_rows.ids.min() - 1, given_rows.logprobs))
     with pytest.raises(UserError, match="k: 40 log-probabilities per token are to be stored, but the teacher gives 39"):
         codec.encode(SparseDistribution(given_rows.ids[:, :39], given_rows.logprobs[:, :39]))
     with pytest.raises(ValueError, match="NaN"):
@@ -240,6 +242,7 @@ def test_what_does_not_fit_is_said():
 
 
 PUBLISHED = {"d": 100, "k": 20, "exact_k": 5, "polynomial_terms": [0, 1]}
+SHORT_BIN = {"scale_dtype": "float16", "element_bits": 8, "num_elements": 3}
 LEGACY = {"vocab_size": 100, "k": 20, "exact_k": 5, "polynomial_degree": 2}
 
 
@@ -263,6 +266,11 @@ LEGACY = {"vocab_size": 100, "k": 20, "exact_k": 5, "polynomial_degree": 2}
             "logprob_compressor",
             PUBLISHED | {"polynomial_terms": []},
             "give terms (or residual_bins) for the 15 inexact",
+        ),
+        (  # they would be read as log-probability 0
+            "logprob_compressor",
+            {"d": 100, "k": 20, "exact_k": 5, "residual_bins": [SHORT_BIN]},
+            "give terms (or residual_bins) for the 12 inexact values",
         ),
         (
             "logprob_compressor",
