@@ -19,6 +19,19 @@ from torch import Tensor
 Term = int | str
 
 
+class _Constant:
+    """A tensor that is copied to a device once, as each copy waits until the device has done all before it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._copies:
+            self._copies[device] = self.tensor.to(device)
+        return self._copies[device]
+
+
 class Curve:
     """A sum of terms at fixed points.
 
@@ -35,38 +48,41 @@ class Curve:
         read: Float[Tensor, "terms points"] | None = None,
     ) -> None:
         self.dtype = dtype
-        self._read = terms(dtype) if read is None else read
-        self._written = terms(torch.promote_types(dtype, torch.float32)).to(dtype)
-        self._single, self._double = _least_squares(terms(torch.float32), terms(torch.float64))
+        self._read = _Constant(terms(dtype) if read is None else read)
+        self._written = _Constant(terms(torch.promote_types(dtype, torch.float32)).to(dtype))
+        self._single, exact = _least_squares(terms(torch.float32), terms(torch.float64))
+        self._double = _Constant(exact)
         # No product of coefficient and term, nor their sum, leaves the type.
-        largest = terms(torch.float64).abs().amax(1).clamp(min=1) if self._read.numel() else torch.ones(len(self._read))
-        self._limit = torch.finfo(dtype).max / (len(self._read) * largest.double())
+        values = terms(torch.float64).abs()
+        largest = values.amax(1).clamp(min=1) if values.numel() else torch.ones(len(values)).double()
+        self._limit = _Constant(torch.finfo(dtype).max / (len(values) * largest))
 
     def __len__(self) -> int:
         """How many terms."""
-        return len(self._read)
+        return len(self._limit.tensor)
 
     def fit(self, values: Float[Tensor, "tokens points"]) -> Float[Tensor, "tokens terms"]:
         """The coefficients of least squared distance to finite values, in the type that stores them."""
-        limit = self._limit.to(values.device)
+        limit = self._limit.on(values.device)
         if self._single is not None and values.is_cpu and values.dtype == torch.float32:
             left, inverse, right = self._single
             with torch.autocast("cpu", enabled=False):
                 # A product per token, as the published encoder has it, where one of all tokens would round otherwise.
                 coefficients = (right @ (inverse * (left @ values.unsqueeze(-1)))).squeeze(-1).double()
         else:
-            coefficients = values.double() @ self._double.to(values.device)
+            coefficients = values.double() @ self._double.on(values.device)
         return torch.clamp(coefficients, -limit, limit).to(self.dtype)
 
     def residual(
         self, values: Float[Tensor, "tokens points"], coefficients: Float[Tensor, "tokens terms"]
     ) -> Float[Tensor, "tokens points"]:
         """What the curve misses, to the published encoder: it computes terms in float32 and rounds them afterwards."""
-        return values - _sum_of_products(coefficients, self._written)
+        return values - _sum_of_products(coefficients, self._written.on(coefficients.device))
 
     def evaluate(self, coefficients: Float[Tensor, "tokens terms"]) -> Float[Tensor, "tokens points"]:
         """What the decoder makes of the coefficients."""
-        return _sum_of_products(coefficients.to(self._read.dtype), self._read)
+        terms = self._read.on(coefficients.device)
+        return _sum_of_products(coefficients.to(terms.dtype), terms)
 
 
 def curve_of(terms: Sequence[Term], points: int, dtype: torch.dtype, *, normalize_t: bool) -> Curve:
@@ -90,7 +106,6 @@ def _sum_of_products(
     The order of the additions is the published decoder's: where terms are large and cancel each other, another order
     differs in the third decimal. No matrix product: those round as the settings of the moment have it.
     """
-    terms = terms.to(coefficients.device)
     accumulator = torch.promote_types(terms.dtype, torch.float32)
 
     def product(index: int) -> Tensor:

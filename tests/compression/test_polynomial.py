@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillkit.compression.polynomial import curve_of
 from tests.compression import golden
@@ -67,3 +68,30 @@ def test_autocast_does_not_reach_the_fit():
         coefficients = curve.fit(values)
         again = curve.evaluate(coefficients)
     assert torch.equal(coefficients, curve.fit(values)) and torch.equal(again, curve.evaluate(coefficients))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the tensors that are copied from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default and result.device != args[0].device:
+            self.count += 1
+        return result
+
+
+def test_the_terms_are_copied_to_a_device_once():
+    curve = curve_of([0, 1, "sqrt"], 20, torch.float32, normalize_t=False)
+    values = torch.empty(7, 20, device="meta")
+    counts = []
+    for _ in range(2):
+        with Copies() as copies:
+            coefficients = curve.fit(values)
+            curve.residual(values, coefficients)
+            curve.evaluate(coefficients)
+        counts.append(copies.count)
+    assert counts == [4, 0]
