@@ -1,6 +1,6 @@
 """transformers' Trainer, taught to distil.
 
-Optimizers, schedulers, trackers, DDP, FSDP, DeepSpeed and pushing to the hub are Trainer's. What is here is what
+Optimizers, schedulers, trackers, DDP and pushing to the hub are Trainer's. What is here is what
 differs: the loss is a sum over the whole optimizer step divided by the step's counted tokens; the teacher is asked
 outside of the module that is trained; a checkpoint holds a loadable student and counts only when it is complete; and
 what is logged are the single losses, and tokens.
@@ -96,7 +96,7 @@ class DistillationTrainer(Trainer):
             signal=signal,
         )
         self._window.add(output)
-        # DDP, FSDP and DeepSpeed average the gradients of the ranks; these are parts of one sum.
+        # DDP averages the gradients of the ranks; these are parts of one sum.
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
