@@ -4,6 +4,7 @@ A dataset that `distillkit capture` made has a manifest, which says how; what th
 Datasets that others published have none: there the YAML says how, or the columns are plain.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from distillkit.shards import Manifest, read_background, read_background_file, r
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.tokenizer import read_tokenizer
 from distillkit.teacher.vocabulary import check_same_tokenizer
+
+logger = logging.getLogger(__name__)
 
 PLAIN = ("token_ids", "top_values")
 
@@ -68,15 +71,41 @@ def open_captured(
     return CapturedTeacher(codec, read_background(folder, manifest))
 
 
-def open_held_out(taught: CapturedTeacher, source: DatasetSource, key: str) -> CapturedTeacher | None:
+def open_held_out(
+    taught: CapturedTeacher, training: DatasetSource, student: PreTrainedTokenizerBase, source: DatasetSource, key: str
+) -> CapturedTeacher | None:
     """The teacher whose word a held-out dataset holds; None where it holds text alone.
 
     taught: the teacher of the training dataset, whose format a dataset without a manifest is taken to have.
+    training: the training dataset.
+    student: the student's tokenizer.
+
+    Raises `UserError` where its tokens are not the student's, or its vocabulary is not that of the training dataset;
+    warns where its teacher is another.
     """
     manifest = manifest_of(source)
-    if manifest is not None:
-        return CapturedTeacher(build_codec(manifest.codec_kind, manifest.codec_config))
-    return taught if set(taught.columns) <= set(load_source(source, key).column_names) else None
+    if manifest is None:
+        return taught if set(taught.columns) <= set(load_source(source, key).column_names) else None
+    captured_tokenizer(source, student, key)
+    if manifest.vocabulary_size != taught.vocabulary_size:
+        raise UserError(
+            f"{key}: was captured over {manifest.vocabulary_size} tokens, but dataset.train_dataset over "
+            f"{taught.vocabulary_size}; capture both from one teacher"
+        )
+    trained_on = manifest_of(training)
+    others = {} if trained_on is None else trained_on.teacher
+    different = [
+        f"{name} {manifest.teacher.get(name)!r}, not {value!r}"
+        for name, value in others.items()
+        if manifest.teacher.get(name) != value
+    ]
+    if different:
+        logger.warning(
+            "%s: its teacher, which the student is measured against, is not that of dataset.train_dataset: %s",
+            key,
+            "; ".join(different),
+        )
+    return CapturedTeacher(build_codec(manifest.codec_kind, manifest.codec_config))
 
 
 def captured_tokenizer(
@@ -99,7 +128,7 @@ def captured_tokenizer(
             f"{manifest.teacher.get('path', '')!r}; use a student of the teacher's family, or capture with the "
             "student's tokenizer"
         )
-    check_same_tokenizer(teacher, student)
+    check_same_tokenizer(teacher, student, key)
     return teacher
 
 

@@ -82,18 +82,21 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
-def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+def check_same_tokenizer(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, key: str = "teacher"
+) -> None:
     """Raises UserError where a token has two numbers, or a number two tokens; warns of a text that is cut in two ways.
 
-    Special tokens that only one of them has, or that have another name in each, are no difference.
+    Special tokens that only one of them has, or that have another name in each, are no difference. `key` of the YAML
+    named the teacher.
     """
     both_fast = isinstance(teacher, PreTrainedTokenizerFast) and isinstance(student, PreTrainedTokenizerFast)
     if both_fast and _state(teacher) == _state(student):
         return  # as mostly; to cut the text of every token takes seconds
-    _check_numbers(teacher, student)
+    _check_numbers(teacher, student, key)
     for texts in _probes(teacher, student):
         if (cuts := _different_cuts(teacher, student, texts)) is not None:
-            logger.warning("teacher: its tokenizer cuts text otherwise than the student's, which reads it: %s", cuts)
+            logger.warning("%s: its tokenizer cuts text otherwise than the student's, which reads it: %s", key, cuts)
             return
 
 
@@ -108,20 +111,20 @@ def _size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def _different(what: str) -> UserError:
-    return UserError(f"teacher: its tokenizer is not the student's: {what}")
+def _different(key: str, what: str) -> UserError:
+    return UserError(f"{key}: its tokenizer is not the student's: {what}")
 
 
-def _check_numbers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+def _check_numbers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, key: str) -> None:
     theirs, ours = teacher.get_vocab(), student.get_vocab()
     for token in sorted(theirs.keys() & ours.keys(), key=ours.__getitem__):
         if theirs[token] != ours[token]:
-            raise _different(f"{token!r} is {theirs[token]} for the teacher and {ours[token]} for the student")
+            raise _different(key, f"{token!r} is {theirs[token]} for the teacher and {ours[token]} for the student")
     added = {*teacher.get_added_vocab().values(), *student.get_added_vocab().values()}
     names = {number: token for token, number in theirs.items()}
     for token, number in ours.items():
         if number in names and names[number] != token and number not in added:
-            raise _different(f"{number} is {names[number]!r} for the teacher and {token!r} for the student")
+            raise _different(key, f"{number} is {names[number]!r} for the teacher and {token!r} for the student")
 
 
 def _probes(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Iterator[Sequence[str]]:

@@ -56,7 +56,9 @@ def load_text(
                 _verify(folder, config.dataset.train_dataset, "dataset.train_dataset")
                 if source is not None:
                     _verify(folder, source, key)
-            judge = None if source is None else open_held_out(captured, source, key)
+            judge = None
+            if source is not None:
+                judge = open_held_out(captured, config.dataset.train_dataset, models.tokenizer, source, key)
         train_rows, rows = build_datasets(
             dataset,
             models.tokenizer,

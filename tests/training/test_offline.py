@@ -328,6 +328,40 @@ def test_held_out_rows_with_the_teachers_word_are_measured_against_it(inputs, tm
     assert any(line.startswith("│ perplexity, teacher") and "-" in line for line in said.splitlines())
 
 
+def measured_on(inputs, data, folder):
+    given = {"train_dataset": {"disk_path": inputs["top5"]}, "eval_dataset": {"disk_path": data}, "prepacked": True}
+    return configuration(inputs["student"], "", folder, dataset=given, evaluation={"num_tokens": 300})
+
+
+def test_held_out_rows_of_another_teacher_are_told(inputs, tmp_path, caplog):
+    other = save_llama(tmp_path / "other", 3)
+    run(measured_on(inputs, captured(other, inputs["text"], tmp_path / "others"), tmp_path / "run"))
+    said = "dataset.eval_dataset: its teacher, which the student is measured against, is not that of dataset.train_data"
+    (line,) = [line for line in caplog.messages if line.startswith(said)]
+    assert f"path '{other}', not '{inputs['teacher']}'" in line
+    caplog.clear()
+    run(measured_on(inputs, inputs["whole"], tmp_path / "same"))
+    assert not [line for line in caplog.messages if line.startswith(said)]
+
+
+def test_held_out_rows_of_another_tokenizer_or_vocabulary_are_refused(inputs, tmp_path):
+    other = Path(save_llama(tmp_path / "other", 3)) / "tokenizer.json"
+    other.write_text(other.read_text().replace('"z":', '"zz":').replace('"y":', '"z":').replace('"zz":', '"y":'))
+    data = captured(other.parent, inputs["text"], tmp_path / "others")
+    with pytest.raises(UserError, match=r"^dataset\.eval_dataset: its tokenizer is not the student's: '[yz]' is"):
+        run(measured_on(inputs, data, tmp_path / "run"))
+    shutil.rmtree(Path(data) / "tokenizer")
+    with pytest.raises(
+        UserError, match=r"^model: its tokenizer is not the one that dataset\.eval_dataset was captured"
+    ):
+        run(measured_on(inputs, data, tmp_path / "run"))
+    wide = save_llama(tmp_path / "wide", 3)
+    llama(3, vocab=320).save_pretrained(wide)
+    data = captured(wide, inputs["text"], tmp_path / "wide_captured", {"plain": {"k": 5, "vocab_size": 320}})
+    with pytest.raises(UserError, match=r"^dataset\.eval_dataset: was captured over 320 tokens, but dataset\.train_d"):
+        run(measured_on(inputs, data, tmp_path / "run"))
+
+
 @pytest.mark.parametrize("dataset", ["whole", "documents"])
 def test_held_out_text_alone_tells_the_students_perplexity(inputs, tmp_path, dataset):
     given = {"train_dataset": {"disk_path": inputs[dataset]}, "eval_dataset": {"disk_path": inputs["text"]}}
