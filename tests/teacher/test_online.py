@@ -81,15 +81,16 @@ def test_rows_may_be_laid_end_to_end_as_flash_attention_needs_them(teacher_model
 
 def assert_same_word(signal, expected, device):
     """Of two signals on 24 tokens, with hidden state 1; the first is on `device`."""
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}  # rotary embeddings are float32, and each device has its own sines
     rows = torch.arange(24)
     said, wanted = (each.distribution(rows.to(where)) for each, where in ((signal, device), (expected, "cpu")))
     for chunk in (slice(0, 20), slice(20, 24)):
         ours, theirs = vars(said(chunk)), vars(wanted(chunk))
         for name, tensor in theirs.items():
             assert ours[name].device.type == device
-            torch.testing.assert_close(ours[name].cpu(), tensor)
+            torch.testing.assert_close(ours[name].cpu(), tensor, **tolerance)
     assert signal.hidden_states[1].device.type == device
-    torch.testing.assert_close(signal.hidden_states[1].cpu(), expected.hidden_states[1])
+    torch.testing.assert_close(signal.hidden_states[1].cpu(), expected.hidden_states[1], **tolerance)
 
 
 @pytest.mark.gpu
