@@ -146,7 +146,7 @@ def _make_shard(planned: Capture, engine: Engine, shard: int, advance: Callable[
         # A token that is always among the top k is given next to nothing rather than nothing.
         logprobs = outside.clamp(min=torch.finfo(torch.float32).tiny).log().log_softmax(-1)
         write_background(planned.folder, logprobs)
-    write_shard(planned.folder, shard, table, (start, stop))
+    write_shard(planned.folder, shard, table, (start, stop), planned.plan.sha256)
 
 
 def _finish(planned: Capture, engine: Engine | None, tokens: int, seconds: float) -> CaptureSummary:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ WITHOUT_BEARING: Any = {
 }
 """Keys that are in other places of the plan, or that do not change what is captured."""
 
+NOT_BINDING = ("tokens_per_batch", "trust_remote_code", "dataset.train_dataset.disk_path")
+"""Keys that may change while a capture goes on: the digest of the rows tells whether they are the same. Batches of
+another size may differ in the last bits."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -61,6 +66,13 @@ class Plan:
     """Of each shard."""
     versions: dict[str, str]
     format: int = FORMAT
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of what binds: captures of one thing have it in common, though begun in other places or versions."""
+        text = [self.tokenizer_sha256, self.rows_sha256, self.shards]
+        content = [self.format, _binding(self), self.vocabulary_size, *text]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def manifest(self, records: list[ShardRecord], background: str | None) -> Manifest:
         """The manifest of the dataset once all shards are there."""
@@ -148,23 +160,23 @@ def _read(path: Path) -> Plan:
 
 def _differences(now: Plan, then: Plan) -> Iterator[str]:
     """One line for each part of a plan that is not as it was, as far as it bears on what is captured."""
-    kind = now.codec["kind"]
-    sections = {
-        "": (now.capture, then.capture),
-        "teacher": (now.teacher, then.teacher),
-        "compression": ({kind: now.codec["config"]}, {then.codec["kind"]: then.codec["config"]}),
-    }
-    for section, (ours, theirs) in sections.items():
-        present, past = dict(_flat(ours, section)), dict(_flat(theirs, section))
-        for key in [*present, *(key for key in past if key not in present)]:
-            if present.get(key) != past.get(key):
-                yield f"{key}: is {shown(present.get(key))}, but was {shown(past.get(key))}"
+    present, past = _binding(now), _binding(then)
+    for key in [*present, *(key for key in past if key not in present)]:
+        if present.get(key) != past.get(key):
+            yield f"{key}: is {shown(present.get(key))}, but was {shown(past.get(key))}"
     if now.tokenizer_sha256 != then.tokenizer_sha256:
         yield "teacher.path: its tokenizer is not what it was"
     if now.rows_sha256 != then.rows_sha256 or now.shards != then.shards:
         yield "dataset.train_dataset: its rows are not what they were"
     if now.vocabulary_size != then.vocabulary_size:
         yield f"teacher.path: its head has {now.vocabulary_size} columns, but had {then.vocabulary_size}"
+
+
+def _binding(plan: Plan) -> dict[str, Any]:
+    """The values of the configuration that decide what a shard holds, by key."""
+    sections = {"": plan.capture, "teacher": plan.teacher, "compression": {plan.codec["kind"]: plan.codec["config"]}}
+    values = {key: value for section, inner in sections.items() for key, value in _flat(inner, section)}
+    return {key: value for key, value in values.items() if key not in NOT_BINDING}
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:

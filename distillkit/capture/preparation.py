@@ -37,10 +37,19 @@ class Capture:
     tokenizer: PreTrainedTokenizerBase
 
     def record(self, shard: int) -> ShardRecord | None:
-        """Of a shard that is there; the first one is only together with the background, which is made with it."""
+        """Of a shard that is there; the first one is only together with the background, which is made with it.
+
+        Raises `UserError` for one of another capture, which is never replaced.
+        """
         if shard == 0 and self.plan.background and not (self.folder / BACKGROUND).exists():
             return None
-        return read_record(self.folder, shard)
+        found, rows = read_record(self.folder, shard), tuple(self.plan.shards[shard])
+        if found is not None and (found.plan, found.rows) != (self.plan.sha256, rows):
+            raise UserError(
+                f"output_path: {self.folder / found.file} is of another capture; take it and its .json away, and the same "
+                "command goes on"
+            )
+        return found
 
     def records(self) -> dict[int, ShardRecord]:
         """Of all shards that are there, in order."""
@@ -73,6 +82,15 @@ def prepare(config: CaptureConfig) -> Capture:
     if settled.versions != plan.versions:
         then = ", ".join(f"{name} {number}" for name, number in settled.versions.items())
         logger.warning("%s was begun with %s; what is added now may differ in the last bits", folder, then)
+    begun_with = settled.capture["tokens_per_batch"]
+    if begun_with != config.tokens_per_batch:
+        logger.warning(
+            "tokens_per_batch: is %d, but was %d when the capture in %s was begun; what is added now may differ in the "
+            "last bits",
+            config.tokens_per_batch,
+            begun_with,
+            folder,
+        )
     return Capture(config, folder, settled, rows, codec, tokenizer)
 
 

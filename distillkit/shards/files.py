@@ -38,12 +38,14 @@ class ShardRecord:
     tokens: int
     bytes: int
     sha256: str
+    plan: str | None = None
+    """Digest of the plan of the capture that it is a part of."""
 
     @staticmethod
     def from_json(content: Any) -> ShardRecord:
         """Raises KeyError, TypeError or ValueError where it is no record."""
         start, stop = content["rows"]
-        return ShardRecord(content["file"], (start, stop), content["tokens"], content["bytes"], content["sha256"])
+        return ShardRecord(**{**content, "rows": (start, stop)})
 
 
 def shard_name(index: int) -> str:
@@ -51,11 +53,14 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
-def write_shard(folder: Path, index: int, table: pa.Table, rows: tuple[int, int]) -> ShardRecord:
+def write_shard(
+    folder: Path, index: int, table: pa.Table, rows: tuple[int, int], plan: str | None = None
+) -> ShardRecord:
     """Write a shard and its record. Equal tables give equal bytes.
 
     table: one row per row of the dataset, with a column `input_ids`.
     rows: first and last (exclusive) of the dataset's rows that these are.
+    plan: digest of what the shard is a part of, kept in its record.
 
     Raises OSError where there is no room; nothing remains of the attempt then.
     """
@@ -64,7 +69,7 @@ def write_shard(folder: Path, index: int, table: pa.Table, rows: tuple[int, int]
         # Parquet stores a byte as four; by way of its dictionary of 256 it is a byte again.
         pq.write_table(table, file, compression="zstd", write_statistics=False, row_group_size=_ROWS_PER_GROUP)
     tokens = sum(len(chunk.flatten()) for chunk in table["input_ids"].chunks)
-    record = ShardRecord(path.name, rows, tokens, path.stat().st_size, sha256(path))
+    record = ShardRecord(path.name, rows, tokens, path.stat().st_size, sha256(path), plan)
     text = json.dumps(asdict(record), indent=2, sort_keys=True) + "\n"
     write_whole(folder / f"{shard_name(index)}.json", text.encode())
     return record

@@ -24,6 +24,8 @@ def verify_shards(folder: Path, manifest: Manifest) -> list[str]:
             problems.append(f"{path.name}: is not in the manifest; it is of another dataset")
     expected = 0
     for record in manifest.shards:
+        if record.plan != manifest.shards[0].plan:
+            problems.append(f"{record.file}: is of another capture than {manifest.shards[0].file}")
         if record.rows[0] != expected:
             problems.append(f"{record.file}: starts at row {record.rows[0]}, but the shards before end at {expected}")
         expected = record.rows[1]

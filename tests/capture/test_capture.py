@@ -267,11 +267,11 @@ def test_processes_of_torchrun_share_and_one_of_them_speaks(teacher, text, captu
 
 
 def test_ctrl_c_says_how_to_go_on(teacher, text, captured, tmp_path, monkeypatch, capsys):
-    def interrupted_at_the_third(folder, index, table, rows):
+    def interrupted_at_the_third(folder, index, *rest):
         if index == 2:
             threading.Timer(0, os.kill, (os.getpid(), signal.SIGINT)).start()
             threading.Event().wait(10)
-        return write_shard(folder, index, table, rows)
+        return write_shard(folder, index, *rest)
 
     write_shard = capture_module.write_shard
     monkeypatch.setattr(capture_module, "write_shard", interrupted_at_the_third)

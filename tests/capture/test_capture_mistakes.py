@@ -1,6 +1,7 @@
 """What cannot be captured is told in one line, with the key and the remedy."""
 
 import logging
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -8,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from distillkit.cli import main
 from distillkit.config import UserError
 from distillkit.config.capture import check_capture_ready, load_capture_config
+from distillkit.shards import read_manifest, verify_shards
 from tests.capture.captures import PLAIN, VOCABULARY, configuration, files, run
 from tests.training.tiny import save_llama, save_text, tokenizer
 
@@ -99,7 +101,6 @@ def test_rows_longer_than_the_teacher_can_read_are_warned_of(teacher, text, tmp_
         ({"sequence_length": 32}, "sequence_length: is 32, but was 24 when the capture in "),
         ({"compression": {"plain": {"k": 6, "vocab_size": 259}}}, "compression.plain.k: is 6, but was 5 when"),
         ({"teacher": {"path": None, "kwargs": {"dtype": "bfloat16"}}}, "teacher.kwargs.dtype: is 'bfloat16', but was "),
-        ({"tokens_per_batch": 999}, "tokens_per_batch: is 999, but was 128 when"),
         ({"dataset": {"seed": 1}}, "dataset.seed: is 1, but was 42 when"),
     ],
 )
@@ -116,6 +117,32 @@ def test_a_folder_of_another_capture_is_refused(teacher, text, tmp_path, changes
     assert str(error.value).startswith(line)
     assert str(error.value).endswith("go on with that, or choose another output_path")
     assert files(folder) == before
+
+
+def test_smaller_batches_and_a_text_that_was_moved_go_on(teacher, text, tmp_path, caplog):
+    moved, folder = tmp_path / "moved.jsonl", tmp_path / "dataset"
+    run(configuration(teacher, text, folder, rows_per_shard=1), "1/2")
+    moved.write_bytes(Path(text).read_bytes())
+    with caplog.at_level(logging.WARNING):
+        printed = run(
+            configuration(teacher, moved, folder, rows_per_shard=1, tokens_per_batch=64, trust_remote_code=True)
+        )
+    assert "tokens_per_batch: is 64, but was 128 when" in caplog.text
+    assert "are there already" in printed and "bytes per token on disk" in printed
+    assert verify_shards(folder, read_manifest(folder)) == []
+
+
+def test_shares_of_two_teachers_are_not_put_together(teacher, text, tmp_path):
+    other = save_llama(tmp_path / "other", 3)
+    run(configuration(teacher, text, tmp_path / "ours", rows_per_shard=1), "1/2")
+    run(configuration(other, text, tmp_path / "theirs", rows_per_shard=1), "2/2")
+    before = {**files(tmp_path / "theirs"), **files(tmp_path / "ours")}
+    (tmp_path / "both").mkdir()
+    for name, content in before.items():
+        (tmp_path / "both" / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00001\.parquet is of another capture; take it and its \.json away"):
+        run(configuration(teacher, text, tmp_path / "both", rows_per_shard=1))
+    assert files(tmp_path / "both") == before
 
 
 def test_a_text_that_has_changed_is_refused(teacher, tmp_path):

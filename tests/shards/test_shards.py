@@ -206,6 +206,13 @@ def test_a_shard_of_another_dataset_is_named(dataset):
     assert any("starts at row 12, but the shards before end at 6" in line for line in verify_shards(folder, lost))
 
 
+def test_a_shard_of_another_capture_is_named(tmp_path):
+    plans = ["ab", "cd", "ab"]
+    records = [write_shard(tmp_path, index, table(), (6 * index, 6 * index + 6), plans[index]) for index in range(3)]
+    line = "shard-00001.parquet: is of another capture than shard-00000.parquet"
+    assert verify_shards(tmp_path, manifest(records)) == [line]
+
+
 def test_a_background_comes_back(tmp_path):
     logprobs = torch.randn(9).log_softmax(-1)
     made = manifest([], background=write_background(tmp_path, logprobs))
