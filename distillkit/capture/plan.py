@@ -95,11 +95,15 @@ def make_plan(
     config: CaptureConfig,
     codec: Codec,
     teacher: PreTrainedConfig,
+    weights: str | None,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     vocabulary_size: int,
 ) -> Plan:
-    """The plan of a capture of `rows`, a pass over which this takes."""
+    """The plan of a capture of `rows`, a pass over which this takes.
+
+    weights: digest of those of a local teacher, which may be overwritten under the same name.
+    """
     digest, labels, lengths = _read_through(rows)
     starts = range(0, len(rows), config.rows_per_shard)
     plan = Plan(
@@ -107,6 +111,7 @@ def make_plan(
             **config.teacher.model_dump(mode="json", include={"path", "kwargs"}),
             "architecture": (teacher.architectures or [type(teacher).__name__])[0],
             "commit": vars(teacher).get("_commit_hash"),  # of a hub id
+            "weights_sha256": weights,
         },
         codec={"kind": codec.kind, "config": codec.config.model_dump(mode="json")},
         capture=config.model_dump(mode="json", exclude=WITHOUT_BEARING),
@@ -161,9 +166,12 @@ def _read(path: Path) -> Plan:
 def _differences(now: Plan, then: Plan) -> Iterator[str]:
     """One line for each part of a plan that is not as it was, as far as it bears on what is captured."""
     present, past = _binding(now), _binding(then)
+    before, after = (keys.pop("teacher.weights_sha256") for keys in (past, present))
     for key in [*present, *(key for key in past if key not in present)]:
         if present.get(key) != past.get(key):
             yield f"{key}: is {shown(present.get(key))}, but was {shown(past.get(key))}"
+    if before != after:
+        yield "teacher.path: its weights are not what they were"
     if now.tokenizer_sha256 != then.tokenizer_sha256:
         yield "teacher.path: its tokenizer is not what it was"
     if now.rows_sha256 != then.rows_sha256 or now.shards != then.shards:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -18,6 +23,7 @@ from distillkit.data import build_datasets
 from distillkit.pretrained import load_pretrained_config, load_tokenizer
 from distillkit.shards import ShardRecord, read_record
 from distillkit.shards.background import BACKGROUND
+from distillkit.shards.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +52,8 @@ class Capture:
         found, rows = read_record(self.folder, shard), tuple(self.plan.shards[shard])
         if found is not None and (found.plan, found.rows) != (self.plan.sha256, rows):
             raise UserError(
-                f"output_path: {self.folder / found.file} is of another capture; take it and its .json away, and the same "
-                "command goes on"
+                f"output_path: {self.folder / found.file} is of another capture; take it and its .json away, and "
+                "the same command goes on"
             )
         return found
 
@@ -76,7 +82,8 @@ def prepare(config: CaptureConfig) -> Capture:
     _warn_of_long_rows(config, text)
     tokenizer = load_tokenizer(teacher.path, **where)
     rows, _ = build_datasets(config.dataset, tokenizer, config.sequence_length)
-    plan = make_plan(config, codec, pretrained, tokenizer, rows, text.vocab_size)
+    weights = weights_sha256(teacher.path, teacher.kwargs)
+    plan = make_plan(config, codec, pretrained, weights, tokenizer, rows, text.vocab_size)
     folder = Path(config.output_path)
     settled = settle_plan(folder, plan)
     if settled.versions != plan.versions:
@@ -92,6 +99,21 @@ def prepare(config: CaptureConfig) -> Capture:
             folder,
         )
     return Capture(config, folder, settled, rows, codec, tokenizer)
+
+
+def weights_sha256(path: str, kwargs: Mapping[str, Any]) -> str | None:
+    """Of a local teacher's weights and configuration, some 1 GB/s per thread; None for a hub id, which has commits."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        return None
+    if "gguf_file" in kwargs:
+        place /= kwargs["gguf_file"]
+    folder = place / kwargs.get("subfolder", "")
+    files = [place] if place.is_file() else [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    with ThreadPoolExecutor() as threads:
+        digests = threads.map(sha256, files)
+    named = [(file.name, digest) for file, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def check_vocabulary(config: CaptureConfig, width: int) -> None:

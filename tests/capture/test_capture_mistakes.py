@@ -145,6 +145,15 @@ def test_shares_of_two_teachers_are_not_put_together(teacher, text, tmp_path):
     assert files(tmp_path / "both") == before
 
 
+def test_a_teacher_that_was_trained_on_meanwhile_is_refused(text, tmp_path):
+    teacher, folder = save_llama(tmp_path / "teacher", 0), tmp_path / "dataset"
+    run(configuration(teacher, text, folder, rows_per_shard=1), "1/2")
+    save_llama(tmp_path / "teacher", 1)
+    line = r"^teacher\.path: its weights are not what they were when the capture in .* was begun"
+    with pytest.raises(UserError, match=line):
+        run(configuration(teacher, text, folder, rows_per_shard=1))
+
+
 def test_a_text_that_has_changed_is_refused(teacher, tmp_path):
     text, folder = tmp_path / "text.jsonl", tmp_path / "dataset"
     run(configuration(teacher, save_text(text, documents=4), folder), "1/2")

@@ -15,7 +15,7 @@ processes.set_forkserver_preload(["tests.capture.test_plan"])
 
 def plan(**changes):
     fields = {
-        "teacher": {"path": "teacher"},
+        "teacher": {"path": "teacher", "weights_sha256": "ef"},
         "codec": {"kind": "plain", "config": {"k": 5}},
         "capture": {"sequence_length": 24},
         "tokenizer_sha256": "ab",
