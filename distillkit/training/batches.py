@@ -32,7 +32,7 @@ class Collator:
         return {**batch, "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
 
 
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows up. It is never looked at, so any will do where the tokenizer has none."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
+def padding_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> int:
+    """The token that fills rows up. It is never looked at, so any that both models know will do."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None and token < vocabulary_size), 0)

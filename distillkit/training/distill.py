@@ -169,7 +169,9 @@ def _trainer(
         args=run.arguments,
         train_dataset=TensorRows(train_rows, signal_columns),
         eval_dataset=None if held_out is None else held_out.rows,
-        data_collator=Collator(padding_token(models.tokenizer), config.sequence_length, signal_columns),
+        data_collator=Collator(
+            padding_token(models.tokenizer, models.vocabulary_size), config.sequence_length, signal_columns
+        ),
         processing_class=models.tokenizer,
     )
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillkit.config import RunConfig, UserError
 from distillkit.training import distill
-from tests.training.tiny import save_llama, save_text
+from tests.training.tiny import BYTES, save_llama, save_text
 
 TRAINING = {
     "max_steps": 12,
@@ -254,3 +255,23 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(inputs, tmp_path
     assert said.getvalue().endswith("saved; go on with --resume\n")
     assert (tmp_path / "run" / f"checkpoint-{step}" / "complete").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_padding_token_that_the_embeddings_have_no_row_for_is_not_used(inputs, tmp_path):
+    """As a tokenizer has one that was given a <pad> by itself."""
+    folders = {name: shutil.copytree(inputs[name], tmp_path / name) for name in ("teacher", "student")}
+    for folder in folders.values():
+        more = AutoTokenizer.from_pretrained(folder)
+        more.add_special_tokens({"pad_token": "<padding>"})
+        assert more.pad_token_id == BYTES
+        more.save_pretrained(folder)
+    given = {**inputs, **{name: str(folder) for name, folder in folders.items()}}
+    run(
+        configuration(
+            given,
+            tmp_path / "run",
+            {"max_steps": 1},
+            dataset={"train_dataset": {"disk_path": inputs["text"]}, "packing": False},
+            evaluation=None,
+        )
+    )
