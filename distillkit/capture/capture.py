@@ -145,7 +145,7 @@ def _make_shard(planned: Capture, engine: Engine, shard: int, advance: Callable[
     if outside is not None:
         # A token that is always among the top k is given next to nothing rather than nothing.
         logprobs = outside.clamp(min=torch.finfo(torch.float32).tiny).log().log_softmax(-1)
-        write_background(planned.folder, logprobs)
+        write_background(planned.folder, logprobs, planned.plan.sha256)
     write_shard(planned.folder, shard, table, (start, stop), planned.plan.sha256)
 
 
@@ -153,7 +153,7 @@ def _finish(planned: Capture, engine: Engine | None, tokens: int, seconds: float
     """Write the tokenizer and the manifest if all shards are there, and take stock."""
     records, fidelity = planned.records(), None
     if len(records) == len(planned.plan.shards):
-        background = BACKGROUND if planned.plan.background else None
+        background = planned.folder / BACKGROUND if planned.plan.background else None
         shards = list(records.values())
         write_tokenizer(planned.folder, planned.tokenizer)
         write_manifest(planned.folder, planned.plan.manifest(shards, background))

@@ -26,6 +26,7 @@ from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError, shown
 from distillkit.data import tokenizer_hash
 from distillkit.shards import Manifest, ShardRecord, write_first
+from distillkit.shards.files import sha256
 
 PLAN = "plan.json"
 
@@ -74,7 +75,7 @@ class Plan:
         content = [self.format, _binding(self), self.vocabulary_size, *text]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def manifest(self, records: list[ShardRecord], background: str | None) -> Manifest:
+    def manifest(self, records: list[ShardRecord], background: Path | None) -> Manifest:
         """The manifest of the dataset once all shards are there."""
         capture = {**self.capture, "rows_sha256": self.rows_sha256}
         return Manifest(
@@ -86,7 +87,8 @@ class Plan:
             capture=capture,
             versions=self.versions,
             shards=tuple(records),
-            background=background,
+            background=None if background is None else background.name,
+            background_sha256=None if background is None else sha256(background),
             packed_to=capture["sequence_length"] if capture["dataset"]["packing"] else None,
         )
 

@@ -22,7 +22,7 @@ from distillkit.config.errors import UserError
 from distillkit.data import build_datasets
 from distillkit.pretrained import load_pretrained_config, load_tokenizer
 from distillkit.shards import ShardRecord, read_record
-from distillkit.shards.background import BACKGROUND
+from distillkit.shards.background import background_is_of
 from distillkit.shards.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Capture:
 
         Raises `UserError` for one of another capture, which is never replaced.
         """
-        if shard == 0 and self.plan.background and not (self.folder / BACKGROUND).exists():
+        if shard == 0 and self.plan.background and not background_is_of(self.folder, self.plan.sha256):
             return None
         found, rows = read_record(self.folder, shard), tuple(self.plan.shards[shard])
         if found is not None and (found.plan, found.rows) != (self.plan.sha256, rows):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -16,12 +16,26 @@ from distillkit.shards.manifest import Manifest
 
 BACKGROUND = "background.safetensors"
 _TENSOR = "logprobs"
+_PLAN = "plan"
 
 
-def write_background(folder: Path, logprobs: Float[Tensor, " vocab"]) -> str:
-    """Write a log-distribution over the vocabulary, whole or not at all; returns the file's name."""
-    write_whole(folder / BACKGROUND, save({_TENSOR: logprobs.detach().float().cpu().contiguous()}))
+def write_background(folder: Path, logprobs: Float[Tensor, " vocab"], plan: str | None = None) -> str:
+    """Write a log-distribution over the vocabulary, whole or not at all; returns the file's name.
+
+    plan: digest of what it is a part of, kept in the file.
+    """
+    note = None if plan is None else {_PLAN: plan}
+    write_whole(folder / BACKGROUND, save({_TENSOR: logprobs.detach().float().cpu().contiguous()}, note))
     return BACKGROUND
+
+
+def background_is_of(folder: Path, plan: str) -> bool:
+    """Whether the folder has a background that was written with `plan`."""
+    try:
+        with safe_open(folder / BACKGROUND, "pt") as file:
+            return (file.metadata() or {}).get(_PLAN) == plan
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_background(folder: Path, manifest: Manifest | None) -> Float[Tensor, " vocab"] | None:

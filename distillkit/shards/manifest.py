@@ -39,6 +39,8 @@ class Manifest:
     """Name of the file with the distribution of the mass outside the top k."""
     packed_to: int | None
     """Tokens that rows were packed to; None where a row is a document or a piece of one."""
+    background_sha256: str | None = None
+    """None where it is not known."""
     format: int = FORMAT
 
     @property

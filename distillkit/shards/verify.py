@@ -11,7 +11,8 @@ from distillkit.shards.manifest import Manifest
 
 
 def verify_shards(folder: Path, manifest: Manifest) -> list[str]:
-    """One line per shard that is missing, truncated, altered or not of this dataset, naming the file.
+    """One line per shard that is missing, truncated, altered or not of this dataset, naming the file; the same of the
+    background.
 
     Reads every byte of every shard, several shards at a time.
     """
@@ -22,6 +23,11 @@ def verify_shards(folder: Path, manifest: Manifest) -> list[str]:
     for path in sorted(folder.glob("*.parquet")):
         if path.name not in known:
             problems.append(f"{path.name}: is not in the manifest; it is of another dataset")
+    background = None if manifest.background is None else folder / manifest.background
+    if background is not None and not background.is_file():
+        problems.append(f"{background.name}: is missing")
+    elif background is not None and manifest.background_sha256 not in (None, sha256(background)):
+        problems.append(f"{background.name}: is not what was captured (other bytes, by SHA-256)")
     expected = 0
     for record in manifest.shards:
         if record.plan != manifest.shards[0].plan:

@@ -219,6 +219,17 @@ def test_what_is_lost_is_made_again(teacher, text, captured, tmp_path, lost):
     assert files(tmp_path) == files(captured[0])
 
 
+def test_the_background_of_another_capture_is_made_again(teacher, text, captured, tmp_path):
+    run(configuration(teacher, text, tmp_path / "other", rows_per_shard=9))
+    for name, content in files(captured[0]).items():
+        (tmp_path / "dataset" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "dataset" / name).write_bytes(content)
+    other = tmp_path / "other" / "background.safetensors"
+    (tmp_path / "dataset" / "background.safetensors").write_bytes(other.read_bytes())
+    run(configuration(teacher, text, tmp_path / "dataset"))
+    assert files(tmp_path / "dataset") == files(captured[0])
+
+
 def test_shares_add_up_to_the_same_dataset(teacher, text, captured, tmp_path):
     for share in ("2/3", "1/3"):
         printed = run(configuration(teacher, text, tmp_path), share)

@@ -198,6 +198,19 @@ def test_shards_are_read_at_the_same_time(dataset, monkeypatch):
     assert verify_shards(folder, made) == []
 
 
+def test_a_damaged_background_is_named(tmp_path):
+    name = write_background(tmp_path, torch.randn(9).log_softmax(-1))
+    path = tmp_path / name
+    made = manifest([], background=name, background_sha256=sha256(path))
+    assert verify_shards(tmp_path, made) == []
+    flipped = bytearray(path.read_bytes())
+    flipped[-2] ^= 1
+    path.write_bytes(flipped)
+    assert verify_shards(tmp_path, made) == [f"{name}: is not what was captured (other bytes, by SHA-256)"]
+    path.unlink()
+    assert verify_shards(tmp_path, made) == [f"{name}: is missing"]
+
+
 def test_a_shard_of_another_dataset_is_named(dataset):
     folder, made = dataset
     (folder / "shard-00001.parquet").write_bytes((folder / "shard-00002.parquet").read_bytes())
