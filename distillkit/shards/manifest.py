@@ -15,6 +15,18 @@ from distillkit.shards.files import ShardRecord, write_whole
 
 MANIFEST = "manifest.json"
 
+CARD = "README.md"
+_CARD = """---
+configs:
+- config_name: default
+  data_files: "*.parquet"
+---
+A dataset captured by distillkit: tokens, and what the teacher {teacher} says of each next one.
+
+The columns are compressed by `{codec}`; `manifest.json` says with what options, and all else that is known.
+"""
+"""Without it the datasets library takes the notes beside the shards for the rows."""
+
 FORMAT = 1
 """Of the file and the shards; to be counted up when an older reader would misunderstand them."""
 
@@ -57,7 +69,9 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, whole or not at all."""
+    """Write `manifest.json`, whole or not at all, and a `README.md` by which the datasets library finds the rows."""
+    card = _CARD.format(teacher=manifest.teacher.get("path", ""), codec=manifest.codec_kind)
+    write_whole(folder / CARD, card.encode())
     text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, sort_keys=True)
     write_whole(folder / MANIFEST, (text + "\n").encode())
 

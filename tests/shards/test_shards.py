@@ -169,6 +169,16 @@ def test_a_manifest_comes_back(dataset):
         read_manifest(folder)
 
 
+def test_the_datasets_library_loads_the_folder(dataset):
+    folder, made = dataset
+    (folder / "plan.json").write_text("{}")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    loaded = load_dataset(str(folder), split="train", cache_dir=folder / "cache")
+    assert len(loaded) == made.rows
+    assert loaded["bytes"][:] == [row for index in range(3) for row in table(seed=index)["bytes"].to_pylist()]
+
+
 def test_damage_is_named(dataset):
     folder, made = dataset
     whole = (folder / "shard-00001.parquet").read_bytes()
