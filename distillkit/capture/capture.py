@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import datasets
@@ -126,27 +127,41 @@ def shard_table(
 
 
 def _make_shards(planned: Capture, engine: Engine, missing: Sequence[int], console: Console) -> tuple[int, float]:
-    """The missing shards that others have not made meanwhile; tokens and seconds that they took."""
-    with CaptureProgress(console, sum(planned.plan.tokens[shard] for shard in missing)) as progress:
+    """The missing shards that others have not made meanwhile; tokens and seconds that they took.
+
+    While the teacher reads for a shard, the one before is compressed and written; what that raises is raised here.
+    """
+    total = sum(planned.plan.tokens[shard] for shard in missing)
+    with CaptureProgress(console, total) as progress, ThreadPoolExecutor(1) as writer:
+        written: Future[None] | None = None
         for shard in missing:
             if planned.record(shard) is None:
-                _make_shard(planned, engine, shard, progress.advance)
+                write = _make_shard(planned, engine, shard, progress.advance)
+                if written is not None:
+                    written.result()
+                written = writer.submit(write)
+        if written is not None:
+            written.result()
     return progress.tokens, progress.seconds
 
 
-def _make_shard(planned: Capture, engine: Engine, shard: int, advance: Callable[[int], None]) -> None:
-    """A shard, and before the first one the background."""
+def _make_shard(planned: Capture, engine: Engine, shard: int, advance: Callable[[int], None]) -> Callable[[], None]:
+    """What the teacher says on a shard's rows; the answer writes it, and before the first shard the background."""
     outside = None
     if shard == 0 and planned.plan.background:
         assert isinstance(engine, TransformersEngine)
         outside = torch.zeros(engine.vocabulary_size, dtype=torch.float64, device=engine.device)
     rows, start, stop = planned.shard_rows(shard), *planned.plan.shards[shard]
     table = shard_table(engine, planned.codec, rows, labels=planned.plan.labels, outside=outside, advance=advance)
-    if outside is not None:
-        # A token that is always among the top k is given next to nothing rather than nothing.
-        logprobs = outside.clamp(min=torch.finfo(torch.float32).tiny).log().log_softmax(-1)
-        write_background(planned.folder, logprobs, planned.plan.sha256)
-    write_shard(planned.folder, shard, table, (start, stop), planned.plan.sha256)
+
+    def write() -> None:
+        if outside is not None:
+            # A token that is always among the top k is given next to nothing rather than nothing.
+            logprobs = outside.clamp(min=torch.finfo(torch.float32).tiny).log().log_softmax(-1)
+            write_background(planned.folder, logprobs, planned.plan.sha256)
+        write_shard(planned.folder, shard, table, (start, stop), planned.plan.sha256)
+
+    return write
 
 
 def _finish(planned: Capture, engine: Engine | None, tokens: int, seconds: float) -> CaptureSummary:
@@ -193,6 +208,12 @@ def _told_how_to_go_on(planned: Capture, console: Console) -> Iterator[None]:
     except KeyboardInterrupt:
         say(console, f"interrupted: {so_far()}; the same command goes on with the others")
         raise SystemExit(INTERRUPTED) from None
+    except torch.OutOfMemoryError as error:
+        tokens = planned.config.tokens_per_batch
+        raise UserError(
+            f"tokens_per_batch: the device has no memory for the teacher and {tokens} tokens at a time: {so_far()}; "
+            "give less, and the same command goes on with the others"
+        ) from error
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

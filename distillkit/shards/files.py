@@ -64,12 +64,13 @@ def write_shard(
 
     Raises OSError where there is no room; nothing remains of the attempt then.
     """
-    path = folder / f"{shard_name(index)}.parquet"
-    with _whole_or_not_at_all(path) as file:
-        # Parquet stores a byte as four; by way of its dictionary of 256 it is a byte again.
-        pq.write_table(table, file, compression="zstd", write_statistics=False, row_group_size=_ROWS_PER_GROUP)
+    path, whole = folder / f"{shard_name(index)}.parquet", pa.BufferOutputStream()
+    # Parquet stores a byte as four; by way of its dictionary of 256 it is a byte again.
+    pq.write_table(table, whole, compression="zstd", write_statistics=False, row_group_size=_ROWS_PER_GROUP)
+    content = memoryview(whole.getvalue())
+    write_whole(path, content)
     tokens = sum(len(chunk.flatten()) for chunk in table["input_ids"].chunks)
-    record = ShardRecord(path.name, rows, tokens, path.stat().st_size, sha256(path), plan)
+    record = ShardRecord(path.name, rows, tokens, len(content), hashlib.sha256(content).hexdigest(), plan)
     text = json.dumps(asdict(record), indent=2, sort_keys=True) + "\n"
     write_whole(folder / f"{shard_name(index)}.json", text.encode())
     return record
@@ -85,7 +86,7 @@ def read_record(folder: Path, index: int) -> ShardRecord | None:
         return None
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that a reader sees the old content or the new, never a part, even after a power cut."""
     with _whole_or_not_at_all(path) as file:
         file.write(content)

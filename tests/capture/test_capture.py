@@ -278,14 +278,15 @@ def test_processes_of_torchrun_share_and_one_of_them_speaks(teacher, text, captu
 
 
 def test_ctrl_c_says_how_to_go_on(teacher, text, captured, tmp_path, monkeypatch, capsys):
-    def interrupted_at_the_third(folder, index, *rest):
-        if index == 2:
+    def interrupted_at_the_third(*arguments, **options):
+        made.append(shard_table(*arguments, **options))
+        if len(made) == 3:
             threading.Timer(0, os.kill, (os.getpid(), signal.SIGINT)).start()
             threading.Event().wait(10)
-        return write_shard(folder, index, *rest)
+        return made[-1]
 
-    write_shard = capture_module.write_shard
-    monkeypatch.setattr(capture_module, "write_shard", interrupted_at_the_third)
+    shard_table, made = capture_module.shard_table, []
+    monkeypatch.setattr(capture_module, "shard_table", interrupted_at_the_third)
     with pytest.raises(SystemExit) as ended:
         capture(configuration(teacher, text, tmp_path))
     assert ended.value.code == 130
@@ -294,6 +295,40 @@ def test_ctrl_c_says_how_to_go_on(teacher, text, captured, tmp_path, monkeypatch
     monkeypatch.undo()
     run(configuration(teacher, text, tmp_path))
     assert files(tmp_path) == files(captured[0])
+
+
+def test_the_teacher_reads_on_while_a_shard_is_written(teacher, text, captured, tmp_path, monkeypatch):
+    """The write of a shard may wait until the next one is begun."""
+
+    def read(*arguments, **options):
+        next(counter).set()
+        return shard_table(*arguments, **options)
+
+    def write(folder, index, *rest):
+        assert index == shards - 1 or begun[index + 1].wait(20)
+        return write_shard(folder, index, *rest)
+
+    shards, begun = len(read_manifest(captured[0]).shards), [threading.Event() for _ in range(99)]
+    counter = iter(begun)
+    shard_table, write_shard = capture_module.shard_table, capture_module.write_shard
+    monkeypatch.setattr(capture_module, "shard_table", read)
+    monkeypatch.setattr(capture_module, "write_shard", write)
+    run(configuration(teacher, text, tmp_path))
+    assert files(tmp_path) == files(captured[0])
+
+
+def test_too_little_memory_for_a_batch_is_told(teacher, text, tmp_path, monkeypatch):
+    def whole(engine, rows):
+        if sum(len(row["input_ids"]) for row in rows) > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return at_once(engine, rows)
+
+    at_once = TransformersEngine.whole
+    monkeypatch.setattr(TransformersEngine, "whole", whole)
+    with pytest.raises(UserError, match=r"^tokens_per_batch: the device has no memory for the teacher and 128 tokens"):
+        run(configuration(teacher, text, tmp_path))
+    run(configuration(teacher, text, tmp_path, tokens_per_batch=64))
+    assert verify_shards(tmp_path, read_manifest(tmp_path)) == []
 
 
 def test_logits_exist_for_a_chunk_of_tokens_alone(teacher, monkeypatch):
