@@ -39,12 +39,9 @@ def split_documents(documents: Dataset, sequence_length: int) -> Dataset:
 
     def split(table: pa.Table) -> pa.Table:
         lengths = pc.list_value_length(table["input_ids"]).to_numpy()
-        pieces = -(-lengths // sequence_length)
-        # Each piece is as long as a row, but for the last of each document.
-        piece_lengths = np.full(pieces.sum(), sequence_length)
-        piece_lengths[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * sequence_length
-        columns = {name: relisted(table[name], piece_lengths) for name in table.column_names}
-        return pa.table({**columns, "seq_lengths": _single_documents(piece_lengths)})
+        pieces = piece_lengths(lengths, sequence_length)
+        columns = {name: relisted(table[name], pieces) for name in table.column_names}
+        return pa.table({**columns, "seq_lengths": _single_documents(pieces)})
 
     features = Features({**documents.features, "seq_lengths": ROW_FEATURES["seq_lengths"]})
     at_once = min(_TOKENS_PACKED_AT_ONCE, _VALUES_MOVED_AT_ONCE // _values_per_token(documents))
@@ -66,9 +63,7 @@ def keep_rows(rows: Dataset, boundaries: Dataset | None, sequence_length: int, k
         sums, seq_lengths = lengths, _single_documents(lengths)
         if boundaries is not None:
             seq_lengths = table["seq_lengths"]
-            counts, parts = list_entries(seq_lengths)
-            parts = parts.cast(pa.int64()).to_numpy(zero_copy_only=False)
-            sums = np.diff(running_sums(parts)[running_sums(counts)])
+            _, sums = document_lengths(seq_lengths)
         wrong = np.flatnonzero((lengths > sequence_length) | (sums != lengths))
         if len(wrong):
             index, length, total = indices[wrong[0]], lengths[wrong[0]], sums[wrong[0]]
@@ -109,6 +104,21 @@ def count_tokens(rows: Dataset) -> int:
     """Number of tokens in column `input_ids`."""
     batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
     return sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for batch in batches)
+
+
+def piece_lengths(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
+    """Of documents that are split: each piece is as long as a row, but for the last of each document."""
+    pieces = -(-lengths // sequence_length)
+    split = np.full(pieces.sum(), sequence_length)
+    split[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * sequence_length
+    return split
+
+
+def document_lengths(seq_lengths: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of all documents, and for each row their sum."""
+    counts, parts = list_entries(seq_lengths)
+    parts = parts.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return parts, np.diff(running_sums(parts)[running_sums(counts)])
 
 
 def relisted(column: pa.ChunkedArray, lengths: np.ndarray) -> pa.ListArray:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from distillkit.config.errors import UserError
 from distillkit.data.packing import relisted
+from distillkit.data.rows import list_entries
 from distillkit.shards import signal_tensor
 
 _PER_TOKEN = ("input_ids", "labels", "attention_mask")
@@ -65,7 +66,7 @@ class TensorRows(TorchDataset[dict[str, Any]]):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         table = self.rows[indices]
-        lengths = _lengths(table["input_ids"]).tolist()
+        lengths = list_lengths(table["input_ids"]).tolist()
         tokens = {name: torch.tensor(_numbers(table[name])).split(lengths) for name in ("input_ids", "labels")}
         signals = {name: signal_tensor(table[name], name).split(lengths) for name in self.signal_columns}
         columns = {**tokens, **signals, "seq_lengths": table["seq_lengths"].to_pylist()}
@@ -74,10 +75,10 @@ class TensorRows(TorchDataset[dict[str, Any]]):
 
 def _is_whole(table: pa.Table, columns: Sequence[str], start: int, key: str) -> bool:
     """Whether nothing is to be repaired. Raises `UserError` for what cannot be."""
-    lengths = _lengths(table["input_ids"])
+    lengths = list_lengths(table["input_ids"])
     whole = bool(lengths.all())
     for name in (name for name in table.column_names if name not in ("input_ids", "seq_lengths")):
-        entries = _lengths(table[name])
+        entries = list_lengths(table[name])
         wrong = np.flatnonzero((entries != lengths) & ((name not in columns) | (entries != lengths - 1)))
         if len(wrong):
             row = int(wrong[0])
@@ -91,7 +92,7 @@ def _is_whole(table: pa.Table, columns: Sequence[str], start: int, key: str) -> 
 
 def _repaired(table: pa.Table, widths: Mapping[str, int]) -> pa.Table:
     """The tokens that `attention_mask` shows, each with an entry; what is missing is filled with zeros."""
-    lengths = _lengths(table["input_ids"])
+    lengths = list_lengths(table["input_ids"])
     row = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     seen = np.ones(len(row), dtype=bool)
@@ -103,7 +104,7 @@ def _repaired(table: pa.Table, widths: Mapping[str, int]) -> pa.Table:
         if name == "seq_lengths":
             repaired[name] = pa.concat_arrays(table[name].chunks)
             continue
-        entries = _lengths(table[name])
+        entries = list_lengths(table[name])
         values = pa.concat_arrays(table[name].chunks).flatten()
         source = (np.cumsum(entries) - entries)[row] + position
         if name in widths:
@@ -115,7 +116,8 @@ def _repaired(table: pa.Table, widths: Mapping[str, int]) -> pa.Table:
     return pa.table(repaired).filter(pa.array(kept > 0))
 
 
-def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Of all lists, 0 where there is none; what is in them is not touched."""
     return pc.list_value_length(column).fill_null(0).to_numpy()
 
 
@@ -125,4 +127,4 @@ def _width(column: pa.ChunkedArray) -> int:
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    return pa.concat_arrays(column.chunks).flatten().to_numpy()
+    return list_entries(column)[1].to_numpy()
