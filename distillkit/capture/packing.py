@@ -1,8 +1,9 @@
 """`distillkit pack`: captured rows to rows of a fixed length, each token beside what the teacher said there.
 
-First only the lengths are looked at and it is decided which document, or piece of one, goes where; then shards are
-written from slices of the memory-mapped source, one at a time. So memory holds one shard, whatever the size of the
-dataset, and a killed run goes on with the first shard that is missing, for the same lengths give the same rows.
+First only the lengths are looked at: they tell where documents are split, and which consecutive pieces make a shard.
+Then each shard is read from the memory-mapped source, packed by itself, and written. So memory holds one shard, the
+source is read once, and a killed run goes on with the first shard that is missing, for the same lengths give the same
+shards. Rows that are not full are one or two to a shard.
 """
 
 from __future__ import annotations
@@ -10,22 +11,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import track
+from trl.data_utils import pack_dataset
 
 from distillkit.capture.progress import say
+from distillkit.compression import SIGNAL_COLUMNS
 from distillkit.config import DatasetSource, UserError
+from distillkit.data.packing import document_lengths, piece_lengths
 from distillkit.data.prepared import file_states
+from distillkit.data.rows import running_sums
+from distillkit.data.signals import aligned_rows, list_lengths
 from distillkit.data.sources import load_source
 from distillkit.shards import (
     Manifest,
@@ -38,89 +44,60 @@ from distillkit.shards import (
     write_shard,
     write_whole,
 )
+from distillkit.shards.files import sha256
 from distillkit.teacher.tokenizer import copy_tokenizer
 
 TOKENS_PER_SHARD = 2**19
-TOKENS_PACKED_TOGETHER = 2**24
-"""Rows are filled from documents that lie so close together in the source; it keeps their order but for that."""
+ROWS_PER_SHARD = 64
+"""At least, so that rows left unfilled do not count; unless that is more than `BYTES_PER_SHARD`, uncompressed."""
+BYTES_PER_SHARD = 2**29
 
 _NOTE = ".packed_from.json"
 _KEY = "DATASET"
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Documents, or pieces of them: `length` tokens of a row of the source, from its token `start`."""
-
-    row: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
 
 
 def pack(source: DatasetSource, out: Path, sequence_length: int, console: Console | None = None) -> None:
     """Fill rows of `sequence_length` tokens with documents, best fit first; longer documents are split.
 
     Of a captured dataset, or a published one, comes another such in the folder `out`, which is there whole or not at
-    all. Columns with one entry per token move with their tokens; others are left out. What a manifest says of the
-    source is carried over.
+    all. Labels and columns with a list of numbers per token move with their tokens; others are left out. What a
+    manifest says of the source is carried over. Of what was packed before, only what is lost or damaged is made again.
 
     Raises `UserError` where the source cannot be read or is damaged, or `out` holds something else.
     """
     console = console or Console()
     manifest = _checked_manifest(source)
     made_from = _made_from(source, manifest, sequence_length)
-    if _finished(out, made_from):
-        say(console, f"{out}: is packed already, nothing is left to do")
-        return
-    rows = load_source(source, _KEY)
-    columns = _columns_per_token(rows, manifest)
-    pieces = _split(rows, columns, sequence_length)
-    if len(pieces.length) == 0:
-        raise UserError(f"{_KEY}: has only empty rows")
-    packed = list(_pack(pieces.length, sequence_length))
-    say(console, f"packing {int(pieces.length.sum()):,} tokens into {len(packed):,} rows of {sequence_length:,}")
     partial = out.with_name(f".{out.name}.partial")
+    if out.exists():
+        damaged = _damaged(out, made_from)
+        if not damaged:
+            say(console, f"{out}: is packed already, nothing is left to do")
+            return
+        say(console, f"{out}: {', '.join(damaged)}: lost or damaged, to be made again")
+        _take_apart(out, partial, damaged)
+    rows = _carried(load_source(source, _KEY), console)
+    documents, rows_start = _documents(rows)
+    pieces = piece_lengths(documents, sequence_length)
+    if len(pieces) == 0:
+        raise UserError(f"{_KEY}: has only empty rows")
+    shards = _shards(pieces, _tokens_per_shard(rows, sequence_length))
+    say(console, f"packing {pieces.sum():,} tokens into rows of {sequence_length:,}, in {len(shards):,} shards")
     _open(partial, made_from)
-    records = _write_shards(partial, rows.select_columns(columns), pieces, packed, sequence_length, console)
-    if manifest is None:
-        for index in range(len(records)):
-            (partial / records[index].file).with_suffix(".json").unlink()
-    else:
-        if manifest.background is not None:
-            write_whole(partial / manifest.background, (_folder(source) / manifest.background).read_bytes())
-        copy_tokenizer(_folder(source), partial)
-        write_manifest(partial, replace(manifest, shards=tuple(records), packed_to=sequence_length))
+    records = []
+    first_row = first_token = 0
+    for index, shard in enumerate(track(shards, "packing", console=console, disable=not console.is_terminal)):
+        record = read_record(partial, index)
+        if record is None:
+            table = _packed(rows, rows_start, shard, first_token, sequence_length)
+            record = write_shard(partial, index, table, (first_row, first_row + len(table)))
+        records.append(record)
+        first_row, first_token = record.rows[1], first_token + int(shard.sum())
+    _finish(source, manifest, partial, records, made_from)
     partial.rename(out)
-    filled = pieces.length.sum() / (len(packed) * sequence_length)
-    say(console, f"{out}: {len(rows):,} rows became {len(packed):,}, {filled:.1%} filled, in {len(records)} shards")
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in groups that add up to no more than `capacity`, in as few groups as best fit finds.
-
-    Best-fit decreasing: longest first, each into the group with the least room that is enough. Groups and what is in
-    them come in the order of the lengths. No length may be above `capacity`.
-    """
-    groups: list[list[int]] = []
-    open_groups: dict[int, list[int]] = {}  # by the room that is left
-    rooms: list[int] = []  # the keys, sorted
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        position = bisect_left(rooms, lengths[index])
-        if position == len(rooms):
-            room, group = capacity, len(groups)
-            groups.append([])
-        else:
-            room = rooms[position]
-            group = open_groups[room].pop()
-            if not open_groups[room]:
-                del open_groups[room], rooms[position]
-        groups[group].append(index)
-        left = room - lengths[index]
-        if left not in open_groups:
-            insort(rooms, left)
-            open_groups[left] = []
-        open_groups[left].append(group)
-    return sorted(sorted(group) for group in groups)
+    count = records[-1].rows[1]
+    filled = pieces.sum() / (count * sequence_length)
+    say(console, f"{out}: {len(rows):,} rows became {count:,}, {filled:.1%} filled, in {len(records)} shards")
 
 
 def _checked_manifest(source: DatasetSource) -> Manifest | None:
@@ -146,141 +123,152 @@ def _made_from(source: DatasetSource, manifest: Manifest | None, sequence_length
         files = [(record.file, record.sha256) for record in manifest.shards]
     listed = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     chosen = source.model_dump(exclude={"disk_path"} if source.disk_path is not None else None)
-    return {"version": 1, "source": chosen, "files": listed, "sequence_length": sequence_length}
+    return {"version": 2, "source": chosen, "files": listed, "sequence_length": sequence_length}
 
 
-def _finished(out: Path, made_from: dict[str, Any]) -> bool:
-    if not out.exists():
-        return False
-    note = out / _NOTE
-    if not note.is_file() or json.loads(note.read_text()) != made_from:
+def _damaged(out: Path, made_from: dict[str, Any]) -> list[str]:
+    """Files of a finished folder that are no longer there, or not as they were written."""
+    note, written = _read_note(out)
+    if note != made_from:
         raise UserError(f"OUT: {out} exists already and is something else; name a new folder")
-    return True
+    return [name for name, digest in written.items() if not (out / name).is_file() or sha256(out / name) != digest]
+
+
+def _take_apart(out: Path, partial: Path, damaged: Sequence[str]) -> None:
+    """Make of a finished folder the one that a killed run would have left."""
+    for name in damaged:
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    out.rename(partial)
+
+
+def _read_note(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a folder is packed from, and once it is finished the SHA-256 of all files; both empty for another folder."""
+    if not (folder / _NOTE).is_file():
+        return {}, {}
+    note: dict[str, Any] = json.loads((folder / _NOTE).read_text())
+    return note, note.pop("written", {})
 
 
 def _open(partial: Path, made_from: dict[str, Any]) -> None:
     """The folder to write into: as a killed run left it, or empty where that one packed something else."""
-    note = partial / _NOTE
-    if partial.exists() and not (note.is_file() and json.loads(note.read_text()) == made_from):
+    if partial.exists() and _read_note(partial)[0] != made_from:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     remove_leftovers(partial)
-    write_whole(note, json.dumps(made_from, indent=2).encode())
+    write_whole(partial / _NOTE, json.dumps(made_from, indent=2).encode())
 
 
-def _columns_per_token(rows: Dataset, manifest: Manifest | None) -> list[str]:
-    """What is carried: all columns of a captured dataset; of others, those with an entry per token in row 0."""
+def _finish(
+    source: DatasetSource,
+    manifest: Manifest | None,
+    partial: Path,
+    records: Sequence[ShardRecord],
+    made_from: dict[str, Any],
+) -> None:
+    """All but the shards. What was published has no manifest, and beside its shards nothing that is no data."""
+    if manifest is None:
+        for record in records:
+            (partial / record.file).with_suffix(".json").unlink()
+    else:
+        if manifest.background is not None:
+            write_whole(partial / manifest.background, (_folder(source) / manifest.background).read_bytes())
+        copy_tokenizer(_folder(source), partial)
+        packed_to = made_from["sequence_length"]
+        write_manifest(partial, replace(manifest, shards=tuple(records), packed_to=packed_to))
+    written = {record.file: record.sha256 for record in records}
+    for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+        name = path.relative_to(partial).as_posix()
+        if name not in (_NOTE, *written):
+            written[name] = sha256(path)
+    write_whole(partial / _NOTE, json.dumps({**made_from, "written": written}, indent=2).encode())
+
+
+def _carried(rows: Dataset, console: Console) -> Dataset:
+    """Tokens, labels, document boundaries and what is said of each token: in each column an entry for every token."""
     if "input_ids" not in rows.column_names:
         raise UserError(f"{_KEY}: has no column input_ids; it holds {', '.join(rows.column_names)}")
-    if manifest is not None:
-        return [name for name in rows.column_names if name != "seq_lengths"]
+    signals = [field.name for field in rows.features.arrow_schema if _holds_numbers_per_token(field.type)]
+    fitting = _fitting(rows, [name for name in signals if name not in SIGNAL_COLUMNS])
+    carried = aligned_rows(rows, [name for name in signals if name in SIGNAL_COLUMNS or name in fitting], _KEY)
+    left_out = [name for name in rows.column_names if name not in ("attention_mask", *carried.column_names)]
+    if left_out:
+        say(console, f"left out, for want of a list of numbers for each token: {', '.join(left_out)}")
+    return carried
+
+
+def _holds_numbers_per_token(kind: pa.DataType) -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    entry = kind.value_type
+    of_lists = pa.types.is_list(entry) or pa.types.is_large_list(entry) or pa.types.is_fixed_size_list(entry)
+    return of_lists and (pa.types.is_integer(entry.value_type) or pa.types.is_floating(entry.value_type))
+
+
+def _fitting(rows: Dataset, names: Sequence[str]) -> set[str]:
+    """Columns that in every row have an entry for each token, or for all but the last."""
+    fitting = set(names)
+    for table in rows.select_columns(["input_ids", *names]).with_format("arrow").iter(batch_size=1000):
+        tokens = list_lengths(table["input_ids"])
+        fitting -= {name for name in fitting if not np.isin(tokens - list_lengths(table[name]), (0, 1)).all()}
+    return fitting
+
+
+def _documents(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of the documents of all rows, and the number of tokens before each row and before the end."""
+    names = [name for name in ("input_ids", "seq_lengths") if name in rows.column_names]
+    documents, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    row = 0
+    for table in rows.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        lengths = list_lengths(table["input_ids"])
+        parts, sums = document_lengths(table["seq_lengths"]) if "seq_lengths" in names else (lengths, lengths)
+        wrong = np.flatnonzero(sums != lengths)
+        if len(wrong):
+            total, found = sums[wrong[0]], lengths[wrong[0]]
+            raise UserError(f"{_KEY}: row {row + wrong[0]} has {found} tokens, but its seq_lengths add up to {total}")
+        documents.append(parts[parts > 0])
+        tokens.append(lengths)
+        row += len(lengths)
+    return np.concatenate(documents), running_sums(np.concatenate(tokens))
+
+
+def _tokens_per_shard(rows: Dataset, sequence_length: int) -> int:
     first = rows.with_format("arrow")[:1]
-    lists = [field.name for field in first.schema if pa.types.is_list(field.type) or pa.types.is_large_list(field.type)]
-    tokens = pc.list_value_length(first["input_ids"])[0]
-    return [
-        name
-        for name in lists
-        if name not in ("seq_lengths", "attention_mask") and pc.list_value_length(first[name])[0] == tokens
-    ]
+    most = BYTES_PER_SHARD * len(first["input_ids"][0]) // first.nbytes
+    return max(sequence_length, min(max(TOKENS_PER_SHARD, ROWS_PER_SHARD * sequence_length), most))
 
 
-def _split(rows: Dataset, columns: Sequence[str], sequence_length: int) -> Pieces:
-    """Documents of all rows, in order; those longer than `sequence_length` in pieces."""
-    row, start, length = (np.concatenate(parts) for parts in zip(*_documents(rows, columns), strict=True))
-    pieces = -(-length // sequence_length)
-    first = np.repeat(np.cumsum(pieces) - pieces, pieces)
-    before = (np.arange(pieces.sum()) - first) * sequence_length
-    rest = np.repeat(length, pieces) - before
-    return Pieces(np.repeat(row, pieces), np.repeat(start, pieces) + before, np.minimum(rest, sequence_length))
+def _shards(pieces: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Consecutive pieces that end within the same `tokens` tokens; no piece is longer than that."""
+    of_shard = (np.cumsum(pieces) - 1) // tokens
+    return np.split(pieces, np.searchsorted(of_shard, np.arange(1, of_shard[-1] + 1)))
 
 
-def _documents(rows: Dataset, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Row, first token in it and length of each document; columns are held to one entry per token."""
-    known = [name for name in ("seq_lengths", "attention_mask") if name in rows.column_names]
-    first_row = 0
-    for batch in rows.select_columns([*columns, *known]).with_format("arrow").iter(batch_size=1000):
-        tokens = _lengths(batch["input_ids"])
-        for name in columns:
-            _require_one_per_token(_lengths(batch[name]), tokens, name, first_row)
-        if "attention_mask" in known and not pc.all(pc.cast(_flat(batch["attention_mask"]), pa.bool_())).as_py():
-            raise UserError(f"{_KEY}: holds padding (attention_mask 0); remove it from the rows first")
-        parts = tokens if "seq_lengths" not in known else _flat(batch["seq_lengths"]).to_numpy().astype(np.int64)
-        counts = np.ones_like(tokens) if "seq_lengths" not in known else _lengths(batch["seq_lengths"])
-        row = np.repeat(np.arange(len(tokens)), counts)
-        totals = np.bincount(row, weights=parts, minlength=len(tokens)).astype(np.int64)
-        _require_one_per_token(totals, tokens, "seq_lengths", first_row)
-        start = np.cumsum(parts) - parts - np.repeat(np.cumsum(tokens) - tokens, counts)
-        kept = parts > 0
-        yield first_row + row[kept], start[kept], parts[kept]
-        first_row += len(tokens)
+def _packed(rows: Dataset, rows_start: np.ndarray, pieces: np.ndarray, start: int, sequence_length: int) -> pa.Table:
+    """Consecutive pieces of the source, the first from its token `start` on, in rows."""
+    stop = start + int(pieces.sum())
+    first, last = np.searchsorted(rows_start, [start, stop - 1], side="right") - 1
+    table = rows.with_format("arrow")[int(first) : int(last) + 1]
+    bounds, skipped = pa.array(running_sums(pieces), pa.int32()), start - int(rows_start[first])
+    columns = {}
+    for name in table.column_names:
+        if name != "seq_lengths":
+            entries = pa.chunked_array([chunk.flatten() for chunk in table[name].chunks])
+            columns[name] = pa.ListArray.from_arrays(
+                bounds, pa.concat_arrays(entries.slice(skipped, stop - start).chunks)
+            )
+    documents = Dataset(pa.table(columns), fingerprint=f"pieces-{start}")  # else all numbers are hashed for one
+    with _without_progress_bars():
+        return pack_dataset(documents, sequence_length, "bfd_split", {"batch_size": None}).with_format("arrow")[:]
 
 
-def _require_one_per_token(found: np.ndarray, tokens: np.ndarray, name: str, first_row: int) -> None:
-    wrong = np.flatnonzero(found != tokens)
-    if len(wrong):
-        row = int(wrong[0])
-        raise UserError(
-            f"{_KEY}: row {first_row + row} has {tokens[row]} input_ids, but {name} speaks of {found[row]} tokens"
-        )
-
-
-def _pack(lengths: np.ndarray, sequence_length: int) -> Iterator[np.ndarray]:
-    """Indices of the pieces in each packed row."""
-    ends = np.cumsum(lengths)
-    start = 0
-    while start < len(lengths):
-        together = ends[start] - lengths[start] + max(TOKENS_PACKED_TOGETHER, 64 * sequence_length)
-        stop = int(np.searchsorted(ends, together, side="right"))
-        stop = max(stop, start + 1)
-        for group in best_fit(lengths[start:stop].tolist(), sequence_length):
-            yield start + np.array(group)
-        start = stop
-
-
-def _write_shards(
-    folder: Path,
-    rows: Dataset,
-    pieces: Pieces,
-    packed: Sequence[np.ndarray],
-    sequence_length: int,
-    console: Console,
-) -> list[ShardRecord]:
-    """All shards that are not there yet; the records of all."""
-    rows_per_shard = max(1, TOKENS_PER_SHARD // sequence_length)
-    starts = range(0, len(packed), rows_per_shard)
-    records = []
-    for index, start in enumerate(track(starts, "packing", console=console, disable=not console.is_terminal)):
-        record = read_record(folder, index)
-        if record is None:
-            chosen = packed[start : start + rows_per_shard]
-            record = write_shard(folder, index, _shard(rows, pieces, chosen), (start, start + len(chosen)))
-        records.append(record)
-    return records
-
-
-def _shard(rows: Dataset, pieces: Pieces, packed: Sequence[np.ndarray]) -> pa.Table:
-    """Packed rows with their tokens, in the order of the pieces in each."""
-    chosen = np.concatenate(packed)
-    needed, position = np.unique(pieces.row[chosen], return_inverse=True)
-    table = rows.with_format("arrow")[needed.tolist()]
-    tokens = _lengths(table["input_ids"])
-    first_token = (np.cumsum(tokens) - tokens)[position] + pieces.start[chosen]
-    lengths = pieces.length[chosen]
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    taken = pa.array(np.repeat(first_token, lengths) + within)
-    counts = [len(row) for row in packed]
-    ends = np.cumsum([0, *(lengths_of_row.sum() for lengths_of_row in np.split(lengths, np.cumsum(counts)[:-1]))])
-    columns = {name: _lists(_flat(table[name]).take(taken), ends) for name in table.column_names}
-    return pa.table({**columns, "seq_lengths": _lists(pa.array(lengths, pa.int32()), np.cumsum([0, *counts]))})
-
-
-def _lists(values: pa.Array, ends: np.ndarray) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), values)
-
-
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks).flatten()
-
-
-def _lengths(column: pa.ChunkedArray) -> np.ndarray:
-    return pc.list_value_length(column).to_numpy().astype(np.int64)
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Of the datasets library, which has one for each shard."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -48,6 +48,9 @@ _KINDS: dict[str, tuple[type[Section], Callable[[Any], Codec]]] = {
     "plain": (PlainConfig, Plain),
 }
 
+SIGNAL_COLUMNS = frozenset(LogprobCompressor.columns + LegacyLogitCompressor.columns + Plain.columns)
+"""The names that a token's signal is known by, in any format."""
+
 
 def build_codec(kind: str, config: Mapping[str, Any] | Section) -> Codec:
     """The codec that the YAML calls `kind`, with its section as it is there or parsed.

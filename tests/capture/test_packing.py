@@ -1,15 +1,16 @@
 """Packing: rows of a fixed length in which every token has its signal; a killed run ends as one that was not."""
 
+import io
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from datasets import Dataset
 from rich.console import Console
 
 from distillkit.capture import packing
-from distillkit.capture.packing import best_fit, pack
+from distillkit.capture.packing import pack
 from distillkit.config import DatasetSource, UserError
 from distillkit.data.sources import load_source
 from distillkit.shards import (
@@ -93,9 +94,14 @@ def pieces(rows, sequence_length):
     return numbers
 
 
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(packing, "TOKENS_PER_SHARD", 10)
+    monkeypatch.setattr(packing, "ROWS_PER_SHARD", 1)
+
+
 @pytest.mark.parametrize("sequence_length", [1, 4, 10, 1000])
-def test_every_token_keeps_its_signal(tmp_path, monkeypatch, sequence_length):
-    monkeypatch.setattr(packing, "TOKENS_PER_SHARD", 20)
+def test_every_token_keeps_its_signal(tmp_path, small_shards, sequence_length):
     source = capture(tmp_path / "captured", labels=True)
     out = tmp_path / "packed"
     pack(source, out, sequence_length, QUIET)
@@ -125,9 +131,8 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("with_record", [True, False])
-def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, with_record):
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, small_shards, with_record):
     """Killed after each shard, before or after its record is there."""
-    monkeypatch.setattr(packing, "TOKENS_PER_SHARD", 10)
     source = capture(tmp_path / "captured")
     pack(source, tmp_path / "undisturbed", 10, QUIET)
     kills = 0
@@ -153,8 +158,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, with_recor
         pack(source, out, 11, QUIET)
 
 
-def test_what_another_packing_left_is_not_taken_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "TOKENS_PER_SHARD", 10)
+def test_what_another_packing_left_is_not_taken_up(tmp_path, monkeypatch, small_shards):
     source, out = capture(tmp_path / "captured"), tmp_path / "packed"
 
     def write_then_die(folder, index, table, rows):
@@ -171,18 +175,88 @@ def test_what_another_packing_left_is_not_taken_up(tmp_path, monkeypatch):
 
 
 def test_a_published_dataset_keeps_its_columns(tmp_path):
-    """Without a manifest: columns of one entry per token go along, others cannot; the folder is a dataset again."""
+    """Without a manifest: columns of one list per token go along, others are named; the folder is a dataset again."""
     folder = tmp_path / "published"
     folder.mkdir()
     rows = table([[3], [4], [2]]).drop_columns("seq_lengths").append_column("source", pa.array(["a", "b", "c"]))
     pq.write_table(rows.append_column("turns", pa.array([["x"], ["y", "z"], []])), folder / "train-0.parquet")
     source = DatasetSource(disk_path=str(folder))
-    pack(source, tmp_path / "packed", 5, QUIET)
+    console = Console(file=io.StringIO(), width=200)
+    pack(source, tmp_path / "packed", 5, console)
+    assert "left out, for want of a list of numbers for each token: source, turns\n" in console.file.getvalue()
     assert sorted(documents_of(tmp_path / "packed")) == pieces([[3], [4], [2]], 5)
     assert read_manifest(tmp_path / "packed") is None
     packed = load_source(DatasetSource(disk_path=str(tmp_path / "packed")))
     assert sorted(packed.column_names) == ["bytes", "input_ids", "packed_ids", "seq_lengths"]
     pack(source, tmp_path / "packed", 5, QUIET)
+
+
+def test_what_the_last_token_lacks_is_filled_and_padding_goes(tmp_path):
+    """Published rows have a word about each token that comes, so one less than tokens, from the first row on or not."""
+    rows = {
+        "input_ids": [[1, 2, 3], [4, 5], [6]],
+        "attention_mask": [[1, 1, 1], [1, 0], [1]],
+        "compressed_logprobs": [[[1], [2]], [[4], [5]], []],
+        "bytepacked_indices": [[[1], [2], [3]], [[4]], [[6]]],
+        "only_in_the_first": [[[1], [2], [3]], [[4]], [[6], [7]]],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    pack(DatasetSource(disk_path=str(tmp_path / "rows.parquet")), tmp_path / "packed", 5, QUIET)
+    (packed,) = load_source(DatasetSource(disk_path=str(tmp_path / "packed")))
+    assert packed == {
+        "input_ids": [1, 2, 3, 4, 6],
+        "seq_lengths": [3, 1, 1],
+        "compressed_logprobs": [[1], [2], [0], [4], [0]],
+        "bytepacked_indices": [[1], [2], [3], [4], [6]],
+    }
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_what_is_lost_or_damaged_later_is_made_again(tmp_path, small_shards, with_manifest):
+    source, out = capture(tmp_path / "captured"), tmp_path / "packed"
+    if not with_manifest:
+        for path in [*(tmp_path / "captured").glob("*.json"), tmp_path / "captured" / "background.safetensors"]:
+            path.unlink()
+    pack(source, out, 10, QUIET)
+    whole = files(out)
+    for damaged in [name for name in whole if name != ".packed_from.json"]:
+        (out / damaged).unlink()
+        pack(source, out, 10, QUIET)
+        assert files(out) == whole
+    content = bytearray(whole["shard-00001.parquet"])
+    content[len(content) // 2] ^= 1
+    (out / "shard-00001.parquet").write_bytes(content)
+    console = Console(file=io.StringIO(), width=200)
+    pack(source, out, 10, console)
+    assert "packed: shard-00001.parquet: lost or damaged, to be made again" in console.file.getvalue()
+    assert files(out) == whole
+
+
+def test_the_source_is_read_once(tmp_path, monkeypatch, small_shards):
+    """Each shard reads the rows that lie behind it, not all those whose documents would fit well."""
+    capture(tmp_path / "captured", [[1 + index * 7 % 5, 8 - index * 7 % 5] for index in range(60)])
+    read, getitem = [], Dataset.__getitem__
+
+    def counting(rows, key):
+        found = getitem(rows, key)
+        if "seq_lengths" in rows.column_names and key != slice(None):
+            read.append(len(found))
+        return found
+
+    monkeypatch.setattr(Dataset, "__getitem__", counting)
+    monkeypatch.setattr(packing, "TOKENS_PER_SHARD", 100)
+    pack(DatasetSource(disk_path=str(tmp_path / "captured")), tmp_path / "packed", 10, QUIET)
+    shards = read_manifest(tmp_path / "packed").shards
+    assert len(shards) == 6
+    assert 60 <= sum(read) <= 60 + 2 * len(shards)
+
+
+def test_a_shard_is_bounded_by_its_bytes(tmp_path, monkeypatch):
+    """However long the rows: at most 64 rows of a few tokens here, 21 bytes each with offsets and lists."""
+    monkeypatch.setattr(packing, "BYTES_PER_SHARD", 2000)
+    pack(capture(tmp_path / "captured", [[10]] * 60), tmp_path / "packed", 10, QUIET)
+    tokens = [record.tokens for record in read_manifest(tmp_path / "packed").shards]
+    assert len(tokens) > 5 and max(tokens) * 27 < 2000
 
 
 def test_damage_is_named_before_anything_is_written(tmp_path):
@@ -199,37 +273,14 @@ def test_damage_is_named_before_anything_is_written(tmp_path):
     [
         ({"text": ["a"]}, "DATASET: has no column input_ids; it holds text"),
         ({"input_ids": [[]]}, "DATASET: has only empty rows"),
-        (
-            {"input_ids": [[1, 2], [3]], "x": [[1, 2], [3, 4]]},
-            "DATASET: row 1 has 1 input_ids, but x speaks of 2 tokens",
+        (  # a codec's column
+            {"input_ids": [[1, 2], [3]], "coeffs": [[[1], [2]], [[3], [4]]]},
+            "DATASET: row 1 has 1 input_ids and 2 entries in coeffs; they must be as many",
         ),
-        ({"input_ids": [[1, 2]], "seq_lengths": [[1]]}, "row 0 has 2 input_ids, but seq_lengths speaks of 1 tokens"),
-        ({"input_ids": [[1, 2]], "attention_mask": [[1, 0]]}, "DATASET: holds padding"),
+        ({"input_ids": [[1, 2]], "seq_lengths": [[1]]}, "row 0 has 2 tokens, but its seq_lengths add up to 1"),
     ],
 )
 def test_rows_that_cannot_be_packed_are_told(tmp_path, columns, line):
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     with pytest.raises(UserError, match=line):
         pack(DatasetSource(disk_path=str(tmp_path / "rows.parquet")), tmp_path / "packed", 10, QUIET)
-
-
-@given(lengths=st.lists(st.integers(1, 12), max_size=40), capacity=st.integers(12, 30))
-def test_best_fit(lengths, capacity):
-    groups = best_fit(lengths, capacity)
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    assert groups == sorted(groups) and all(group == sorted(group) for group in groups)
-    rooms = sorted(capacity - sum(lengths[index] for index in group) for group in groups)
-    assert all(room >= 0 for room in rooms)
-    assert rooms == sorted(_slow_best_fit(lengths, capacity))
-
-
-def _slow_best_fit(lengths, capacity):
-    """The room left in each row: longest first, into the fullest row that has room."""
-    rooms = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [room for room in rooms if room >= length]
-        if fitting:
-            rooms[rooms.index(min(fitting))] -= length
-        else:
-            rooms.append(capacity - length)
-    return rooms
