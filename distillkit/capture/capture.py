@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from distillkit.capture.engines import Answer, Engine, Row
-from distillkit.capture.preparation import Capture, check_vocabulary, prepare
+from distillkit.capture.preparation import Capture, check_vocabulary, prepare, remove_prepared
 from distillkit.capture.progress import CaptureProgress, say
 from distillkit.capture.sharing import Share, find_share
 from distillkit.capture.summary import CaptureSummary, measure_fidelity, print_summary
@@ -55,7 +55,8 @@ def capture(config: CaptureConfig, share: str | None = None, console: Console | 
     transformers.utils.logging.disable_progress_bar()
     if not console.is_terminal:
         datasets.disable_progress_bars()
-    planned = prepare(config)
+    with _told_of_no_room(config):
+        planned = prepare(config)
     with _told_how_to_go_on(planned, console):
         remove_leftovers(planned.folder)
         done = planned.records()
@@ -174,6 +175,7 @@ def _finish(planned: Capture, engine: Engine | None, tokens: int, seconds: float
         write_manifest(planned.folder, planned.plan.manifest(shards, background))
         if isinstance(engine, TransformersEngine):
             fidelity = measure_fidelity(planned, engine)
+        remove_prepared(planned.config)
     return CaptureSummary(
         planned.folder,
         shards=len(records),
@@ -194,6 +196,20 @@ def _say_what_is_left(planned: Capture, ours: Share, done: int, missing: int, co
     if ours.count > 1:
         line += f"; this is share {ours.index + 1} of {ours.count}"
     say(console, f"{line}; {missing} to make" if missing else f"{line}; nothing to make")
+
+
+@contextmanager
+def _told_of_no_room(config: CaptureConfig) -> Iterator[None]:
+    """A disk that is full before the first shard."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"output_path: no room left beside {config.output_path!r} for the prepared rows; make room, or name "
+            "another dataset.prepared_dataset_path"
+        ) from error
 
 
 @contextmanager

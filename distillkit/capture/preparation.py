@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from filelock import FileLock
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distillkit.capture.engines import Row
@@ -81,7 +83,8 @@ def prepare(config: CaptureConfig) -> Capture:
     check_vocabulary(config, text.vocab_size)
     _warn_of_long_rows(config, text)
     tokenizer = load_tokenizer(teacher.path, **where)
-    rows, _ = build_datasets(config.dataset, tokenizer, config.sequence_length)
+    kept = {"prepared_dataset_path": config.dataset.prepared_dataset_path or str(_prepared_beside(config))}
+    rows, _ = build_datasets(config.dataset.model_copy(update=kept), tokenizer, config.sequence_length)
     weights = weights_sha256(teacher.path, teacher.kwargs)
     plan = make_plan(config, codec, pretrained, weights, tokenizer, rows, text.vocab_size)
     folder = Path(config.output_path)
@@ -99,6 +102,20 @@ def prepare(config: CaptureConfig) -> Capture:
             folder,
         )
     return Capture(config, folder, settled, rows, codec, tokenizer)
+
+
+def remove_prepared(config: CaptureConfig) -> None:
+    """Delete the prepared rows of a capture that has ended, unless they were asked for."""
+    folder = _prepared_beside(config)
+    if config.dataset.prepared_dataset_path is None and folder.exists():
+        with FileLock(folder / ".train.lock"):  # whoever is loading them has them then
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prepared_beside(config: CaptureConfig) -> Path:
+    """Where the rows are kept until the capture has ended, so that text is tokenised once."""
+    folder = Path(config.output_path).resolve()
+    return folder.with_name(f"{folder.name}.prepared")
 
 
 def weights_sha256(path: str, kwargs: Mapping[str, Any]) -> str | None:

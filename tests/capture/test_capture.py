@@ -267,6 +267,20 @@ def test_shares():
         find_share("1/2", {"RANK": "1", "WORLD_SIZE": "2"})
 
 
+def test_text_is_read_once_until_the_dataset_is_there(teacher, captured, tmp_path):
+    text, prepared = save_text(tmp_path / "text.jsonl"), tmp_path / "dataset.prepared"
+    run(configuration(teacher, text, tmp_path / "dataset"), "1/2")
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*.arrow")}
+    assert before
+    kept = rows_of(tmp_path / "dataset")
+    run(configuration(teacher, text, tmp_path / "dataset"), "1/2")
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*.arrow")} == before
+    assert rows_of(tmp_path / "dataset") == kept
+    run(configuration(teacher, text, tmp_path / "dataset"), "2/2")
+    assert not prepared.exists()
+    assert rows_of(tmp_path / "dataset") == rows_of(captured[0])
+
+
 def test_processes_of_torchrun_share_and_one_of_them_speaks(teacher, text, captured, tmp_path, monkeypatch):
     config = configuration(teacher, text, tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -30,7 +30,8 @@ def test_a_full_disk(small_disk, tmp_path):
     teacher, text = save_llama(tmp_path / "teacher", 0), save_text(tmp_path / "text.jsonl")
     run(configuration(teacher, text, tmp_path / "whole", rows_per_shard=4))
     folder = small_disk / "dataset"
-    config = configuration(teacher, text, folder, rows_per_shard=4)
+    dataset = {"train_dataset": {"disk_path": text}, "prepared_dataset_path": str(tmp_path / "prepared")}
+    config = configuration(teacher, text, folder, rows_per_shard=4, dataset=dataset)
     for _ in range(2):  # and it is still full
         with pytest.raises(UserError) as error:
             run(config)
@@ -42,3 +43,10 @@ def test_a_full_disk(small_disk, tmp_path):
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     assert "are there already" in run(config)
     assert files(folder) == files(tmp_path / "whole")
+
+
+def test_a_disk_without_room_for_the_prepared_rows(small_disk, tmp_path):
+    teacher, text = save_llama(tmp_path / "teacher", 0), save_text(tmp_path / "text.jsonl")
+    (small_disk / "other").write_bytes(bytes(56 * 2**10))
+    with pytest.raises(UserError, match=r"^output_path: no room left beside .* for the prepared rows; make room"):
+        run(configuration(teacher, text, small_disk / "dataset"))
