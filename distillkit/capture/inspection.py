@@ -5,12 +5,15 @@ Only the manifest and the first rows are read, unless every byte is to be verifi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as parquet
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
@@ -62,13 +65,19 @@ def inspect_dataset(
         verify: read every shard and hold it to the manifest.
         tokens: how many tokens are shown with what the teacher expected there.
         teacher: a live teacher (a folder, a hub id or a .gguf file) that the stored distributions are compared with.
-        teacher_kwargs: keyword arguments of `from_pretrained` for it, such as `gguf_file`.
+        teacher_kwargs: keyword arguments of `from_pretrained` for it, such as `gguf_file`. Without them the captured
+            teacher is loaded as it was then, any other in the dtype of its checkpoint.
 
     Raises:
         UserError: the folder holds no captured dataset, or the teacher is not the one that was captured.
     """
     console = console or Console()
     manifest = _manifest(folder)
+    if manifest is None and (verify or teacher is not None):
+        raise UserError(f"DATASET: {folder} has no manifest.json that it could be held to; inspect it without options")
+    if manifest is None:
+        _print_pairs(console, describe_published(folder))
+        return True
     codec = build_codec(manifest.codec_kind, manifest.codec_config)
     _print_pairs(console, describe(manifest, codec))
     problems = verify_shards(folder, manifest) if verify else []
@@ -78,7 +87,11 @@ def inspect_dataset(
         say(console, "\nevery shard is what was captured")
     if problems:
         return False
-    options = {"trust_remote_code": trust_remote_code, "gguf_file": teacher_kwargs.get("gguf_file")}
+    teacher_kwargs = _as_captured(manifest, teacher) | {
+        name: value for name, value in teacher_kwargs.items() if value is not None
+    }
+    options = {name: value for name, value in teacher_kwargs.items() if name in ("gguf_file", "revision")}
+    options["trust_remote_code"] = trust_remote_code
     tokenizer = _tokenizer(folder, manifest, teacher, options)
     if tokens and manifest.tokens:
         _print_tokens(console, next(stored_rows(folder, manifest, codec)), tokens, tokenizer)
@@ -107,6 +120,29 @@ def describe(manifest: Manifest, codec: Codec) -> Lines:
         ("size", f"{manifest.bytes / 2**20:,.1f} MiB"),
         ("bytes per token", f"{codec.bytes_per_token} of signal; on disk {on_disk:.1f}, with the tokens"),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+    ]
+
+
+def describe_published(folder: Path) -> Lines:
+    """What the parquet files of a folder without a manifest say of themselves."""
+    files = sorted(folder.rglob("*.parquet"))
+    try:
+        rows = parquet.dataset(files)
+        columns = [f"{field.name} {field.type}" for field in rows.schema]
+        tokens = None
+        if "input_ids" in rows.schema.names:
+            batches = rows.to_batches(columns=["input_ids"])
+            tokens = sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() or 0 for batch in batches)
+        counted = rows.count_rows()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"DATASET: {folder} cannot be read: {error}") from error
+    return [
+        ("codec", "not known, as there is no manifest; the YAML of a distillation has to name it"),
+        ("columns", ", ".join(columns)),
+        ("rows", f"{counted:,}"),
+        ("tokens", "none: there is no column input_ids" if tokens is None else f"{tokens:,}"),
+        ("files", f"{len(files):,}"),
+        ("size", f"{sum(path.stat().st_size for path in files) / 2**20:,.1f} MiB"),
     ]
 
 
@@ -149,7 +185,8 @@ def compare(folder: Path, manifest: Manifest, codec: Codec, engine: Transformers
     return meter.result()
 
 
-def _manifest(folder: Path) -> Manifest:
+def _manifest(folder: Path) -> Manifest | None:
+    """None for a dataset that was published by others."""
     if not folder.is_dir():
         raise UserError(f"DATASET: no such folder: {str(folder)!r}")
     manifest = read_manifest(folder)
@@ -161,7 +198,18 @@ def _manifest(folder: Path) -> Manifest:
             f"DATASET: {folder} is a capture that has not ended ({shards} shards are there); start it again with the "
             "same configuration"
         )
-    raise UserError(f"DATASET: {folder} is no captured dataset: it has no manifest.json")
+    if next(folder.rglob("*.parquet"), None) is None:
+        raise UserError(f"DATASET: {folder} is no captured dataset: it has no manifest.json and no parquet files")
+    return None
+
+
+def _as_captured(manifest: Manifest, teacher: str | None) -> dict[str, Any]:
+    """What to load the teacher with, where it is the captured one."""
+    captured = str(manifest.teacher.get("path", ""))
+    if teacher is None or os.path.abspath(teacher) != os.path.abspath(captured):
+        return {}
+    kept = ("dtype", "torch_dtype", "gguf_file", "revision")
+    return {name: value for name, value in manifest.teacher.get("kwargs", {}).items() if name in kept}
 
 
 def _decoded(table: pa.Table, codec: Codec) -> StoredRow:

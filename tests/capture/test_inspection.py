@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from distillkit.capture import inspection
 from distillkit.capture.capture import capture
 from distillkit.capture.inspection import inspect_dataset, stored_rows
 from distillkit.capture.packing import pack
@@ -16,7 +17,7 @@ from distillkit.cli import main
 from distillkit.compression import build_codec
 from distillkit.config import DatasetSource, UserError
 from distillkit.config.capture import CaptureConfig
-from distillkit.pretrained import load_model
+from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.shards import read_background, read_manifest
 from tests.capture.captures import files
 from tests.training.tiny import BYTES, llama, save_llama, save_text, tokenizer
@@ -29,10 +30,10 @@ def teacher(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("models") / "teacher", seed=1)
 
 
-def make_capture(folder, teacher, compression):
+def make_capture(folder, teacher, compression, **teacher_kwargs):
     folder.mkdir(exist_ok=True)
     config = {
-        "teacher": {"path": teacher},
+        "teacher": {"path": teacher, "kwargs": teacher_kwargs},
         "sequence_length": 48,
         "dataset": {"train_dataset": {"disk_path": str(save_text(folder / "text.jsonl"))}},
         "compression": compression,
@@ -130,6 +131,47 @@ def test_divergence_from_the_live_teacher(captured, teacher):
     for name, label in (("uniform", "rest uniform"), ("background", "rest as background")):
         value = float(measured[f"KL(teacher‖stored), {label}"].split()[0])
         assert math.isclose(value, float(torch.cat(kl[name]).mean()), rel_tol=1e-3, abs_tol=1e-6)
+
+
+def test_the_captured_teacher_is_compared_as_it_was_captured(teacher, tmp_path, monkeypatch):
+    """In its dtype and revision, unless another is asked for; one that is not the captured one as it comes."""
+    captured = make_capture(
+        tmp_path / "offline", teacher, {"plain": {"k": K, "vocab_size": BYTES}}, dtype="bfloat16", revision="main"
+    )
+    asked = []
+
+    def load(path, **options):
+        asked.append(options.get("revision"))
+        return load_tokenizer(path, **options)
+
+    monkeypatch.setattr(inspection, "load_tokenizer", load)
+    as_captured = inspected(captured, teacher=teacher)[1]
+    assert asked == ["main"]
+    assert as_captured == inspected(captured, teacher=teacher, dtype="bfloat16")[1]
+    single = inspected(captured, teacher=teacher, dtype="float32")[1]
+    assert as_captured != single
+    shutil.copytree(teacher, tmp_path / "copy")
+    assert inspected(captured, teacher=str(tmp_path / "copy"))[1] == single
+
+
+def test_a_published_dataset(captured, tmp_path, capsys):
+    """Without a manifest: what the files say of themselves."""
+    manifest, published = read_manifest(captured), tmp_path / "published" / "data"
+    published.mkdir(parents=True)
+    for shard in captured.glob("*.parquet"):
+        shutil.copy(shard, published)
+    assert main(["inspect", str(published.parent)]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if line)
+    said = {name: value.strip() for name, value in lines.items()}
+    assert said["codec"].startswith("not known, as there is no manifest")
+    assert (said["rows"], said["tokens"]) == (f"{manifest.rows:,}", f"{manifest.tokens:,}")
+    assert said["files"] == str(len(manifest.shards))
+    assert "token_ids list<element: list<element: int32>>" in said["columns"]
+    assert main(["inspect", str(published.parent), "--verify"]) == 2
+    assert "has no manifest.json that it could be held to" in capsys.readouterr().err
+    (published / "x.parquet").write_bytes(b"nothing")
+    assert main(["inspect", str(published.parent)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_another_teacher_is_refused(captured, tmp_path):
