@@ -151,12 +151,13 @@ def refuse_damage(source: DatasetSource, key: str) -> None:
     manifest = manifest_of(source)
     if manifest is None:
         return
-    problems = verify_shards(Path(source.disk_path or ""), manifest)
+    folder = Path(source.disk_path or "")
+    problems = verify_shards(folder, manifest)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(
-            f"{key}.disk_path: {problems[0]}{more}; delete such files, and distillkit capture goes on there"
-        )
+        captured_here = (folder / "plan.json").is_file()
+        goes_on = "capture goes on there" if captured_here else "pack, of the same dataset to the same folder, mends it"
+        raise UserError(f"{key}.disk_path: {problems[0]}{more}; delete such files, and distillkit {goes_on}")
 
 
 def refuse_other_format(teacher: CapturedTeacher, rows: Dataset, key: str) -> None:

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from distillkit.capture.packing import pack
 from distillkit.config import DatasetSource, RunConfig, UserError
 from distillkit.data import build_dataset
 from distillkit.evaluation import measure_divergence
@@ -159,8 +161,19 @@ def test_a_damaged_shard_is_named_before_the_first_step(inputs, tmp_path, damage
     name = "shard-00099.parquet" if damage == "foreign" else shard.name
     with pytest.raises(UserError, match=rf"^dataset\.train_dataset\.disk_path: {name}: ") as caught:
         run(configuration(inputs["student"], data, tmp_path / "run"))
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("; delete such files, and distillkit capture goes on there")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_a_damaged_packed_dataset_is_told_to_do_mends_it(inputs, tmp_path):
+    source, data = DatasetSource(disk_path=inputs["documents"]), tmp_path / "packed"
+    pack(source, data, 64, Console(quiet=True))
+    (data / "shard-00000.parquet").unlink()
+    line = "delete such files, and distillkit pack, of the same dataset to the same folder, mends it"
+    with pytest.raises(UserError, match=line):
+        run(configuration(inputs["student"], str(data), tmp_path / "run"))
+    pack(source, data, 64, Console(quiet=True))
+    run(configuration(inputs["student"], str(data), tmp_path / "run"))
 
 
 def test_a_resumed_run_reads_again_only_a_dataset_that_has_changed(inputs, tmp_path, monkeypatch):
