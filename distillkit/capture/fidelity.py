@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from distillkit.distribution import DenseDistribution, SparseDistribution, at_least_float32
+from distillkit.losses.divergences import over_vocabulary
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class FidelityMeter:
         logprobs = at_least_float32(teacher.logits).log_softmax(-1)
         mass = logprobs.gather(-1, stored.ids).exp().masked_fill(~stored.present, 0).sum(-1)
         flat = logprobs.new_zeros(logprobs.shape[-1])
-        uniform = _relative_entropy(logprobs, over_vocabulary(stored, flat))
+        uniform = _divergence(logprobs, stored, flat)
         if self._background is None:
             background = torch.zeros_like(uniform)
         else:
-            background = _relative_entropy(logprobs, over_vocabulary(stored, self._background.to(logprobs)))
+            background = _divergence(logprobs, stored, self._background.to(logprobs))
         self._tokens += len(logprobs)
         self._sums += torch.stack([each.double().sum() for each in (mass, uniform, background)]).cpu()
 
@@ -56,25 +57,10 @@ class FidelityMeter:
         return Fidelity(self._tokens, mass, uniform, None if self._background is None else background)
 
 
-def over_vocabulary(stored: SparseDistribution, background: Float[Tensor, " vocab"]) -> Float[Tensor, "tokens vocab"]:
-    """Log-probabilities of all tokens: the stored ones, and the others share what is left as `background` has it.
-
-    Stored log-probabilities are rounded, so they may leave nothing, or less, to tokens that the teacher finds
-    possible; those get a float32 epsilon, and the whole is normalised.
-    """
-    logprobs = at_least_float32(stored.logprobs).masked_fill(~stored.present, -torch.inf)
-    vocabulary_size = background.shape[0]
-    ids = stored.ids.where(stored.present, vocabulary_size)  # an absent entry gets a column that is dropped
-    others = torch.nn.functional.pad(background, (0, 1)).repeat(len(ids), 1).scatter_(-1, ids, -torch.inf)
-    others = others[:, :vocabulary_size]
-    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(torch.float32).eps)
-    others = rest.log() + others - others.logsumexp(-1, keepdim=True)
-    others = torch.nn.functional.pad(others.nan_to_num(nan=-torch.inf), (0, 1))  # nan: there are no others
-    return others.scatter_(-1, ids, logprobs)[:, :vocabulary_size].log_softmax(-1)
-
-
-def _relative_entropy(
-    log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]
+def _divergence(
+    log_p: Float[Tensor, "tokens vocab"], stored: SparseDistribution, background: Float[Tensor, " vocab"]
 ) -> Float[Tensor, " tokens"]:
+    """KL(teacher ‖ stored) as the loss has it, with the stored distribution in the student's place."""
+    log_q = over_vocabulary(replace(stored, background=background)).log_softmax(-1)
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)

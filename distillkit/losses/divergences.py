@@ -113,7 +113,7 @@ def paired_logprobs(
     log_q = (at_least_float32(student_logits) / temperature).log_softmax(-1)
     if isinstance(teacher, SparseDistribution):
         if missing_probability_handling == "background":
-            log_p = (_over_background(teacher) / temperature).log_softmax(-1)
+            log_p = (over_vocabulary(teacher) / temperature).log_softmax(-1)
         else:
             log_p = _with_rest(teacher, temperature, missing_probability_handling)
             log_q = _gathered_with_rest(log_q, teacher)
@@ -151,11 +151,16 @@ def _gathered_with_rest(
     return torch.cat([gathered, rest.clamp(min=torch.finfo(rest.dtype).eps).log()], dim=-1)
 
 
-def _over_background(teacher: SparseDistribution) -> Float[Tensor, "tokens vocab"]:
+def over_vocabulary(teacher: SparseDistribution) -> Float[Tensor, "tokens vocab"]:
+    """Log-probabilities of all tokens: the named ones, and the others share what these leave as the background has it.
+
+    What was stored is rounded and may leave nothing, or less, to tokens that the teacher finds possible; those get the
+    dtype's epsilon, so that a row may sum to more than 1: normalise it. Raises ValueError without a background.
+    """
     if teacher.background is None:
         raise ValueError("missing_probability_handling: background needs a teacher with a background distribution")
     logprobs = at_least_float32(teacher.logprobs)
-    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=0).log()
+    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(logprobs.dtype).eps).log()
     # An absent entry is put into a column of its own, which is then dropped.
     vocabulary_size = teacher.background.shape[0]
     ids = teacher.ids.where(teacher.present, vocabulary_size)
