@@ -23,6 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -33,7 +34,9 @@ from measuring import RESULTS, provenance
 
 from distillkit.compression import Codec, build_codec
 from distillkit.distribution import DenseDistribution, SparseDistribution
+from distillkit.losses.divergences import over_vocabulary
 from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.shards import fitted_background
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "recommended": {"k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"]},
@@ -127,8 +130,7 @@ def background_of(teacher: Iterable[torch.Tensor], vocabulary: int, device: str)
     for logprobs in teacher:
         for k, total in totals.items():
             total += logprobs.scatter(-1, logprobs.topk(k).indices, -torch.inf).exp().sum(0)
-    # A token that is never outside the k likeliest still has a place there.
-    return {k: (total + total.sum() * 1e-9).log().log_softmax(-1) for k, total in totals.items()}
+    return {k: fitted_background(total) for k, total in totals.items()}
 
 
 def stored_forms(codecs: dict[str, Codec], top: SparseDistribution) -> Iterator[tuple[str, SparseDistribution]]:
@@ -147,10 +149,8 @@ def divergence(
         log_p = teacher.gather(-1, stored.ids).log_softmax(-1)
         log_q = stored.logprobs.log_softmax(-1)
     else:
-        rest = (1 - stored.logprobs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(torch.float32).eps).log()
         shape = background if reading == "background" else torch.zeros_like(background)
-        others = shape.expand_as(teacher).scatter(-1, stored.ids, -torch.inf).log_softmax(-1)
-        log_p, log_q = teacher, (rest + others).scatter(-1, stored.ids, stored.logprobs).log_softmax(-1)
+        log_p, log_q = teacher, over_vocabulary(replace(stored, background=shape)).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 

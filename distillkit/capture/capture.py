@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import datasets
 import pyarrow as pa
@@ -30,7 +31,14 @@ from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError
 from distillkit.pretrained import load_model
-from distillkit.shards import remove_leftovers, signal_table, write_background, write_manifest, write_shard
+from distillkit.shards import (
+    fitted_background,
+    remove_leftovers,
+    signal_table,
+    write_background,
+    write_manifest,
+    write_shard,
+)
 from distillkit.shards.background import BACKGROUND
 from distillkit.teacher.decoder import check_head
 from distillkit.teacher.tokenizer import write_tokenizer
@@ -153,13 +161,16 @@ def _make_shard(planned: Capture, engine: Engine, shard: int, advance: Callable[
         assert isinstance(engine, TransformersEngine)
         outside = torch.zeros(engine.vocabulary_size, dtype=torch.float64, device=engine.device)
     rows, start, stop = planned.shard_rows(shard), *planned.plan.shards[shard]
-    table = shard_table(engine, planned.codec, rows, labels=planned.plan.labels, outside=outside, advance=advance)
+    read = partial(shard_table, engine, planned.codec, labels=planned.plan.labels, advance=advance)
+    fitted = planned.fitted_rows
+    if outside is None or fitted == len(rows):
+        table = read(rows, outside=outside)
+    else:
+        table = pa.concat_tables([read(rows[:fitted], outside=outside), read(rows[fitted:])])
 
     def write() -> None:
         if outside is not None:
-            # A token that is always among the top k is given next to nothing rather than nothing.
-            logprobs = outside.clamp(min=torch.finfo(torch.float32).tiny).log().log_softmax(-1)
-            write_background(planned.folder, logprobs, planned.plan.sha256)
+            write_background(planned.folder, fitted_background(outside), planned.plan.sha256)
         write_shard(planned.folder, shard, table, (start, stop), planned.plan.sha256)
 
     return write

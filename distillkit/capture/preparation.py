@@ -44,6 +44,15 @@ class Capture:
     codec: Codec
     tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def fitted_rows(self) -> int:
+        """Rows, from the first, that the background is fitted on: those of the first shard, or half of the only one.
+
+        The others can tell what it is worth.
+        """
+        first = self.plan.shards[0][1]
+        return first if len(self.plan.shards) > 1 else (first + 1) // 2
+
     def record(self, shard: int) -> ShardRecord | None:
         """Of a shard that is there; the first one is only together with the background, which is made with it.
 

@@ -42,10 +42,12 @@ class CaptureSummary:
 
 
 def measure_fidelity(planned: Capture, engine: TransformersEngine) -> Fidelity:
-    """On the first rows of the finished dataset, as they are read back from disk."""
+    """On rows of the last shard, as they are read back from disk; the background was fitted on others, if there are."""
+    shard = len(planned.plan.shards) - 1
+    skipped = planned.fitted_rows if shard == 0 and len(planned.rows) > 1 else 0
     meter = FidelityMeter(read_background(planned.folder, read_manifest(planned.folder)))
-    rows = _sample(planned.shard_rows(0))
-    stored = _read_back(planned, engine, len(rows))
+    rows = _sample(planned.shard_rows(shard)[skipped:])
+    stored = _read_back(planned, engine, shard, slice(skipped, skipped + len(rows)))
     start = 0
     for row in rows:
         end = start + len(row["input_ids"])
@@ -77,16 +79,17 @@ def print_summary(console: Console, summary: CaptureSummary) -> None:
         f"{summary.bytes / 1e6:,.1f} MB, {summary.bytes / max(summary.tokens, 1):,.1f} bytes per token on disk",
     )
     if summary.fidelity is not None:
-        say(console, _told(summary.fidelity))
+        say(console, _told(summary.fidelity, fitted_on=summary.rows == 1))
 
 
-def _told(fidelity: Fidelity) -> str:
+def _told(fidelity: Fidelity, *, fitted_on: bool) -> str:
     line = (
         f"of the teacher's probability {100 * fidelity.top_k_mass:.2f} % is on stored tokens; KL(teacher ‖ stored) is "
         f"{fidelity.kl_uniform:.5f} with the rest spread evenly"
     )
     if fidelity.kl_background is not None:
         line += f", {fidelity.kl_background:.5f} as the background has it"
+        line += ", which was fitted on these" if fitted_on else ""
     return f"{line} ({fidelity.tokens:,} tokens)"
 
 
@@ -101,8 +104,8 @@ def _sample(rows: Sequence[Row]) -> list[Row]:
     return chosen
 
 
-def _read_back(planned: Capture, engine: TransformersEngine, rows: int) -> SparseDistribution:
-    file = pq.ParquetFile(planned.folder / f"{shard_name(0)}.parquet")
-    batch = next(file.iter_batches(batch_size=rows, columns=list(planned.codec.columns)))
-    columns = {name: signal_tensor(batch[name], name).to(engine.device) for name in planned.codec.columns}
+def _read_back(planned: Capture, engine: TransformersEngine, shard: int, rows: slice) -> SparseDistribution:
+    table = pq.read_table(planned.folder / f"{shard_name(shard)}.parquet", columns=list(planned.codec.columns))
+    table = table.slice(rows.start, rows.stop - rows.start)
+    columns = {name: signal_tensor(table[name], name).to(engine.device) for name in planned.codec.columns}
     return planned.codec.decode(columns)

@@ -3,6 +3,7 @@
 from distillkit.shards.arrays import signal_array as signal_array
 from distillkit.shards.arrays import signal_table as signal_table
 from distillkit.shards.arrays import signal_tensor as signal_tensor
+from distillkit.shards.background import fitted_background as fitted_background
 from distillkit.shards.background import read_background as read_background
 from distillkit.shards.background import read_background_file as read_background_file
 from distillkit.shards.background import write_background as write_background

@@ -19,6 +19,16 @@ _TENSOR = "logprobs"
 _PLAN = "plan"
 
 
+def fitted_background(outside: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
+    """The log-distribution that the teacher's probability outside its top k follows.
+
+    outside: that probability, summed over tokens. Where it has none, because the token was always among the top k, it
+        is given a billionth of the whole: elsewhere in the text it may be outside.
+    """
+    whole = outside.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return (outside + 1e-9 * whole).log().log_softmax(-1)
+
+
 def write_background(folder: Path, logprobs: Float[Tensor, " vocab"], plan: str | None = None) -> str:
     """Write a log-distribution over the vocabulary, whole or not at all; returns the file's name.
 

@@ -1,5 +1,6 @@
 """A capture stores what the teacher says, in shards that add up to the text, whoever makes them and however often."""
 
+import io
 import json
 import os
 import shutil
@@ -9,17 +10,20 @@ import threading
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
 from distillkit.capture import capture as capture_module
+from distillkit.capture import summary as summary_module
 from distillkit.capture import transformers_engine
 from distillkit.capture.capture import capture
-from distillkit.capture.fidelity import FidelityMeter, over_vocabulary
+from distillkit.capture.fidelity import FidelityMeter
 from distillkit.capture.sharing import Share, find_share
 from distillkit.capture.transformers_engine import TransformersEngine, batches
 from distillkit.compression import build_codec
 from distillkit.config import UserError
 from distillkit.data import build_dataset
 from distillkit.distribution import DenseDistribution, SparseDistribution
+from distillkit.losses.divergences import over_vocabulary, reverse_kl
 from distillkit.pretrained import load_model
 from distillkit.shards import read_background, read_manifest, signal_tensor, verify_shards
 from distillkit.teacher.tokenizer import read_tokenizer, write_tokenizer
@@ -129,6 +133,36 @@ def test_the_background_is_where_the_teachers_other_mass_lies(teacher, captured)
                 outside += probabilities.double().sum(0)
     background = read_background(folder, read_manifest(folder))
     torch.testing.assert_close(background, (outside / outside.sum()).log().float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows_per_shard", [8, 999])
+def test_the_background_is_measured_on_rows_that_it_was_not_fitted_on(
+    teacher, text, tmp_path, monkeypatch, rows_per_shard
+):
+    """The summary's figure, again from the rows of the last shard, or of the second half of the only one."""
+    monkeypatch.setattr(summary_module, "SAMPLE_TOKENS", 60)
+    config = configuration(teacher, text, tmp_path / "dataset", rows_per_shard=rows_per_shard)
+    found = capture(config, None, Console(file=io.StringIO())).fidelity
+    rows, manifest = rows_of(tmp_path / "dataset"), read_manifest(tmp_path / "dataset")
+    first = manifest.shards[-1].rows[0] if len(manifest.shards) > 1 else (len(rows) + 1) // 2
+    model, meter = load_model(teacher), FidelityMeter(read_background(tmp_path / "dataset", manifest))
+    with torch.no_grad():
+        for row in rows[first:]:
+            words = [
+                word_by_word(model, part.tolist()) for part in torch.tensor(row["input_ids"]).split(row["seq_lengths"])
+            ]
+            stored = SparseDistribution(torch.tensor(row["token_ids"]).long(), torch.tensor(row["top_values"]))
+            meter.add(DenseDistribution(torch.cat(words)), stored)
+            if meter.result().tokens >= 60:
+                break
+    assert found.tokens == meter.result().tokens
+    assert found.kl_background == pytest.approx(meter.result().kl_background, rel=1e-3)
+
+
+def test_a_single_row_is_measured_on_itself_and_it_is_said(teacher, tmp_path):
+    (tmp_path / "text.txt").write_text("a few words")
+    printed = run(configuration(teacher, tmp_path / "text.txt", tmp_path / "dataset"))
+    assert "as the background has it, which was fitted on these (" in printed
 
 
 def test_another_batch_size_and_documents_apart_say_the_same(teacher, text, captured, tmp_path):
@@ -384,10 +418,24 @@ def test_fidelity_against_sums_by_hand():
 def test_stored_words_that_leave_nothing_or_name_no_one():
     ids = torch.tensor([[0, 1], [1, 0]])
     logprobs = torch.tensor([[0.01, -9.0], [-0.5, -torch.inf]])
-    whole = over_vocabulary(SparseDistribution(ids, logprobs), torch.zeros(4))
+    whole = over_vocabulary(SparseDistribution(ids, logprobs, torch.zeros(4))).log_softmax(-1)
     torch.testing.assert_close(whole.exp().sum(-1), torch.ones(2))
     assert (whole > -torch.inf).all()
     torch.testing.assert_close(whole[1, 1], torch.tensor(-0.5))
     full = torch.randn(2, 4).log_softmax(-1)
-    everything = SparseDistribution(torch.arange(4).expand(2, 4), full)
-    torch.testing.assert_close(over_vocabulary(everything, torch.zeros(4)), full)
+    everything = SparseDistribution(torch.arange(4).expand(2, 4), full, torch.zeros(4))
+    torch.testing.assert_close(over_vocabulary(everything), full)
+
+
+def test_the_reported_divergence_is_the_losss():
+    """With the stored word as teacher and the teacher as student, the other way round: reverse_kl's formula."""
+    torch.manual_seed(0)
+    teacher, background = torch.randn(6, 10).log_softmax(-1), torch.randn(10).log_softmax(-1)
+    values, ids = teacher.topk(3)
+    values = values + torch.linspace(-0.1, 0.4, 6)[:, None]  # rounded, in the end to more than 1
+    meter = FidelityMeter(background)
+    meter.add(DenseDistribution(teacher), SparseDistribution(ids, values))
+    stored = SparseDistribution(ids, values, background)
+    sums, _ = reverse_kl(teacher, stored, ids[:, 0], missing_probability_handling="background")
+    assert values.exp().sum(-1).max() > 1
+    assert meter.result().kl_background == pytest.approx(float(sums.mean()), rel=1e-5)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from distillkit.config import UserError
 from distillkit.shards import (
     Manifest,
+    fitted_background,
     read_background,
     read_manifest,
     read_record,
@@ -206,6 +207,12 @@ def test_shards_are_read_at_the_same_time(dataset, monkeypatch):
 
     monkeypatch.setattr(verify, "sha256", slow)
     assert verify_shards(folder, made) == []
+
+
+def test_a_token_that_was_always_among_the_top_k_may_be_outside_elsewhere():
+    background = fitted_background(torch.tensor([3.0, 0.0, 1.0], dtype=torch.float64)).exp()
+    torch.testing.assert_close(background, torch.tensor([0.75, 1e-9, 0.25]).double(), rtol=1e-6, atol=0)
+    assert torch.isfinite(fitted_background(torch.zeros(3).double())).all()
 
 
 def test_a_damaged_background_is_named(tmp_path):
