@@ -14,7 +14,7 @@ from tests.capture.test_packing import capture, files
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.capture.test_pack_killed"])
 
-SHARDS = 30
+SHARDS = 60
 KILLS = 6
 
 
@@ -43,7 +43,7 @@ def unfinished(folder):
 
 def test_killed_at_several_moments(tmp_path):
     """Half of the kills when some shards are there, half while a file is written after that."""
-    source = capture(tmp_path / "captured", [[3, 8], [9], [12, 5, 3]] * (SHARDS))
+    source = capture(tmp_path / "captured", [[3, 8], [9], [12, 5, 3]] * SHARDS)  # a shard to each three rows
     out, partial = tmp_path / "packed", tmp_path / ".packed.partial"
     undisturbed = started(source, tmp_path / "undisturbed")
     undisturbed.join()
