@@ -1,9 +1,9 @@
 """Files that are whole or not there: write under another name, fsync, rename.
 
 A shard is a parquet file and a record of it beside it. The record is written after the file, so a shard that has a
-record is complete; one without is written again, with the same bytes. Unfinished files are named after the process that
-writes them, so that any number of processes may write into one folder, even the same shard; they are locked while it
-does, so that what a killed process left behind can be told from what a living one writes.
+record is complete; one without is written again, with the same bytes. Unfinished files have names of their own, so
+that any number of processes may write into one folder, even the same shard; they are locked meanwhile, so that what a
+killed process left behind can be told from what a living one writes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -99,8 +100,11 @@ def write_first(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished files that nobody writes any more."""
-    for path in folder.glob(f".*{_UNFINISHED}"):
+    """Delete the unfinished files of this machine that nobody writes any more.
+
+    Locks do not reach other machines on every file system, so what those write is left alone.
+    """
+    for path in folder.glob(f".*.{_host()}.*{_UNFINISHED}"):
         # A file that is gone was finished meanwhile; one that cannot be locked is being written.
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,7 +129,7 @@ def _link(staged: Path, path: Path) -> None:
 @contextmanager
 def _whole_or_not_at_all(path: Path, publish: Callable[[Path, Path], object] = os.replace) -> Iterator[BinaryIO]:
     """A file that becomes `path` when the block ends, and is gone when it does not end well."""
-    staged = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
+    staged = path.with_name(f".{path.name}.{_host()}.{secrets.token_hex(4)}{_UNFINISHED}")
     try:
         with _locked(staged) as file:
             yield file
@@ -140,12 +144,16 @@ def _whole_or_not_at_all(path: Path, publish: Callable[[Path, Path], object] = o
 def _locked(path: Path) -> BinaryIO:
     """A new file with a lock on it, which ends with the process, however that ends."""
     while True:
-        file = path.open("wb")
+        file = path.open("xb")
         with suppress(OSError):  # a file system without locks: there leftovers stay
             fcntl.flock(file, fcntl.LOCK_EX)
         if path.exists():
             return file
         file.close()  # taken for a leftover in the moment before it was locked
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
 
 
 def _fsync_folder(folder: Path) -> None:

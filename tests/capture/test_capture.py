@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import threading
 
 import pyarrow.parquet as pq
@@ -248,7 +249,8 @@ def test_a_capture_that_is_there_is_not_made_again(teacher, text, captured):
 def test_what_is_lost_is_made_again(teacher, text, captured, tmp_path, lost):
     shutil.copytree(captured[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / lost).unlink()
-    (tmp_path / ".shard-00002.parquet.elsewhere.1.unfinished").write_bytes(b"half")
+    here = socket.gethostname().replace(".", "-")
+    (tmp_path / f".shard-00002.parquet.{here}.01234567.unfinished").write_bytes(b"half")
     run(configuration(teacher, text, tmp_path))
     assert files(tmp_path) == files(captured[0])
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 import threading
 
 import pyarrow as pa
@@ -146,13 +147,26 @@ def test_a_shard_that_has_no_room_leaves_nothing(tmp_path):
 
 def test_leftovers_of_the_living_stay(tmp_path):
     write_shard(tmp_path, 0, table(), (0, 6))
-    (tmp_path / ".shard-00001.parquet.here.77.unfinished").write_bytes(b"of a process that was killed")
+    here = socket.gethostname().replace(".", "-")
+    elsewhere = ".shard-00001.parquet.elsewhere.01234567.unfinished"
+    (tmp_path / f".shard-00001.parquet.{here}.01234567.unfinished").write_bytes(b"of a process that was killed")
+    (tmp_path / elsewhere).write_bytes(b"of a machine whose locks are not seen here")
     with _whole_or_not_at_all(tmp_path / "shard-00002.parquet") as file:
         file.write(b"half")
         remove_leftovers(tmp_path)
         file.write(b" and half")
-    assert sorted(os.listdir(tmp_path)) == ["shard-00000.json", "shard-00000.parquet", "shard-00002.parquet"]
+    names = [elsewhere, "shard-00000.json", "shard-00000.parquet", "shard-00002.parquet"]
+    assert sorted(os.listdir(tmp_path)) == names
     assert (tmp_path / "shard-00002.parquet").read_bytes() == b"half and half"
+
+
+def test_two_writers_in_one_process_do_not_meet(tmp_path):
+    path = tmp_path / "shard-00002.parquet"
+    with _whole_or_not_at_all(path) as first:
+        first.write(b"first")
+        with _whole_or_not_at_all(path) as second:
+            second.write(b"second, longer")
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == [path.name]
 
 
 def test_a_manifest_comes_back(dataset):
