@@ -21,7 +21,7 @@ import transformers
 from rich.console import Console
 from torch import Tensor
 
-from distillkit.capture.engines import Answer, Engine, Row
+from distillkit.capture.engines import Engine, Row
 from distillkit.capture.preparation import Capture, check_vocabulary, prepare, remove_prepared
 from distillkit.capture.progress import CaptureProgress, say
 from distillkit.capture.sharing import Share, find_share
@@ -115,13 +115,9 @@ def shard_table(
     outside: the teacher's probability outside the top k is added to it, per token of the vocabulary.
     advance: told how many more tokens are done.
     """
-    if isinstance(engine, TransformersEngine):
-        answers: Iterator[Answer] = engine.top_k(rows, codec.k, outside)
-    else:
-        answers = engine.top_k(rows, codec.k)
     lengths = [len(row["input_ids"]) for row in rows]
     encoded: dict[int, dict[str, Tensor]] = {}
-    for answer in answers:
+    for answer in engine.top_k(rows, codec.k, outside):
         columns = {name: values.cpu() for name, values in codec.encode(answer.distribution).items()}
         of_the_answer = [lengths[index] for index in answer.rows]
         split = {name: values.split(of_the_answer) for name, values in columns.items()}
@@ -158,7 +154,6 @@ def _make_shard(planned: Capture, engine: Engine, shard: int, advance: Callable[
     """What the teacher says on a shard's rows; the answer writes it, and before the first shard the background."""
     outside = None
     if shard == 0 and planned.plan.background:
-        assert isinstance(engine, TransformersEngine)
         outside = torch.zeros(engine.vocabulary_size, dtype=torch.float64, device=engine.device)
     rows, start, stop = planned.shard_rows(shard), *planned.plan.shards[shard]
     read = partial(shard_table, engine, planned.codec, labels=planned.plan.labels, advance=advance)

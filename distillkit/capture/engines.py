@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from distillkit.distribution import SparseDistribution
 
 Row = Mapping[str, Any]
@@ -31,11 +35,16 @@ class Engine(Protocol):
 
     vocabulary_size: int
     """Columns of the teacher's head, which may be more than its tokenizer has tokens."""
+    device: torch.device
+    """Where its answers are."""
 
-    def top_k(self, rows: Sequence[Row], k: int) -> Iterator[Answer]:
+    def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[Answer]:
         """The k likeliest tokens after each token, with log-probabilities over the whole vocabulary.
 
         Documents of a row do not see each other. Each row is in exactly one answer; which rows an answer holds, and
         what it says, depends on the rows asked about alone, so that a shard made again is the same shard.
+
+        outside: the probabilities of all tokens outside the top k, summed over all positions, are added to it. Raises
+            ValueError where the engine does not know them.
         """
         ...

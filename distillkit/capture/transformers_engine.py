@@ -15,7 +15,8 @@ from distillkit.distribution import DenseDistribution, SparseDistribution, at_le
 from distillkit.teacher.decoder import head
 from distillkit.teacher.online import OnlineTeacher
 
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
+CHUNK_BYTES = {"cpu": 2**26}
+CHUNK_BYTES_ELSEWHERE = 2**29
 """Of float32 logits that are held at a time. Larger chunks are no faster."""
 
 
@@ -35,10 +36,7 @@ class TransformersEngine:
         self.device = weight.device
 
     def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[Answer]:
-        """As `Engine` has it.
-
-        outside: the probabilities of all tokens outside the top k, summed over all positions, are added to it.
-        """
+        """As `Engine` has it."""
         for batch in batches(rows, self._tokens_per_batch):
             parts = []
             for dense in self.whole([rows[index] for index in batch]):
@@ -57,7 +55,8 @@ class TransformersEngine:
         tokens = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).flatten().nonzero().squeeze(-1)
         on_device = {name: batch[name].to(self.device) for name in ("input_ids", "position_ids")}
         chunks = self._teacher.signal(on_device).distribution(tokens.to(self.device))
-        step = max(1, CHUNK_BYTES[self.device.type] // (4 * self.vocabulary_size))
+        most = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES_ELSEWHERE)
+        step = max(1, most // (4 * self.vocabulary_size))
         for start in range(0, len(tokens), step):
             dense = chunks(slice(start, start + step))
             assert isinstance(dense, DenseDistribution)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from distillkit.capture.engines import Answer, Row
 from distillkit.config import HFTeacherConfig, UserError
@@ -49,6 +51,7 @@ class VLLMEngine:
             ) from error
         kwargs = {"dtype" if name == "torch_dtype" else name: value for name, value in teacher.kwargs.items()}
         config = load_pretrained_config(teacher.path, key="teacher.path", trust_remote_code=trust_remote_code)
+        self.device = torch.device("cpu")
         self.vocabulary_size: int = config.get_text_config().vocab_size
         try:
             self._llm = LLM(
@@ -66,8 +69,10 @@ class VLLMEngine:
             max_tokens=1, temperature=0.0, prompt_logprobs=k, logprobs=k, flat_logprobs=True, detokenize=False
         )
 
-    def top_k(self, rows: Sequence[Row], k: int) -> Iterator[Answer]:
-        """See `Engine`; `k` is the one that the engine was made for. The distributions are on the CPU."""
+    def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[Answer]:
+        """See `Engine`; `k` is the one that the engine was made for."""
+        if outside is not None:
+            raise ValueError("vLLM says nothing of what is outside the top k")
         for together in _rows_together(rows):
             prompts = [{"prompt_token_ids": document} for index in together for document in _documents(rows[index])]
             outputs = self._llm.generate(prompts, self._params, use_tqdm=False)
