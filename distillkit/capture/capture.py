@@ -58,6 +58,11 @@ def capture(config: CaptureConfig, share: str | None = None, console: Console | 
         SystemExit: with code 130, after Ctrl-C.
     """
     ours = find_share(share)
+    if config.engine == "vllm" and share is None and ours.count > 1:
+        raise UserError(
+            "engine: vllm runs on GPUs of its own choice, so torchrun's processes would meet on them; start one with "
+            "teacher.kwargs.tensor_parallel_size, or several with CUDA_VISIBLE_DEVICES and --shard i/n"
+        )
     console = console or Console()
     console.quiet = share is None and ours.index > 0  # of torchrun's processes the first one tells how far they are
     transformers.utils.logging.disable_progress_bar()

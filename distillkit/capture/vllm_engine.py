@@ -50,21 +50,31 @@ class VLLMEngine:
                 f"engine: vllm cannot be imported ({error}); pip install 'distillkit[capture]', or engine: transformers"
             ) from error
         kwargs = {"dtype" if name == "torch_dtype" else name: value for name, value in teacher.kwargs.items()}
-        config = load_pretrained_config(teacher.path, key="teacher.path", trust_remote_code=trust_remote_code)
+        where = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
+        config = load_pretrained_config(teacher.path, key="teacher.path", trust_remote_code=trust_remote_code, **where)
+        longest = kwargs.pop("max_model_len", sequence_length + 1)  # and the token that it is made to write
+        if longest <= sequence_length:
+            raise UserError(
+                f"teacher.kwargs.max_model_len: is {longest}, but vLLM writes a token after each row of "
+                f"{sequence_length}; give at least {sequence_length + 1}, or remove it"
+            )
         self.device = torch.device("cpu")
         self.vocabulary_size: int = config.get_text_config().vocab_size
         try:
             self._llm = LLM(
                 model=teacher.path,
                 trust_remote_code=trust_remote_code,
-                max_model_len=sequence_length + 1,  # and the token that it is made to write
+                max_model_len=longest,
                 max_logprobs=k,
                 logprobs_mode="raw_logprobs",  # of the logits as they are: temperature 1, no penalties
                 enable_prefix_caching=False,  # what is cached of a prompt's beginning has no log-probabilities
                 **kwargs,
             )
         except (ValueError, TypeError, OSError, RuntimeError) as error:
-            raise UserError(f"engine: vllm does not start with {teacher.path!r}: {error}") from error
+            line = f"engine: vllm does not start with {teacher.path!r}: {error}"
+            if "max_model_len" in str(error):
+                line += f" (it needs sequence_length + 1 = {sequence_length + 1} tokens; perhaps a shorter one fits)"
+            raise UserError(" ".join(line.split())) from error
         self._params = SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=k, logprobs=k, flat_logprobs=True, detokenize=False
         )

@@ -14,6 +14,8 @@ from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.capture.vllm_engine import VLLMEngine, sparse_distribution
 from distillkit.config import HFTeacherConfig, UserError
 from distillkit.distribution import SparseDistribution
+from distillkit.pretrained import load_pretrained_config
+from tests.capture.captures import configuration, run
 
 from . import vllm_outputs
 
@@ -104,7 +106,38 @@ def test_what_is_missing_is_one_line(teacher, monkeypatch):
         VLLMEngine(HFTeacherConfig(path=str(teacher)), 6, 5)
 
 
-def test_arguments_that_vllm_refuses_are_one_line(teacher, vllm):
-    config = HFTeacherConfig(path=str(teacher), kwargs={"max_model_len": 10})
-    with pytest.raises(UserError, match=r"engine: vllm does not start with .*max_model_len"):
-        VLLMEngine(config, 6, 5)
+@pytest.mark.parametrize(
+    ("kwargs", "length", "line"),
+    [
+        ({"max_model_len": 5}, 5, r"^teacher\.kwargs\.max_model_len: is 5, but vLLM writes a token after each row"),
+        ({}, 2048, r"^engine: vllm does not start with .*max_model_len \(2049\).*sequence_length \+ 1 = 2049 tokens"),
+        ({"max_logprobs": 3}, 5, "^engine: vllm does not start with .*max_logprobs"),
+    ],
+)
+def test_arguments_that_vllm_refuses_are_one_line(teacher, vllm, kwargs, length, line):
+    with pytest.raises(UserError, match=line) as error:
+        VLLMEngine(HFTeacherConfig(path=str(teacher), kwargs=kwargs), 6, length)
+    assert "\n" not in str(error.value)
+
+
+def test_a_longer_window_may_be_given(teacher, vllm):
+    engine = VLLMEngine(HFTeacherConfig(path=str(teacher), kwargs={"max_model_len": 100}), 6, 5)
+    assert engine._llm.max_model_len == 100
+
+
+def test_the_revision_is_that_of_the_configuration_too(teacher, vllm, monkeypatch):
+    def load(path, **options):
+        asked.append(options.get("revision"))
+        return load_pretrained_config(path, **options)
+
+    asked = []
+    monkeypatch.setattr(vllm_engine, "load_pretrained_config", load)
+    monkeypatch.setattr(vllm_outputs.LLM, "__init__", lambda self, **options: asked.append(options["revision"]))
+    VLLMEngine(HFTeacherConfig(path=str(teacher), kwargs={"revision": "v2"}), 6, 5)
+    assert asked == ["v2", "v2"]
+
+
+def test_torchrun_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^engine: vllm runs on GPUs of its own choice"):
+        run(configuration("teacher", "text", tmp_path / "dataset", engine="vllm"))

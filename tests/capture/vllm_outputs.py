@@ -92,6 +92,11 @@ class LLM:
         self.engine_args = engine_args
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        positions = self.model.config.max_position_embeddings
+        if max_model_len > positions:
+            raise ValueError(
+                f"User-specified max_model_len ({max_model_len}) is greater than\nthe derived ({positions})"
+            )
         self.prompts = []
 
     @torch.no_grad()
