@@ -178,22 +178,22 @@ def test_what_a_damaged_packed_dataset_is_told_to_do_mends_it(inputs, tmp_path):
 
 def test_a_resumed_run_reads_again_only_a_dataset_that_has_changed(inputs, tmp_path, monkeypatch):
     data = copy(inputs, "top5", tmp_path / "data")
-    shards = sorted(Path(data).glob("*.parquet"))
+    read = [Path(data) / "background.safetensors", *sorted(Path(data).glob("*.parquet"))]
     hashed = []
     monkeypatch.setattr(verify, "sha256", lambda path: hashed.append(path) or sha256(path))
     training = {"save_steps": 1, "max_steps": 2}
     run(configuration(inputs["student"], data, tmp_path / "run", training=training))
-    assert sorted(hashed) == shards
+    assert sorted(hashed) == read
 
     def resume():
         (tmp_path / "run/results.json").unlink(missing_ok=True)
         run(configuration(inputs["student"], data, tmp_path / "run", training=training, resume=True))
 
     resume()
-    assert sorted(hashed) == shards
-    content = bytearray(shards[1].read_bytes())
+    assert sorted(hashed) == read
+    content = bytearray(read[2].read_bytes())
     content[len(content) // 2] ^= 1
-    shards[1].write_bytes(content)
+    read[2].write_bytes(content)
     with pytest.raises(UserError, match=r"shard-00001.parquet: is not what was captured"):
         resume()
 
