@@ -45,6 +45,7 @@ from distillkit.shards import (
     write_whole,
 )
 from distillkit.shards.files import sha256
+from distillkit.shards.manifest import CARD
 from distillkit.teacher.tokenizer import copy_tokenizer
 
 TOKENS_PER_SHARD = 2**19
@@ -143,7 +144,7 @@ def _take_apart(out: Path, partial: Path, damaged: Sequence[str]) -> None:
 
 
 def _read_note(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a folder is packed from, and once it is finished the SHA-256 of all files; both empty for another folder."""
+    """What a folder is packed from, and once it is finished the SHA-256 of its files; both empty for another folder."""
     if not (folder / _NOTE).is_file():
         return {}, {}
     note: dict[str, Any] = json.loads((folder / _NOTE).read_text())
@@ -179,7 +180,7 @@ def _finish(
     written = {record.file: record.sha256 for record in records}
     for path in sorted(path for path in partial.rglob("*") if path.is_file()):
         name = path.relative_to(partial).as_posix()
-        if name not in (_NOTE, *written):
+        if name not in (_NOTE, CARD, *written):  # a card may be rewritten by hand
             written[name] = sha256(path)
     write_whole(partial / _NOTE, json.dumps({**made_from, "written": written}, indent=2).encode())
 

@@ -219,7 +219,7 @@ def test_what_is_lost_or_damaged_later_is_made_again(tmp_path, small_shards, wit
             path.unlink()
     pack(source, out, 10, QUIET)
     whole = files(out)
-    for damaged in [name for name in whole if name != ".packed_from.json"]:
+    for damaged in whole.keys() - {".packed_from.json", "README.md"}:
         (out / damaged).unlink()
         pack(source, out, 10, QUIET)
         assert files(out) == whole
