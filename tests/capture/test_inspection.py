@@ -133,6 +133,12 @@ def test_divergence_from_the_live_teacher(captured, teacher):
         assert math.isclose(value, float(torch.cat(kl[name]).mean()), rel_tol=1e-3, abs_tol=1e-6)
 
 
+def test_the_rows_that_the_background_was_fitted_on_come_last(copy, teacher, monkeypatch):
+    monkeypatch.setattr(inspection, "TOKENS_COMPARED", 48)
+    (copy / "shard-00000.parquet").write_bytes(b"")
+    assert "KL(teacher‖stored), rest as background" in inspected(copy, teacher=teacher, tokens=0)[1]
+
+
 def test_the_captured_teacher_is_compared_as_it_was_captured(teacher, tmp_path, monkeypatch):
     """In its dtype and revision, unless another is asked for; one that is not the captured one as it comes."""
     captured = make_capture(
