@@ -327,6 +327,15 @@ def test_processes_of_torchrun_share_and_one_of_them_speaks(teacher, text, captu
     assert files(tmp_path) == files(captured[0])
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_says_how_to_go_on(teacher, text, captured, tmp_path, monkeypatch, capsys):
     def interrupted_at_the_third(*arguments, **options):
         made.append(shard_table(*arguments, **options))
