@@ -138,7 +138,7 @@ def _whole_or_not_at_all(path: Path, publish: Callable[[Path, Path], object] = o
             publish(staged, path)
     finally:
         staged.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    flush(path.parent)  # so that the rename is on disk too
 
 
 def _locked(path: Path) -> BinaryIO:
@@ -156,9 +156,9 @@ def _host() -> str:
     return socket.gethostname().replace(".", "-")
 
 
-def _fsync_folder(folder: Path) -> None:
-    """So that a rename is on disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,10 +6,11 @@ is deleted only when the newer one is complete.
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from distillkit.shards.files import flush
 
 MARKER = "complete"
 PREFIX = "checkpoint-"
@@ -42,9 +43,9 @@ def mark_complete(path: Path) -> None:
     """Declare a checkpoint complete, once all that it holds has reached the disk."""
     for file in path.rglob("*"):
         if file.is_file():
-            _flush(file)
+            flush(file)
     (path / MARKER).touch()
-    _flush(path)
+    flush(path)
 
 
 def delete(path: Path) -> None:
@@ -72,11 +73,3 @@ def rotate(folder: Path, limit: int | None, best: str | None = None) -> None:
         if best is None or checkpoint.path.resolve() != Path(best).resolve():
             delete(checkpoint.path)
             surplus -= 1
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
