@@ -117,7 +117,7 @@ def _run_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     vocab = weight.shape[0]
     matmul_dtype = _matmul_dtype(hidden_states)
-    matrix = _padded(weight.detach().to(matmul_dtype), dim=0)
+    matrix = padded(weight.detach().to(matmul_dtype), dim=0)
     hidden_gradient = torch.zeros_like(hidden_states) if work.wants[0] else None
     weight_gradient = torch.zeros_like(matrix, dtype=work.loss_dtype) if work.wants[1] else None
     bias_gradient = weight.new_zeros(vocab, dtype=work.loss_dtype) if work.wants[2] else None
@@ -139,7 +139,7 @@ def _run_chunks(
                 continue
             if bias_gradient is not None:
                 bias_gradient += gradient.sum(0)
-            gradient = _padded(gradient.to(matmul_dtype), dim=1)
+            gradient = padded(gradient.to(matmul_dtype), dim=1)
             if hidden_gradient is not None:
                 hidden_gradient[rows] = (gradient @ matrix).to(hidden_gradient.dtype)
             if weight_gradient is not None:
@@ -176,7 +176,7 @@ def _matmul_dtype(hidden_states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
 
 
-def _padded(tensor: Float[Tensor, "rows columns"], dim: int) -> Float[Tensor, "padded_rows padded_columns"]:
+def padded(tensor: Float[Tensor, "rows columns"], dim: int) -> Float[Tensor, "padded_rows padded_columns"]:
     """On CUDA a vocabulary that is no multiple of 64 (AFM-4.5B's 128005 is odd) slows the matmul several times."""
     missing = -tensor.shape[dim] % 64 if tensor.is_cuda else 0
     if missing == 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distillkit.distribution import DenseDistribution, Distribution, SparseDistribution
+from distillkit.losses.vocabulary_head import padded
 from distillkit.teacher.decoder import decode, head
 from distillkit.teacher.signal import TeacherSignal
 
@@ -41,7 +42,7 @@ class OnlineTeacher:
         self.top_k = top_k
         self.vocabulary_size = vocabulary_size
         self.background = background
-        self._matrix = _padded(head(model)[0])
+        self._matrix = padded(head(model)[0], dim=0)
 
     @torch.no_grad()
     def signal(self, batch: Mapping[str, Tensor]) -> TeacherSignal:
@@ -73,8 +74,3 @@ class OnlineTeacher:
             return lambda chunk: logits(wanted[chunk])
 
         return TeacherSignal(distribution, {index: state.to(device) for index, state in states.items()})
-
-
-def _padded(weight: Tensor) -> Tensor:
-    """On CUDA a vocabulary that is no multiple of 64 makes the matmul several times slower."""
-    return F.pad(weight, (0, 0, 0, -len(weight) % 64)) if weight.is_cuda else weight
