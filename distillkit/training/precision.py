@@ -62,13 +62,6 @@ def stays_float32(model: PreTrainedModel, name: str) -> bool:
 
 
 @contextmanager
-def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast to `dtype`; nothing for float32."""
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        yield
-
-
-@contextmanager
 def compiled_layers(model: PreTrainedModel, backend: str, mode: str | None) -> Iterator[None]:
     """Within, each decoder layer's forward is compiled.
 
