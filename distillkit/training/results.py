@@ -1,6 +1,5 @@
 """How a run ended: a table for the person, `results.json` for programs."""
 
-import platform
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +10,10 @@ from rich.text import Text
 from distillkit.config import RunConfig
 from distillkit.evaluation import Divergence, Sample
 from distillkit.evaluation.evaluate import divergence_table
+from distillkit.provenance import commit, machine, versions
 from distillkit.training.freezing import Freezing
 from distillkit.training.progress import NOT_LOSSES, read_metrics, say
-from distillkit.training.run_folder import METRICS, RESULTS, RunFolder, versions, write_json
+from distillkit.training.run_folder import METRICS, RESULTS, RunFolder, write_json
 
 
 def write_results(
@@ -42,7 +42,8 @@ def write_results(
             "samples": None if config.evaluation is None else config.evaluation.seed,
         },
         "versions": versions(),
-        "machine": {"system": f"{platform.system()} {platform.machine()}", "device": _device_name(device)},
+        "commit": commit(),
+        "machine": machine(device),
         "config": config.model_dump(mode="json"),
     }
     write_json(folder.path / RESULTS, results)
@@ -66,7 +67,3 @@ def print_results(
         )
     for sample in results["samples"]:
         console.print(Text.assemble("\n", (sample["prompt"], "bold"), sample["continuation"], "\n"))
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

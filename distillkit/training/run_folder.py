@@ -6,16 +6,15 @@ that matters to the weights is named.
 
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from distillkit.config import RunConfig, UserError
 from distillkit.config.errors import shown
+from distillkit.provenance import commit, versions
 from distillkit.training.checkpoints import PREFIX, Checkpoint, complete_checkpoints, delete_incomplete
 
 RUN = "run.json"
@@ -100,7 +99,10 @@ def open_run_folder(config: RunConfig, *, main_process: bool = True) -> RunFolde
         if not checkpoints and not finished:
             kept = {"converted": _read(folder / RUN).get("converted")}  # what lies in `untrained`
             started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            write_json(folder / RUN, {**kept, "started": started, "versions": versions(), "config": described})
+            write_json(
+                folder / RUN,
+                {**kept, "started": started, "versions": versions(), "commit": commit(), "config": described},
+            )
     return RunFolder(folder, checkpoints[-1] if checkpoints else None, finished, main_process)
 
 
@@ -109,17 +111,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     staged = path.with_name(f".{path.name}.tmp")
     staged.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(staged, path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    found = {"python": platform.python_version()}
-    for name in ("distillkit", "torch", "transformers", "accelerate", "datasets", "flash-linear-attention"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _refuse_what_is_not_ours(folder: Path) -> None:

@@ -1,0 +1,41 @@
+"""Where a number came from: versions, commit, machine. Every result file carries it."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("distillkit", "torch", "transformers", "accelerate", "datasets", "flash-linear-attention", "lm_eval")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the clone that the package runs from, and whether files differ; None outside of a clone."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return None
+    return f"{head} with changes" if changed else head or None
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """The system, and the name of the device that computed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"system": f"{platform.system()} {platform.machine()}", "device": name}

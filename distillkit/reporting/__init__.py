@@ -1,0 +1,1 @@
+"""What was measured, for people: tables, pictures, a report, a model card. Reads result files and nothing else."""
