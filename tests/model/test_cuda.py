@@ -21,11 +21,22 @@ def no_tf32():
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def layer_of(head_dim, gate_lower_bound, num_kv_heads=4):
+HEADS = {64: (9, 3), 128: (20, 4)}
+"""Query and key/value heads of SmolLM2-135M and AFM-4.5B, by size: kernels are tuned for each number of heads."""
+
+
+def layer_of(head_dim, gate_lower_bound, dtype=torch.float32, grouped=True):
+    """As in a model: what decides the decay stays in float32."""
     torch.manual_seed(0)
-    layer = KimiDeltaAttention(256, 4, num_kv_heads, head_dim, 0, gate_lower_bound=gate_lower_bound)
-    for parameter in (layer.A_log, layer.dt_bias):
-        torch.nn.init.normal_(parameter, std=0.5)
+    heads, kv_heads = HEADS[head_dim]
+    layer = KimiDeltaAttention(
+        256, heads, kv_heads if grouped else heads, head_dim, 0, gate_lower_bound=gate_lower_bound
+    )
+    for name, parameter in layer.named_parameters():
+        if name in ("A_log", "dt_bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+        else:
+            parameter.data = parameter.data.to(dtype)
     return layer.cuda()
 
 
@@ -53,7 +64,7 @@ def run(layer, hidden_states, documents, kernels, monkeypatch):
 )
 def test_kernels_equal_the_pytorch_form(head_dim, gate_lower_bound, packed, dtype, tolerance, monkeypatch):
     """Both from the same inputs; the PyTorch form computes in float32 inside."""
-    layer = layer_of(head_dim, gate_lower_bound, num_kv_heads=2).to(dtype)
+    layer = layer_of(head_dim, gate_lower_bound, dtype)
     hidden_states = torch.randn(1 if packed else 2, 400, 256, device="cuda", dtype=dtype)
     documents = None
     if packed:
@@ -94,8 +105,9 @@ def test_logits_on_cuda_equal_those_on_the_cpu(layout):
 def test_weights_load_into_and_from_flash_linear_attention():
     from fla.layers import KimiDeltaAttention as FlaLayer
 
-    ours = layer_of(64, -5.0).bfloat16()
-    theirs = FlaLayer(hidden_size=256, head_dim=64, num_heads=4, safe_gate=True, lower_bound=-5.0).cuda().bfloat16()
+    ours = layer_of(64, -5.0, torch.bfloat16, grouped=False)
+    theirs = FlaLayer(hidden_size=256, head_dim=64, num_heads=9, safe_gate=True, lower_bound=-5.0).cuda().bfloat16()
+    theirs.A_log.data, theirs.dt_bias.data = theirs.A_log.data.float(), theirs.dt_bias.data.float()
     theirs.load_state_dict(ours.state_dict())
     hidden_states = torch.randn(2, 200, 256, device="cuda", dtype=torch.bfloat16)
     expected = theirs(hidden_states)[0]

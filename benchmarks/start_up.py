@@ -1,0 +1,132 @@
+"""Seconds to the first training step on a fresh machine, and what a kept Triton cache saves.
+
+    python benchmarks/start_up.py                             # on CUDA; writes the JSON
+    python benchmarks/start_up.py --device cpu --tokens 128 --shapes tiny --output small.json
+
+fla's kernels are tuned at their first call, per number and size of heads and dtype, and Triton keeps the outcome in
+TRITON_CACHE_DIR. Each shape is timed in two new processes: with an empty cache, and with the one that the first left. A
+process makes a student of two KDA layers, takes a forward and backward pass over packed documents as training does
+(float32 masters under bf16 autocast), and then, cast to bf16, prefills and decodes as evaluation does. `--keep ARCHIVE`
+packs what was tuned (not what was compiled, which takes little time) for another machine with the same GPU; unpacked
+into TRITON_CACHE_DIR it is found there: `--from ARCHIVE` times just that.
+"""
+
+import argparse
+import json
+import os
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measuring import RESULTS, in_own_process, provenance
+from transformers import ArceeConfig, LlamaConfig, PreTrainedConfig
+
+from distillkit.config import StudentConfig
+from distillkit.conversion.convert import student_on_meta
+from distillkit.model import KDAHybridForCausalLM
+from distillkit.teacher.decoder import decode
+from distillkit.training.precision import cast_for_saving, cast_for_training
+
+
+def heads(config: type[PreTrainedConfig], hidden_size: int, query_heads: int, kv_heads: int) -> PreTrainedConfig:
+    """Two layers with a model's attention; what else it has does not matter to the kernels."""
+    return config(
+        vocab_size=512,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=query_heads,
+        num_key_value_heads=kv_heads,
+    )
+
+
+SHAPES = {
+    "tiny": heads(LlamaConfig, 64, 2, 1),
+    "smollm2-135m": heads(LlamaConfig, 576, 9, 3),
+    "afm-4.5b": heads(ArceeConfig, 2560, 20, 4),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "afm-4.5b"], choices=list(SHAPES))
+    parser.add_argument("--tokens", type=int, default=8192, help="of a row of packed documents")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep", type=Path, help="archive to write, of what was tuned")
+    parser.add_argument("--from", dest="kept", type=Path, help="archive to start with")
+    parser.add_argument("--one", choices=list(SHAPES), help="time one shape in this process")
+    parser.add_argument("--output", type=Path, default=RESULTS / "start_up.json")
+    options = parser.parse_args()
+    if options.one is not None:
+        print(json.dumps(first_steps(options.one, options.tokens, torch.device(options.device))))
+        return
+    with tempfile.TemporaryDirectory() as empty:
+        cache = Path(os.environ.setdefault("TRITON_CACHE_DIR", empty))
+        if options.kept is not None:
+            with tarfile.open(options.kept) as archive:
+                archive.extractall(cache, filter="data")
+        rows = []
+        for shape in options.shapes:
+            for state in ("tuned elsewhere",) if options.kept is not None else ("empty", "kept"):
+                timed = in_own_process(__file__, "--one", shape, "--tokens", options.tokens, "--device", options.device)
+                rows.append({"shape": shape, "triton_cache": state, **timed})
+                result = {
+                    "benchmark": "seconds to the first step of a new process, by what Triton's cache holds",
+                    "command": "python benchmarks/start_up.py",
+                    **provenance("flash-linear-attention", "triton"),
+                    "rows": rows,
+                }
+                options.output.write_text(json.dumps(result, indent=2) + "\n")
+                if options.keep is not None:
+                    keep(cache, options.keep)
+
+
+def first_steps(shape: str, tokens: int, device: torch.device) -> dict[str, float]:
+    """Seconds of the first and second training step, and of the first answer."""
+    student = untrained(SHAPES[shape], device)
+    cast_for_training(student, torch.bfloat16)
+    input_ids = torch.arange(tokens, device=device).remainder(512).unsqueeze(0)
+    position_ids = torch.cat([torch.arange(length, device=device) for length in documents(tokens)]).unsqueeze(0)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            decode(student, input_ids, position_ids)[0].float().square().mean().backward()
+
+    def answer() -> None:
+        cast_for_saving(student.eval(), torch.bfloat16)
+        student.generate(input_ids[:, : tokens // 2], max_new_tokens=4, do_sample=False, pad_token_id=0)
+
+    names = ("first_step_seconds", "second_step_seconds", "first_answer_seconds")
+    return {name: timed(work, device) for name, work in zip(names, (step, step, answer), strict=True)}
+
+
+def untrained(base_config: PreTrainedConfig, device: torch.device) -> KDAHybridForCausalLM:
+    config = student_on_meta(base_config, StudentConfig(layout="kda_only")).config
+    with torch.device(device):
+        return KDAHybridForCausalLM(config).train()
+
+
+def documents(tokens: int) -> list[int]:
+    """Lengths of the documents in a row: quarters of it, the last one cut in two."""
+    quarter = tokens // 4
+    return [quarter, quarter, quarter, quarter // 2, tokens - 3 * quarter - quarter // 2]
+
+
+def timed(work, device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return round(time.perf_counter() - start, 2)
+
+
+def keep(cache: Path, path: Path) -> None:
+    with tarfile.open(path, "w:xz") as archive:
+        for file in sorted(cache.rglob("*.autotune.json")):
+            archive.add(file, file.relative_to(cache))
+
+
+if __name__ == "__main__":
+    main()
