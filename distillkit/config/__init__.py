@@ -6,6 +6,9 @@ from distillkit.config.errors import UserError as UserError
 from distillkit.config.evaluation import EvaluationConfig as EvaluationConfig
 from distillkit.config.loading import load_run_config as load_run_config
 from distillkit.config.losses import LossConfig as LossConfig
+from distillkit.config.phases import Phase as Phase
+from distillkit.config.phases import PhaseConfig as PhaseConfig
+from distillkit.config.phases import phases_of as phases_of
 from distillkit.config.readiness import check_ready as check_ready
 from distillkit.config.run import RunConfig as RunConfig
 from distillkit.config.student import InitializationConfig as InitializationConfig
@@ -13,3 +16,4 @@ from distillkit.config.student import StudentConfig as StudentConfig
 from distillkit.config.teacher import DatasetTeacherConfig as DatasetTeacherConfig
 from distillkit.config.teacher import HFTeacherConfig as HFTeacherConfig
 from distillkit.config.teacher import VLLMTeacherConfig as VLLMTeacherConfig
+from distillkit.config.tokens import token_text as token_text

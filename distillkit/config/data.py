@@ -1,7 +1,7 @@
 """`dataset`: the text that is learnt from, and the held-out text that is measured on."""
 
 import re
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -69,3 +69,15 @@ class DatasetConfig(Section):
 
 TRL_KEYS = ("packing", "dataset_text_field", "dataset_num_proc", "assistant_only_loss", "completion_only_loss")
 """Keys of `dataset` that may stand in `training_args` too, where published configurations have them."""
+
+
+def move_dataset_keys(data: Any) -> Any:
+    """A run or a phase with those keys in `dataset`, as YAML gives it; what has no sections is left for the checks."""
+    if not isinstance(data, dict) or not isinstance(data.get("training_args"), dict):
+        return data
+    moved = {key: value for key, value in data["training_args"].items() if key in TRL_KEYS}
+    dataset = data.get("dataset", {})
+    if not moved or not isinstance(dataset, dict):
+        return data
+    kept = {key: value for key, value in data["training_args"].items() if key not in TRL_KEYS}
+    return {**data, "training_args": kept, "dataset": {**moved, **dataset}}

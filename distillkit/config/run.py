@@ -5,13 +5,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from distillkit.config.data import TRL_KEYS, DatasetConfig
+from distillkit.config.data import DatasetConfig, move_dataset_keys
 from distillkit.config.errors import KeyProblem, did_you_mean, shown
 from distillkit.config.evaluation import EvaluationConfig
-from distillkit.config.losses import HIDDEN_STATE_FUNCTIONS, LossConfig
-from distillkit.config.section import AnyMapping, PathText, Section, TextList
+from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
+from distillkit.config.phases import PhaseConfig, check_names, phases_of
+from distillkit.config.section import AnyMapping, PathText, Section, TextList, none_is_empty
 from distillkit.config.student import StudentConfig
 from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig, VLLMTeacherConfig
+from distillkit.config.tokens import TokenBudget, check_one_budget
 from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS, check_training_args
 
 
@@ -83,6 +85,11 @@ class RunConfig(Section):
     force_hidden_state_projection: bool = Field(
         False, description="compare hidden states through a learned projection even where widths are equal"
     )
+    tokens: TokenBudget = Field(
+        None,
+        description="for how long is trained, in tokens that are no padding: 300M, 1.5B; instead of "
+        "training_args.max_steps or num_train_epochs",
+    )
     training_args: AnyMapping = Field(default={}, description="what transformers' Trainer takes")
     trained_weights: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -91,18 +98,17 @@ class RunConfig(Section):
     )
     resume: bool = Field(False, description="go on from the last checkpoint in output_path")
     evaluation: EvaluationConfig | None = Field(None, description="what is measured before and after")
+    phases: Annotated[list[PhaseConfig], BeforeValidator(none_is_empty)] = Field(
+        default=[], description="one run after another, each from the weights of the one before; what each changes"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def move_dataset_keys(cls, data: Any) -> Any:
+    def move_keys(cls, data: Any) -> Any:
         """Published configurations give a few keys of `dataset` among the arguments of TRL's trainer."""
-        if not isinstance(data, dict) or not isinstance(data.get("training_args"), dict):
+        if isinstance(data, dict) and "dataset" not in data:
             return data
-        moved = {key: value for key, value in data["training_args"].items() if key in TRL_KEYS}
-        if not moved or not isinstance(data.get("dataset"), dict):
-            return data
-        kept = {key: value for key, value in data["training_args"].items() if key not in TRL_KEYS}
-        return {**data, "training_args": kept, "dataset": {**moved, **data["dataset"]}}
+        return move_dataset_keys(data)
 
     @field_validator("frozen_res")
     @classmethod
@@ -131,6 +137,17 @@ class RunConfig(Section):
     @classmethod
     def check_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         return check_training_args(arguments)
+
+    @field_validator("phases")
+    @classmethod
+    def check_phase_names(cls, phases: list[PhaseConfig]) -> list[PhaseConfig]:
+        check_names(phases)
+        return phases
+
+    @model_validator(mode="after")
+    def check_budget(self) -> Self:
+        check_one_budget({"tokens": self.tokens, "training_args": self.training_args})
+        return self
 
     @model_validator(mode="after")
     def check_trained_weights(self) -> Self:
@@ -197,6 +214,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_attention_losses(self) -> Self:
+        for position, loss in enumerate(self.loss_functions):
+            if loss.function in ATTENTION_FUNCTIONS and self.teacher.kind != "hf":
+                raise KeyProblem(
+                    f"loss_functions[{position}].function",
+                    f"{loss.function} needs a teacher of kind: hf; {self.teacher.kind} does not tell its attention",
+                )
+        return self
+
+    @model_validator(mode="after")
     def check_hidden_state_losses(self) -> Self:
         for position, loss in enumerate(self.loss_functions):
             if loss.function not in HIDDEN_STATE_FUNCTIONS:
@@ -210,4 +237,9 @@ class RunConfig(Section):
                     f"loss_functions[{position}].function",
                     f"{loss.function} needs a teacher of kind: hf; {self.teacher.kind} has no hidden states",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def check_phases(self) -> Self:
+        phases_of(self)
         return self

@@ -37,7 +37,8 @@ class Section(BaseModel):
             raise user_error(error, data) from None
 
 
-def _empty_list(value: Any) -> Any:
+def none_is_empty(value: Any) -> Any:
+    """The empty list for a key without a value."""
     return [] if value is None else value
 
 
@@ -48,7 +49,7 @@ def _empty_dict(value: Any) -> Any:
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A folder, file or hub id; `~` is the home folder."""
 
-TextList = Annotated[list[str], BeforeValidator(_empty_list)]
+TextList = Annotated[list[str], BeforeValidator(none_is_empty)]
 """A list of text; a key without a value is the empty list."""
 
 AnyMapping = Annotated[dict[str, Any], BeforeValidator(_empty_dict)]

@@ -1,0 +1,33 @@
+"""What one piece of YAML changes in another: a phase in the top level, a file in the one it extends."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from distillkit.config.tokens import budgets, without_budget
+from distillkit.config.training_args import RENAMED
+
+_OTHER_THING = ("kind", "repo_id", "disk_path")
+"""A section that names another of these is about something else: the rest of the former one does not belong to it."""
+
+
+def merged(former: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`former` with `changes`: mappings key by key, at any depth; lists and values are replaced.
+
+    Of tokens, steps and epochs the one that `changes` names is the one that counts, and of a training argument's
+    older and newer names the one that it uses.
+    """
+    result = without_budget(former) if budgets(changes) else dict(former)
+    for key, value in changes.items():
+        inherited = result.get(key)
+        if key == "training_args" and isinstance(inherited, Mapping) and isinstance(value, Mapping):
+            named = {RENAMED.get(name, name) for name in value}
+            inherited = {name: each for name, each in inherited.items() if RENAMED.get(name, name) not in named}
+        if isinstance(inherited, Mapping) and isinstance(value, Mapping) and not _about_another(inherited, value):
+            result[key] = merged(inherited, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _about_another(former: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+    return any(name in changes and changes[name] != former.get(name) for name in _OTHER_THING)
