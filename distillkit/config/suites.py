@@ -1,0 +1,180 @@
+"""The YAML of `distillkit evaluate`: which models are measured, and by which suites. A suite runs where it is named."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from distillkit.config.data import DatasetSource
+from distillkit.config.errors import KeyProblem
+from distillkit.config.loading import apply_override, read_yaml
+from distillkit.config.section import AnyMapping, PathText, Section
+
+SUITES = ("divergence", "benchmarks", "needles", "speed")
+
+TEACHER = "teacher"
+"""The teacher's name in results, which no student may have."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Of a student: it is part of file names."""
+
+NeedleTask = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+]
+
+ESSAY_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+"""Those whose needles lie in prose; the others make their haystack themselves (Hsieh et al. 2024, arXiv 2404.06654)."""
+
+
+def _ascending(values: list[int]) -> list[int]:
+    if sorted(set(values)) != values:
+        raise ValueError(f"must ascend, each number once; got {values}")
+    return values
+
+
+Positive = Annotated[int, Field(gt=0)]
+Lengths = Annotated[list[Positive], Field(min_length=1), AfterValidator(_ascending)]
+"""Numbers of tokens, in ascending order."""
+
+
+class ModelConfig(Section):
+    """A model to be measured."""
+
+    path: PathText = Field(description="a folder (of a model, a run, or a checkpoint), a hub id or a .gguf file")
+    kwargs: AnyMapping = Field(
+        default={}, description="keyword arguments of from_pretrained: dtype, gguf_file, revision, device_map, ..."
+    )
+    trained_length: int | None = Field(
+        None,
+        gt=0,
+        description="tokens it was trained on at a time, marked in the report; by default those of the run that made "
+        "it, else the model's max_position_embeddings",
+    )
+
+
+class DivergenceConfig(Section):
+    """`divergence`: how far each student is from the teacher on a text."""
+
+    dataset: DatasetSource = Field(description="held-out text: repo_id or disk_path")
+    text_field: str = Field("text", description="column that holds the text")
+    num_tokens: int = Field(16384, gt=0, description="tokens that are measured")
+    sequence_length: int = Field(2048, gt=0, description="tokens per row; longer documents are split")
+    seed: int | None = Field(42, ge=0, description="seed of the order of documents; null keeps that of the text")
+    position_buckets: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_ascending)] = Field(
+        default=[0, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
+        min_length=1,
+        description="positions in the document at which a bucket begins; each ends where the next begins",
+    )
+    layers: bool = Field(True, description="compare the hidden states of each layer, where both have as many")
+
+
+class BenchmarksConfig(Section):
+    """`benchmarks`: tasks of the LM Evaluation Harness."""
+
+    tasks: list[str] = Field(min_length=1, description="names of tasks: hellaswag, arc_challenge, mmlu, gsm8k, ...")
+    include_path: list[PathText] = Field(default=[], description="folders with tasks of your own, as YAML")
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each question; the task's own by default")
+    batch_size: int = Field(8, gt=0, description="samples that a model reads at a time")
+    apply_chat_template: bool = Field(False, description="put questions to the model as a chat")
+    seed: int = Field(1234, ge=0, description="seed of the choice of examples, and of sampling")
+
+
+class NeedlesConfig(Section):
+    """`needles`: what a model finds again in a long text, by length and depth (RULER's NIAH tasks)."""
+
+    tasks: list[NeedleTask] = Field(
+        default=[
+            "niah_single_1",
+            "niah_single_2",
+            "niah_single_3",
+            "niah_multikey_1",
+            "niah_multikey_2",
+            "niah_multikey_3",
+            "niah_multivalue",
+            "niah_multiquery",
+        ],
+        min_length=1,
+        description="RULER's names of the tasks; all by default",
+    )
+    lengths: Lengths = Field(description="tokens of a prompt, such as [1024, 2048, 4096]")
+    depths: int = Field(5, gt=0, description="places of a needle, evenly from the beginning of the text to its end")
+    samples: int = Field(4, gt=0, description="prompts for each length and depth")
+    haystack: DatasetSource | None = Field(None, description="prose that hides the needles: repo_id or disk_path")
+    seed: int = Field(42, ge=0, description="seed of keys, values and text")
+    prefill_tokens: int = Field(8192, gt=0, description="tokens of a prompt that are read at a time")
+
+    @model_validator(mode="after")
+    def check_haystack(self) -> Self:
+        if self.haystack is None and (wanting := [task for task in self.tasks if task in ESSAY_TASKS]):
+            others = "niah_single_1, niah_multikey_2 and niah_multikey_3"
+            raise KeyProblem(
+                "haystack", f"is missing: {wanting[0]} hides its needles in prose (only {others} need none)"
+            )
+        return self
+
+
+class SpeedConfig(Section):
+    """`speed`: tokens per second and memory against the length of the context."""
+
+    contexts: Lengths = Field(default=[256, 1024, 4096, 8192], description="tokens that are in the cache already")
+    decode_tokens: int = Field(32, gt=0, description="tokens that are generated")
+    repeats: int = Field(3, gt=0, description="how often each is measured; the median counts")
+    batch_size: int = Field(1, gt=0, description="sequences at a time")
+    prefill_tokens: int = Field(8192, gt=0, description="tokens of a prompt that are read at a time")
+
+
+class EvaluateConfig(Section):
+    """One evaluation: models and suites."""
+
+    output_path: PathText = Field(description="folder for results.json, and for what is measured until then")
+    teacher: ModelConfig | None = Field(None, description="the teacher, which students are compared with")
+    students: dict[str, ModelConfig] = Field(default={}, description="name of each student, and where it is")
+    trust_remote_code: bool = Field(False, description="run code that comes with the models")
+    limit: int | None = Field(None, gt=0, description="at most so many samples of each task, and rows of text")
+    smoke: bool = Field(
+        False, description="try everything on two samples of the shortest length, into the folder smoke of output_path"
+    )
+    divergence: DivergenceConfig | None = Field(None, description="how far students are from the teacher")
+    benchmarks: BenchmarksConfig | None = Field(None, description="tasks of the LM Evaluation Harness")
+    needles: NeedlesConfig | None = Field(None, description="what is found again in long texts")
+    speed: SpeedConfig | None = Field(None, description="tokens per second and memory")
+
+    @model_validator(mode="after")
+    def check_models(self) -> Self:
+        if self.teacher is None and not self.students:
+            raise KeyProblem("students", "is missing: name a student with its path, a teacher, or both")
+        for name in self.students:
+            if name == TEACHER:
+                raise KeyProblem(f"students.{name}", "is the teacher's name in results; choose another")
+            if not NAME.fullmatch(name):
+                raise KeyProblem(
+                    f"students.{name}", "must be a name of letters, digits, points, - and _; it becomes a file's name"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def check_suites(self) -> Self:
+        if all(getattr(self, suite) is None for suite in SUITES):
+            raise KeyProblem(SUITES[0], f"is missing: give at least one of {', '.join(SUITES)} with its keys")
+        if self.divergence is not None:
+            for key, given in (("teacher", self.teacher), ("students", self.students)):
+                if not given:
+                    raise KeyProblem(key, "is missing: divergence compares students with a teacher")
+        return self
+
+
+def load_evaluate_config(path: Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
+    """The evaluation that a YAML file describes, changed by `key=value` overrides. Raises `UserError`."""
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    return EvaluateConfig.parse(data)
