@@ -8,9 +8,21 @@ from distillkit.config.errors import KeyProblem
 from distillkit.config.section import Section
 
 LossName = Literal[
-    "cross_entropy", "kl", "reverse_kl", "jsd", "tvd", "hinge", "logistic_ranking", "hs_mse", "hs_cosine"
+    "cross_entropy",
+    "kl",
+    "reverse_kl",
+    "jsd",
+    "tvd",
+    "hinge",
+    "logistic_ranking",
+    "hs_mse",
+    "hs_cosine",
+    "attn_mse",
+    "attn_cosine",
 ]
 HIDDEN_STATE_FUNCTIONS = ("hs_mse", "hs_cosine")
+ATTENTION_FUNCTIONS = ("attn_mse", "attn_cosine")
+"""Layer by layer: the student's attention, on what the teacher's is given, against what the teacher's returns."""
 
 _DIVERGENCE = ("temperature", "missing_probability_handling", "sparse_chunk_length")
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -23,13 +35,15 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "logistic_ranking": ("top_k", "sparse_chunk_length"),
     "hs_mse": (),
     "hs_cosine": (),
+    "attn_mse": (),
+    "attn_cosine": (),
 }
 
 
 class LossConfig(Section):
     """One loss, its weight, and the options that it has."""
 
-    function: LossName = Field(description="name of the loss: cross_entropy, kl, hs_cosine, ...")
+    function: LossName = Field(description="name of the loss: cross_entropy, kl, hs_cosine, attn_mse, ...")
     weight: float = Field(ge=0, description="share of the loss; weights are divided by their sum")
     temperature: float | None = Field(
         None, gt=0, description="divides the logits of both models; divergences only, 1 by default"

@@ -1,5 +1,7 @@
 """Losses: plain functions of student and teacher, the chunked head that calls them, and the objective of a run."""
 
+from distillkit.losses.alignment import AlignedLayer as AlignedLayer
+from distillkit.losses.functions import ATTENTION_LOSSES as ATTENTION_LOSSES
 from distillkit.losses.functions import DISTRIBUTION_LOSSES as DISTRIBUTION_LOSSES
 from distillkit.losses.functions import HIDDEN_STATE_LOSSES as HIDDEN_STATE_LOSSES
 from distillkit.losses.functions import reduce as reduce

@@ -23,6 +23,7 @@ DISTRIBUTION_LOSSES: dict[str, Callable[..., PerToken]] = {
 }
 RANKING_LOSSES = ("hinge", "logistic_ranking")
 HIDDEN_STATE_LOSSES: dict[str, Callable[..., PerToken]] = {"hs_mse": hs_mse, "hs_cosine": hs_cosine}
+ATTENTION_LOSSES: dict[str, Callable[..., PerToken]] = {"attn_mse": hs_mse, "attn_cosine": hs_cosine}
 
 
 def masked_totals(

@@ -1,9 +1,9 @@
 """What a run minimises: the weighted mean of its `loss_functions`, over one batch at a time.
 
 One mask serves every loss. Position t predicts token t + 1, so the labels are shifted once, and the rows (positions of
-the flattened batch) that count are gathered once; vocabulary head and hidden-state losses see those alone. Sums are
-divided by the count of the whole optimizer step, which the caller gives: then the gradients of a step's micro-batches
-add up to those of the undivided batch.
+the flattened batch) that count are gathered once; vocabulary head and hidden-state losses see those alone, and losses
+of attention outputs count those alone. Sums are divided by the count of the whole optimizer step, which the caller
+gives: then the gradients of a step's micro-batches add up to those of the undivided batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distillkit.config import LossConfig, UserError
-from distillkit.losses.functions import HIDDEN_STATE_LOSSES, RANKING_LOSSES
+from distillkit.losses.alignment import AlignedLayer, aligned_losses
+from distillkit.losses.functions import ATTENTION_LOSSES, DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES, RANKING_LOSSES
 from distillkit.losses.ranking import preference_pair_counts
 from distillkit.losses.vocabulary_head import (
     IGNORED_LABEL,
@@ -45,12 +46,12 @@ def shifted_labels(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch to
 
 def counted_rows(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, " rows"]:
     """The positions of the flattened batch whose next token counts, for unshifted labels."""
-    return (shifted_labels(labels).flatten() != IGNORED_LABEL).nonzero().squeeze(-1)
+    return _counted(labels).nonzero().squeeze(-1)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model that decide how hidden states are paired."""
+    """The sizes of a model that decide how hidden states and layers are paired."""
 
     hidden_size: int
     num_layers: int
@@ -68,11 +69,12 @@ class ObjectiveResult:
 class Objective(nn.Module):
     """The losses of a run, and the learned projections of its hidden-state losses (its only parameters).
 
-    `student` and `teacher` are needed for hidden-state losses alone. A projection (student width → teacher width, per
-    pair) is learned where the widths differ, or everywhere with `force_hidden_state_projection`. `vocabulary_size`
-    is the common vocabulary of models whose embeddings are padded differently. `chunk_tokens` overrules the chunk that
-    the losses' `sparse_chunk_length` and otherwise a memory budget give.
-    Raises UserError for a layer mapping that the two models do not have.
+    `student` and `teacher` are needed for losses of hidden states and of attention outputs alone. A projection (student
+    width → teacher width, per pair of hidden states) is learned where the widths differ, or everywhere with
+    `force_hidden_state_projection`. `vocabulary_size` is the common vocabulary of models whose embeddings are padded
+    differently. `chunk_tokens` overrules the chunk that the losses' `sparse_chunk_length` and otherwise a memory budget
+    give. `attention_layers` are the layers, counted from 0, whose attention outputs a loss may compare.
+    Raises UserError for a layer mapping that the two models do not have, and for attention that cannot be compared.
     """
 
     def __init__(
@@ -85,13 +87,16 @@ class Objective(nn.Module):
         force_hidden_state_projection: bool = False,
         vocabulary_size: int | None = None,
         chunk_tokens: int | None = None,
+        attention_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.vocabulary_size = vocabulary_size
         hints = [loss.sparse_chunk_length for loss in loss_functions if loss.sparse_chunk_length is not None]
         self.chunk_tokens = chunk_tokens or min(hints, default=None)
-        self.terms = [term for term in _terms(loss_functions) if term.function not in HIDDEN_STATE_LOSSES]
-        self.hidden_terms = [term for term in _terms(loss_functions) if term.function in HIDDEN_STATE_LOSSES]
+        terms = _terms(loss_functions)
+        self.terms = [term for term in terms if term.function in DISTRIBUTION_LOSSES]
+        self.hidden_terms = [term for term in terms if term.function in HIDDEN_STATE_LOSSES]
+        self.attention_terms = [term for term in terms if term.function in ATTENTION_LOSSES]
         self.ranking_terms = [term for term in self.terms if term.function in RANKING_LOSSES]
         self.needs_teacher = any(loss.function != "cross_entropy" for loss in loss_functions)
         self.taps_final_norm = layer_mapping != "all"
@@ -106,8 +111,17 @@ class Objective(nn.Module):
                 self.projections.extend(
                     nn.Linear(student.hidden_size, teacher.hidden_size, bias=False) for _ in self.pairs
                 )
+        self.attention_layers: list[int] = []
+        if self.attention_terms:
+            _check_attention(loss_functions, attention_layers, student, teacher)
+            self.attention_layers = sorted(attention_layers)
         self.student_layers = sorted({student_layer for student_layer, _ in self.pairs})
         self.teacher_layers = sorted({teacher_layer for _, teacher_layer in self.pairs})
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        """Whether a loss reads what the student's decoder makes, and not only what its attention makes of a layer."""
+        return bool(self.terms or self.hidden_terms)
 
     def preference_pairs(
         self, labels: Int[Tensor, "batch tokens"], teacher_distribution: TeacherRows, chunk_tokens: int = 1024
@@ -127,7 +141,7 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        final_hidden_states: Float[Tensor, "batch tokens width"],
+        final_hidden_states: Float[Tensor, "batch tokens width"] | None,
         head_weight: Float[Tensor, "vocab width"],
         head_bias: Float[Tensor, " vocab"] | None,
         labels: Int[Tensor, "batch tokens"],
@@ -136,32 +150,43 @@ class Objective(nn.Module):
         teacher_hidden_states: Mapping[int, Float[Tensor, "batch tokens teacher_width"]],
         normalizer: float | Tensor,
         preference_pairs: Mapping[str, float | Tensor] | None = None,
+        aligned_layers: Sequence[AlignedLayer] = (),
     ) -> ObjectiveResult:
         """The loss of one (micro-)batch: Σ over losses of weight · sum / count of the whole optimizer step.
 
         `labels` are not shifted; -100 where the loss must not count. `teacher_distribution(rows)` gives the teacher's
         word on rows of the flattened batch. `normalizer` is the number of counted tokens in the step, and
         `preference_pairs` that of preference pairs, which ranking losses are divided by instead (ValueError without).
+        `aligned_layers` are those of `attention_layers`. Losses of attention outputs alone need no other states.
         """
         if self.ranking_terms and preference_pairs is None:
             raise ValueError("ranking losses need preference_pairs, the pairs in the whole optimizer step")
         rows = counted_rows(labels)
-        normalizers = {term.name: normalizer for term in self.terms} | dict(preference_pairs or {})
-        loss, sums, counts = chunked_vocabulary_losses(
-            final_hidden_states.flatten(0, 1)[rows],
-            head_weight,
-            head_bias,
-            shifted_labels(labels).flatten()[rows],
-            teacher_distribution(rows) if teacher_distribution is not None else None,
-            self.terms,
-            normalizers,
-            self.chunk_tokens or _affordable_chunk(head_weight),
-            self.vocabulary_size,
-        )
+        loss = torch.zeros((), device=labels.device)
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
+        if self.terms:
+            assert final_hidden_states is not None
+            normalizers = {term.name: normalizer for term in self.terms} | dict(preference_pairs or {})
+            loss, sums, counts = chunked_vocabulary_losses(
+                final_hidden_states.flatten(0, 1)[rows],
+                head_weight,
+                head_bias,
+                shifted_labels(labels).flatten()[rows],
+                teacher_distribution(rows) if teacher_distribution is not None else None,
+                self.terms,
+                normalizers,
+                self.chunk_tokens or _affordable_chunk(head_weight),
+                self.vocabulary_size,
+            )
         for term in self.hidden_terms:
             sums[term.name] = self._hidden_sum(term.function, rows, student_hidden_states, teacher_hidden_states)
             counts[term.name] = torch.full_like(sums[term.name], len(rows))
             loss = loss + term.weight * sums[term.name] / torch.as_tensor(normalizer).clamp(min=1)
+        if self.attention_terms:
+            part, totals = aligned_losses(aligned_layers, _counted(labels), self.attention_terms, normalizer)
+            loss, sums = loss + part, sums | totals
+            counts |= {name: torch.full_like(total, len(rows)) for name, total in totals.items()}
         return ObjectiveResult(loss, {name: value.detach() for name, value in sums.items()}, counts)
 
     def _hidden_sum(
@@ -193,6 +218,11 @@ class Objective(nn.Module):
             for (student_layer, teacher_layer), projection in zip(self.pairs, projections, strict=True)
         ]
         return torch.stack(per_pair).mean()
+
+
+def _counted(labels: Int[Tensor, "batch tokens"]) -> Bool[Tensor, " batch_tokens"]:
+    """Of each position of the flattened batch, whether its next token counts."""
+    return shifted_labels(labels).flatten() != IGNORED_LABEL
 
 
 def _terms(loss_functions: Sequence[LossConfig]) -> list[DistributionTerm]:
@@ -230,6 +260,30 @@ def _pairs(
                     f"0 (embeddings) to {layers} (output of its last layer) exist"
                 )
     return pairs
+
+
+def _check_attention(
+    loss_functions: Sequence[LossConfig],
+    layers: Sequence[int],
+    student: ModelShape | None,
+    teacher: ModelShape | None,
+) -> None:
+    """Layer i is compared with layer i, on the teacher's input of layer i."""
+    position = next(i for i, loss in enumerate(loss_functions) if loss.function in ATTENTION_LOSSES)
+    where = f"loss_functions[{position}].function: {loss_functions[position].function}"
+    if student is None or teacher is None or student != teacher:
+        raise UserError(
+            f"{where} compares layer by layer, which needs models of equal depth and width; the student has "
+            f"{_described(student)}, the teacher {_described(teacher)}; use hs_mse or hs_cosine with a layer_mapping"
+        )
+    if not layers:
+        raise UserError(
+            f"{where} has nothing to train: all of the student's attention is frozen; see frozen_res and frozen_modules"
+        )
+
+
+def _described(shape: ModelShape | None) -> str:
+    return "no layers" if shape is None else f"{shape.num_layers} layers of width {shape.hidden_size}"
 
 
 def _affordable_chunk(head_weight: Tensor) -> int:

@@ -7,6 +7,7 @@ fact the sum of these parts.
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +32,17 @@ def decode(
     Documents end where `position_ids` start again; none sees another. No attention mask is needed.
     """
     batch, tokens = input_ids.shape
+    decoder, wanted = model.get_decoder(), list(layers)
+    with HiddenStateTaps(decoder, wanted, final_norm=final_norm) if wanted else nullcontext() as taps:
+        output = decoder(**decoder_inputs(model, input_ids, position_ids))
+    states = {} if taps is None else {index: state.view(batch, tokens, -1) for index, state in taps.states.items()}
+    return output.last_hidden_state.view(batch, tokens, -1), states
+
+
+def decoder_inputs(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], position_ids: Int[Tensor, "batch tokens"]
+) -> dict[str, Any]:
+    """Keyword arguments of `model.get_decoder()` for packed documents: rows as they are, or laid end to end in one."""
     implementation, boundaries = model.config._attn_implementation or "", {}
     if "flash" in implementation or implementation == VARLEN:
         # Both look for documents in a single row only, and a row is as good as a document.
@@ -38,11 +50,7 @@ def decode(
     if implementation == VARLEN:
         cu_seqlens, longest = document_boundaries(position_ids)
         boundaries = {"cu_seq_lens_q": cu_seqlens, "max_length_q": longest}
-    decoder, wanted = model.get_decoder(), list(layers)
-    with HiddenStateTaps(decoder, wanted, final_norm=final_norm) if wanted else nullcontext() as taps:
-        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **boundaries)
-    states = {} if taps is None else {index: state.view(batch, tokens, -1) for index, state in taps.states.items()}
-    return output.last_hidden_state.view(batch, tokens, -1), states
+    return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **boundaries}
 
 
 def head(model: PreTrainedModel) -> tuple[Float[Tensor, "vocab width"], Float[Tensor, " vocab"] | None]:

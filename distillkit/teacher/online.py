@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from distillkit.distribution import DenseDistribution, Distribution, SparseDistribution
 from distillkit.losses.vocabulary_head import padded
+from distillkit.teacher.attention import recorded_attention
 from distillkit.teacher.decoder import decode, head
-from distillkit.teacher.signal import TeacherSignal
+from distillkit.teacher.signal import AttentionRecord, TeacherSignal
 
 
 class OnlineTeacher:
@@ -24,6 +25,7 @@ class OnlineTeacher:
         top_k: give only the k likeliest tokens, their log-probabilities normalised over the whole vocabulary.
         vocabulary_size: columns that belong to the tokenizer; a wider head's others are as if they were not there.
         background: log-distribution over the head's columns that mass outside the top k may be taken to follow.
+        attention_layers: layers, counted from 0, whose attention's inputs and outputs to give with each signal.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class OnlineTeacher:
         top_k: int | None = None,
         vocabulary_size: int | None = None,
         background: Float[Tensor, " vocab"] | None = None,
+        attention_layers: Iterable[int] = (),
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.layers = tuple(layers)
@@ -42,6 +45,7 @@ class OnlineTeacher:
         self.top_k = top_k
         self.vocabulary_size = vocabulary_size
         self.background = background
+        self.attention_layers = tuple(attention_layers)
         self._matrix = padded(head(model)[0], dim=0)
 
     @torch.no_grad()
@@ -52,7 +56,8 @@ class OnlineTeacher:
         """
         device, first = batch["input_ids"].device, self.model.get_input_embeddings().weight.device
         input_ids, position_ids = (batch[name].to(first) for name in ("input_ids", "position_ids"))
-        with torch.autocast(first.type, enabled=False):
+        recording = recorded_attention(self.model, self.attention_layers)
+        with torch.autocast(first.type, enabled=False), recording as records:
             final, states = decode(self.model, input_ids, position_ids, self.layers, final_norm=self.final_norm)
         weight, bias = head(self.model)
         flat = final.flatten(0, 1).to(weight.device)
@@ -73,4 +78,14 @@ class OnlineTeacher:
             wanted = flat[rows.to(flat.device)]
             return lambda chunk: logits(wanted[chunk])
 
-        return TeacherSignal(distribution, {index: state.to(device) for index, state in states.items()})
+        def as_batch(state: Tensor) -> Tensor:
+            return state.view(*batch["input_ids"].shape, -1).to(device)
+
+        return TeacherSignal(
+            distribution,
+            {index: state.to(device) for index, state in states.items()},
+            {
+                index: AttentionRecord(as_batch(record.input), as_batch(record.output))
+                for index, record in records.items()
+            },
+        )

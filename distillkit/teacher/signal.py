@@ -1,7 +1,8 @@
 """What a teacher gives for a batch, wherever it comes from.
 
-A teacher has two things to say: at each counted position a distribution over the next token, which is asked for a
-chunk of positions at a time so that [tokens, vocab] never exists; and hidden states of some of its layers.
+A teacher has three things to say: at each counted position a distribution over the next token, which is asked for a
+chunk of positions at a time so that [tokens, vocab] never exists; hidden states of some of its layers; and what the
+attention of some of its layers was given and returned.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +19,22 @@ DistributionOfRows = Callable[[Int[Tensor, " rows"]], Callable[[slice], Distribu
 
 
 @dataclass(frozen=True)
+class AttentionRecord:
+    """What one layer's attention was given (after the layer's input norm) and returned; no gradient flows into it."""
+
+    input: Float[Tensor, "batch tokens width"]
+    output: Float[Tensor, "batch tokens width"]
+
+
+@dataclass(frozen=True)
 class TeacherSignal:
     """A teacher's word on one batch [batch, tokens]."""
 
     distribution: DistributionOfRows
     hidden_states: dict[int, Float[Tensor, "batch tokens width"]] = field(default_factory=dict)
     """By index as in transformers' `output_hidden_states`: 0 is the embeddings."""
+    attention: dict[int, AttentionRecord] = field(default_factory=dict)
+    """By layer, counted from 0."""
 
 
 class Teacher(Protocol):

@@ -1,18 +1,23 @@
 """The module that is trained: student, projections and losses in one forward.
 
+Where all losses compare attention outputs, the student's layers, norms and head do not run at all: only its attention.
+
 Trainer and DDP wrap this module. The whole of the student's computation, the head's included, happens inside of
 its forward, which is where their hooks expect it; the teacher's does not.
 """
 
+from collections.abc import Mapping
 from typing import TypedDict
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distillkit.losses.alignment import AlignedLayer
 from distillkit.losses.objective import Objective
+from distillkit.teacher.attention import attention_calls, trained_attention
 from distillkit.teacher.decoder import decode, head
-from distillkit.teacher.signal import TeacherSignal
+from distillkit.teacher.signal import AttentionRecord, TeacherSignal
 
 
 class DistillerOutput(TypedDict):
@@ -56,13 +61,16 @@ class Distiller(nn.Module):
             preference_pairs: preference pairs of the whole optimizer step, per ranking loss.
             signal: the teacher's word on this batch; None where no loss asks for it.
         """
-        final, states = decode(
-            self.student,
-            input_ids,
-            position_ids,
-            self.objective.student_layers,
-            final_norm=self.objective.taps_final_norm,
-        )
+        final: Tensor | None = None
+        states: dict[int, Tensor] = {}
+        if self.objective.needs_hidden_states:
+            final, states = decode(
+                self.student,
+                input_ids,
+                position_ids,
+                self.objective.student_layers,
+                final_norm=self.objective.taps_final_norm,
+            )
         weight, bias = head(self.student)
         result = self.objective(
             final,
@@ -74,5 +82,18 @@ class Distiller(nn.Module):
             {} if signal is None else signal.hidden_states,
             normalizer,
             preference_pairs,
+            [] if signal is None else self._aligned_layers(input_ids, position_ids, signal.attention),
         )
         return {"loss": result.loss, "sums": result.sums, "counts": result.counts}
+
+    def _aligned_layers(
+        self, input_ids: Tensor, position_ids: Tensor, records: Mapping[int, AttentionRecord]
+    ) -> list[AlignedLayer]:
+        """The student's attention of the objective's layers, on the teacher's inputs."""
+        layers = self.objective.attention_layers
+        if not layers:
+            return []
+        inputs = {index: records[index].input for index in layers}
+        calls = attention_calls(self.student, input_ids, position_ids, inputs)
+        trained = trained_attention(self.student)
+        return [AlignedLayer(calls[index], trained[index], records[index].output) for index in layers]

@@ -7,7 +7,7 @@ import torch
 
 from distillkit.config.losses import LossName
 from distillkit.distribution import DenseDistribution, SparseDistribution
-from distillkit.losses import DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES, reduce
+from distillkit.losses import ATTENTION_LOSSES, DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES, reduce
 from tests.losses import golden
 
 DIVERGENCES = ["kl", "reverse_kl", "jsd", "tvd"]
@@ -50,7 +50,7 @@ def test_hidden_state_losses_have_the_published_values(row):
 
 
 def test_every_loss_that_a_config_can_name_exists():
-    assert set(get_args(LossName)) == {*DISTRIBUTION_LOSSES, *HIDDEN_STATE_LOSSES}
+    assert set(get_args(LossName)) == {*DISTRIBUTION_LOSSES, *HIDDEN_STATE_LOSSES, *ATTENTION_LOSSES}
 
 
 CASES = [("cross_entropy", {})]
