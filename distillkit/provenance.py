@@ -1,7 +1,9 @@
-"""Where a number came from: versions, commit, machine. Every result file carries it."""
+"""Where a number came from: versions, commit, machine, command. Every result file carries it."""
 
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +21,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def command() -> str:
+    """The command line of this process, to be typed again."""
+    name = Path(sys.argv[0]).name
+    words = ["python", "-m", "distillkit"] if name == "__main__.py" else [name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def commit() -> str | None:
