@@ -4,6 +4,7 @@ convert (if asked for) → measure → train → save → measure → write. Eac
 is checkpointed, so a run killed anywhere ends, after `--resume`, as if it had not been.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -15,14 +16,15 @@ import datasets
 import transformers
 from datasets import Dataset
 from rich.console import Console
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from distillkit.config import EvaluationConfig, RunConfig, UserError
-from distillkit.config.losses import HIDDEN_STATE_FUNCTIONS
+from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
 from distillkit.data.signals import TensorRows
 from distillkit.evaluation import Divergence, generate_samples, measure_divergence
 from distillkit.evaluation.evaluate import held_out_batches
 from distillkit.losses import ModelShape, Objective
+from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import head
 from distillkit.teacher.online import OnlineTeacher
@@ -37,6 +39,7 @@ from distillkit.training.arguments import (
 from distillkit.training.batches import Collator, padding_token
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import level_padding
+from distillkit.training.freezing import examples, freeze_all_but
 from distillkit.training.interruption import EXIT_CODE, SaveRequests
 from distillkit.training.models import Models, load_models
 from distillkit.training.optimizers import OptimizerLine
@@ -99,7 +102,11 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
 
 def _begin(config: RunConfig, console: Console) -> Run:
     """Read the training arguments, which set up the devices and processes, and open the run's folder."""
-    uses_logits = any(loss.function not in HIDDEN_STATE_FUNCTIONS for loss in config.loss_functions)
+    functions = {loss.function for loss in config.loss_functions}
+    # Hidden states alone leave the head without a gradient; what attention outputs alone do not reach is frozen.
+    uses_logits = not functions & {*HIDDEN_STATE_FUNCTIONS} or bool(
+        functions - {*HIDDEN_STATE_FUNCTIONS, *ATTENTION_FUNCTIONS}
+    )
     path = Path(config.output_path)
     arguments, techniques = build_training_arguments(
         config.training_args, path, uses_logits=uses_logits, project_name=config.project_name
@@ -158,7 +165,10 @@ def _trainer(
         teacher,
         force_hidden_state_projection=config.force_hidden_state_projection,
         vocabulary_size=models.vocabulary_size,
+        attention_layers=_attention_layers(config, models.student),
     )
+    if not objective.needs_hidden_states:
+        _freeze_all_but_attention(run.console, models.student)
     asked = _teacher(config, models, objective)
     signal_columns = models.teacher.columns if isinstance(models.teacher, CapturedTeacher) else ()
     return DistillationTrainer(
@@ -199,7 +209,25 @@ def _teacher(config: RunConfig, models: Models, objective: Objective) -> Teacher
         top_k=config.teacher.top_k,
         vocabulary_size=models.vocabulary_size,
         background=None if wanted is None else open_background(wanted, len(head(models.teacher)[0])),
+        attention_layers=objective.attention_layers,
     )
+
+
+def _attention_layers(config: RunConfig, student: PreTrainedModel) -> list[int]:
+    """Layers whose attention outputs are compared: all whose attention is trained, where a loss compares any."""
+    if not any(loss.function in ATTENTION_FUNCTIONS for loss in config.loss_functions):
+        return []
+    return list(trained_attention(student))
+
+
+def _freeze_all_but_attention(console: Console, student: PreTrainedModel) -> None:
+    """Losses of attention outputs reach nothing else: no optimizer should hold it, and no process send its gradient."""
+    idle = freeze_all_but(student, itertools.chain(*trained_attention(student).values()))
+    if idle:
+        number = sum(student.get_parameter(name).numel() for name in idle)
+        say(
+            console, f"no loss reaches {number:,} parameters that would train ({examples(idle)}); they stay as they are"
+        )
 
 
 def _before(run: Run, measure: Measurement | None) -> Divergence | None:

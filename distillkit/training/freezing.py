@@ -50,6 +50,15 @@ def freeze(model: nn.Module, frozen_res: Sequence[str] = (), frozen_modules: Seq
     return Freezing(trainable=trainable, frozen=total - trainable, shared_with_frozen=shared)
 
 
+def freeze_all_but(model: nn.Module, reached: Iterable[nn.Parameter]) -> list[str]:
+    """Freeze what no gradient reaches; the names of what would have been trained."""
+    kept = {id(parameter) for parameter in reached}
+    idle = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in kept]
+    for name in idle:
+        model.get_parameter(name).requires_grad_(False)
+    return idle
+
+
 def _matched_by_expression(names: Iterable[str], expressions: Sequence[str]) -> set[str]:
     matched: set[str] = set()
     for index, expression in enumerate(expressions):
@@ -59,7 +68,7 @@ def _matched_by_expression(names: Iterable[str], expressions: Sequence[str]) -> 
             raise UserError(f"frozen_res[{index}]: {expression!r} is not a regular expression: {error}") from error
         found = {name for name in names if pattern.search(name)}
         if not found:
-            raise UserError(f"frozen_res[{index}]: {expression!r} matches no parameter; there are {_examples(names)}")
+            raise UserError(f"frozen_res[{index}]: {expression!r} matches no parameter; there are {examples(names)}")
         matched |= found
     return matched
 
@@ -69,12 +78,12 @@ def _matched_by_module(model: nn.Module, names: Iterable[str], modules: Sequence
     matched: set[str] = set()
     for index, module in enumerate(modules):
         if module not in known:
-            raise UserError(f"frozen_modules[{index}]: there is no module {module!r}; there are {_examples(known)}")
+            raise UserError(f"frozen_modules[{index}]: there is no module {module!r}; there are {examples(known)}")
         matched |= {name for name in names if name.startswith(f"{module}.")}
     return matched
 
 
-def _examples(names: Iterable[str]) -> str:
+def examples(names: Iterable[str]) -> str:
     """A few names of different kinds: layer numbers other than the first seen add nothing."""
     kinds: dict[str, str] = {}
     for name in names:
