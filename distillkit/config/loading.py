@@ -1,6 +1,7 @@
-"""From a YAML file and overrides of the command line to a checked `RunConfig`. No torch is imported on the way."""
+"""From YAML files and overrides of the command line to a checked `RunConfig`. No torch is imported on the way."""
 
 import logging
+import os
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -8,8 +9,11 @@ from typing import Any
 
 import yaml
 
-from distillkit.config.errors import UserError
+from distillkit.config.data import move_dataset_keys
+from distillkit.config.errors import UserError, did_you_mean, shown
+from distillkit.config.merging import merged
 from distillkit.config.run import RunConfig
+from distillkit.config.tokens import BUDGETS, without_budget
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,33 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `UserError` with the line of a mistake."""
+    """The mapping in a YAML file, over that of the file it `extends`, if any.
+
+    Mappings are merged, lists and values replaced; the path is relative to the file that names it. Raises `UserError`
+    with the file and the line of a mistake.
+    """
+    return _extended(path, [])
+
+
+def _extended(path: Path, extending: list[Path]) -> dict[str, Any]:
+    """`read_yaml` of a file that those in `extending` extend, each the next."""
+    data = _read_mapping(path)
+    if "extends" not in data:
+        return data
+    named = data.pop("extends")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{path}: extends: must be the path of a YAML file, got {shown(named)}")
+    base = path.parent / os.path.expanduser(named)
+    chain = [*extending, path]
+    if not base.is_file():
+        raise UserError(f"{path}: extends: no such file: {str(base)!r}")
+    if any(base.samefile(each) for each in chain):
+        circle = " extends ".join(each.name for each in [*chain, base])
+        raise UserError(f"{path}: extends: goes round in a circle ({circle}); one of them must stand alone")
+    return merged(move_dataset_keys(_extended(base, chain)), move_dataset_keys(data))
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -68,10 +98,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one key in place: `training_args.learning_rate=3e-4`, `loss_functions.1.weight=0.5`.
+    """Set one key in place: `training_args.learning_rate=3e-4`, `loss_functions.1.weight=0.5`, `phases.long.tokens=1M`.
 
     Values are YAML. Sections on the way are made where the file has none; whether a key exists is for the
-    validation to say.
+    validation to say. A budget (tokens, steps or epochs) takes the place of the one that the file names.
     """
     path, equals, text = override.partition("=")
     if not equals or not path or "" in path.split("."):
@@ -81,24 +111,41 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {override!r}: the value is no YAML: {_yaml_problem(error)}") from None
     *parents, last = path.split(".")
-    section: Any = data
+    sections: list[Any] = [data]
     for parent in parents:
-        key = _key_in(section, parent, override)
-        if isinstance(section, dict) and section.get(key) is None:
-            section[key] = {}
-        section = section[key]
-    section[_key_in(section, last, override)] = value
+        key = _key_in(sections[-1], parent, override)
+        if isinstance(sections[-1], dict) and sections[-1].get(key) is None:
+            sections[-1][key] = {}
+        sections.append(sections[-1][key])
+    sections[-1][_key_in(sections[-1], last, override)] = value
+    for budget in BUDGETS:
+        if (*parents, last)[-len(budget) :] == budget:
+            level = sections[-len(budget)]
+            kept = without_budget(level, but=budget)
+            level.clear()
+            level.update(kept)
 
 
 def _key_in(section: Any, key: str, override: str) -> Any:
-    """`key` as an index where `section` is a list. Raises `UserError` where it cannot be a key."""
+    """`key` as an index where `section` is a list: given as such, or as the `name` of an entry.
+
+    Raises `UserError` where it cannot be a key.
+    """
     if isinstance(section, dict):
         return key
     if not isinstance(section, list):
         raise UserError(f"override {override!r}: {key!r} is no key: what stands before it is a single value")
-    if not key.isdigit() or int(key) >= len(section):
-        raise UserError(f"override {override!r}: {key!r} must be an index from 0 to {len(section) - 1} of a list")
-    return int(key)
+    if key.isdigit() and int(key) < len(section):
+        return int(key)
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in section]
+    if key in names:
+        return names.index(key)
+    known = [name for name in names if isinstance(name, str)]
+    wanted = (
+        f"must be an index from 0 to {len(section) - 1} of a list" if section else "has no place: the list is empty"
+    )
+    named = f", or one of {', '.join(known)}{did_you_mean(key, known)}" if known else ""
+    raise UserError(f"override {override!r}: {key!r} {wanted}{named}")
 
 
 def _yaml_problem(error: Exception) -> str:

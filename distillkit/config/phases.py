@@ -82,6 +82,18 @@ class PhaseConfig(Section):
         """The keys that the phase names, but for its name."""
         return {key: getattr(self, key) for key in type(self).model_fields if key in self.model_fields_set - {"name"}}
 
+    def names(self, key: str) -> bool:
+        """Whether the phase itself, not the top level, names a key such as `dataset.train_dataset.split`."""
+        section: Any = self.changes
+        for depth, part in enumerate(key.split(".")):
+            name = part.partition("[")[0]
+            if name not in section:
+                return False
+            section = section[name]
+            if not isinstance(section, Mapping) or (depth == 0 and name not in MERGED):
+                return True
+        return True
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -120,28 +132,11 @@ def check_names(phases: list[PhaseConfig]) -> None:
         first[phase.name] = index
 
 
-def key_in_phase(key: str, phase: PhaseConfig, index: int) -> tuple[str, str]:
-    """The path of a phase's key in the YAML, and a note where the phase has it from the top level."""
-    path = f"phases[{index}].{key}"
-    section: Any = phase.changes
-    walked = ""
-    for part in re.findall(r"[^.\[\]]+|\[\d+\]", key):
-        walked += part if part.startswith("[") or not walked else f".{part}"
-        inner = part.strip("[]")
-        if isinstance(section, Mapping) and inner in section:
-            section = section[inner]
-        elif walked == part or (section and isinstance(section, Mapping) and key.split(".")[0] in MERGED):
-            return path, f" (phase {phase.name!r} has {walked} from the top level)"
-        else:
-            break
-    return path, ""
-
-
 def _whole(top: dict[str, Any], phase: PhaseConfig, index: int, before: str | None) -> dict[str, Any]:
     """The keys of the run that a phase is; `before` is the folder of the phase before it."""
     changes = phase.changes
-    replaced = {key: None for key in changes if key not in MERGED and isinstance(top.get(key), Mapping)}
-    whole = merged({**top, **replaced}, changes)
+    inherited = {key: value for key, value in top.items() if key in MERGED or key not in changes}
+    whole = merged(inherited, changes)
     whole["output_path"] = str(Path(top["output_path"]) / "phases" / f"{index + 1}-{phase.name}")
     if before is not None:
         kwargs = {name: each for name, each in top["model_kwargs"].items() if name not in _WHERE_THE_ORIGINAL_IS}
@@ -174,5 +169,5 @@ def _dataset(dataset: Mapping[str, Any], changes: Mapping[str, Any], phase: Phas
 
 def _in_phase(error: UserError, phase: PhaseConfig, index: int) -> KeyProblem:
     key, _, problem = str(error).partition(": ")
-    path, note = key_in_phase(key, phase, index)
-    return KeyProblem(path, problem + note)
+    note = "" if phase.names(key) else f" (phase {phase.name!r} does not name it and has the top level's)"
+    return KeyProblem(f"phases[{index}].{key}", problem + note)

@@ -5,24 +5,36 @@ import os
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError
+from distillkit.config.phases import phases_of
 from distillkit.config.run import RunConfig
 from distillkit.config.unbuilt import refuse_unbuilt
 
 
 def check_ready(config: RunConfig) -> None:
-    """Raises `UserError` where the run could not start."""
-    refuse_unbuilt(config)
+    """Raises `UserError` where the run, or one of its phases, could not start."""
     _refuse_split_models()
+    if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
+        raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
+    if not config.phases:
+        _check_inputs(config, check_model=True)
+    for index, (named, phase) in enumerate(zip(config.phases, phases_of(config), strict=True)):
+        try:
+            _check_inputs(phase.config, check_model=index == 0)  # of later ones the phase before makes the student
+        except UserError as error:
+            own = named.names(str(error).partition(": ")[0])
+            raise UserError(f"phases[{index}].{error}" if own else str(error)) from None
+
+
+def _check_inputs(config: RunConfig, *, check_model: bool) -> None:
+    refuse_unbuilt(config)
     for key, source in _sources(config).items():
         check_source(f"{key}.disk_path", source)
-    if config.model is not None:
+    if config.model is not None and check_model:
         check_model_path("model", config.model)
     if config.teacher.kind == "hf":
         check_model_path("teacher.path", config.teacher.path)
     if config.teacher.kind != "vllm" and config.teacher.background is not None:
         check_source("teacher.background", DatasetSource(disk_path=config.teacher.background))
-    if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
-        raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
 
 
 def _refuse_split_models() -> None:

@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 from distillkit.config.errors import KeyProblem, shown
 
+BUDGETS = (("tokens",), ("training_args", "max_steps"), ("training_args", "num_train_epochs"))
+"""The keys that name one, each as its path below a level of the YAML: the top, or a phase."""
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?) ?([kmb]?)", re.IGNORECASE)
 
@@ -55,19 +58,15 @@ TokenBudget = Annotated[
 
 
 def budgets(section: Mapping[str, Any]) -> list[str]:
-    """Where a run, or what changes in one, says how long is trained: `tokens`, `training_args.max_steps`, ...
+    """Where a run, or what changes in one, says for how long is trained: `tokens`, `training_args.max_steps`, ...
 
     transformers counts steps from 1, so a `max_steps` of -1 names none.
     """
-    arguments = section.get("training_args")
-    named = ["tokens"] if section.get("tokens") is not None else []
-    if not isinstance(arguments, Mapping):
-        return named
-    for key in ("max_steps", "num_train_epochs"):
-        value = arguments.get(key)
-        if value is not None and not (key == "max_steps" and isinstance(value, int) and value < 0):
-            named.append(f"training_args.{key}")
-    return named
+    values = {".".join(budget): _value(section, budget) for budget in BUDGETS}
+    steps = "training_args.max_steps"
+    if isinstance(values[steps], int) and values[steps] < 0:
+        values[steps] = None
+    return [name for name, value in values.items() if value is not None]
 
 
 def check_one_budget(section: Mapping[str, Any]) -> None:
@@ -77,11 +76,18 @@ def check_one_budget(section: Mapping[str, Any]) -> None:
         raise KeyProblem(named[0], f"{named[1]} is given too; keep one of the two")
 
 
-def without_budget(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section without any budget, as something else names one."""
-    kept = {key: value for key, value in section.items() if key != "tokens"}
-    arguments = kept.get("training_args")
-    if isinstance(arguments, Mapping):
-        dropped = ("max_steps", "num_train_epochs")
-        kept["training_args"] = {key: value for key, value in arguments.items() if key not in dropped}
+def without_budget(section: Mapping[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The section without any budget but the one kept."""
+    kept = dict(section)
+    for *within, name in (budget for budget in BUDGETS if budget != but):
+        if not within:
+            kept.pop(name, None)
+        elif isinstance(kept.get(within[0]), Mapping):
+            kept[within[0]] = {key: value for key, value in kept[within[0]].items() if key != name}
     return kept
+
+
+def _value(section: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return section
