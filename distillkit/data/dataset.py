@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 """Of what is kept on disk; to be counted up when the same configuration gives other rows than before."""
 
+_HELD_OUT_SEED = 42
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -109,6 +111,8 @@ def build_datasets(
     """
     eval_key = "dataset.eval_dataset" if evaluation_source is None else "evaluation.dataset"
     eval_source = evaluation_source or config.eval_dataset
+    # Phases and runs of other seeds are measured on the same rows.
+    eval_seed = None if config.seed is None else _HELD_OUT_SEED
 
     def talks(source: DatasetSource, key: str) -> bool:
         """A student of conversations may be measured on texts, of which all counts."""
@@ -124,7 +128,7 @@ def build_datasets(
             source,
             tokenizer,
             sequence_length,
-            seed=config.seed,
+            seed=config.seed if name == "train" else eval_seed,
             num_samples=num_samples,
             packing=config.packing,
             prepacked=config.prepacked and (name == "train" or is_tokenised(source, key)),
