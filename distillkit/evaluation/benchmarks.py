@@ -1,0 +1,101 @@
+"""Tasks of the LM Evaluation Harness, through its Python API: the scores are those of its own command.
+
+lm-eval is an optional dependency. A task is found by its name among lm-eval's own and in folders that the user names;
+a local one needs no network.
+"""
+
+import os
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distillkit.config.errors import UserError, did_you_mean
+from distillkit.config.suites import BenchmarksConfig
+
+
+def run_benchmark(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: BenchmarksConfig,
+    task: str,
+    *,
+    limit: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Scores of a task, or of each task of a group and of the group where it has scores of its own.
+
+    Args:
+        task: name of a task, a group or a tag, or the path of a task's YAML.
+        limit: samples of each task; all by default.
+
+    Returns: by name, `metrics` (by name, and filter where there are several: `value`, `standard_error` or None),
+        `samples`, `version`, and `higher_is_better` by metric.
+
+    Raises:
+        UserError: lm-eval is not installed, a folder of `include_path` does not exist, or there is no such task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError(
+            f"benchmarks: lm-eval cannot be imported ({error}); install it with: pip install 'distillkit[eval]'"
+        ) from error
+    for index, folder in enumerate(settings.include_path):
+        if not os.path.isdir(folder):
+            raise UserError(f"benchmarks.include_path[{index}]: no such folder: {folder!r}")
+    tasks = _known_tasks(tuple(settings.include_path))
+    if task not in tasks.all_tasks and not os.path.isfile(task):
+        raise UserError(f"benchmarks.tasks: lm-eval has no task {task!r}{did_you_mean(task, tasks.all_tasks)}")
+    results = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size),
+        tasks=[task],
+        task_manager=tasks,
+        num_fewshot=settings.num_fewshot,
+        apply_chat_template=settings.apply_chat_template,
+        limit=limit,
+        log_samples=False,
+        random_seed=settings.seed,
+        numpy_random_seed=settings.seed,
+        torch_random_seed=settings.seed,
+        fewshot_random_seed=settings.seed,
+    )
+    return _scores(results)
+
+
+@cache
+def _known_tasks(include_path: tuple[str, ...]) -> Any:
+    """lm-eval's tasks and those in the folders; its index of some 15,000 takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(include_path))
+
+
+def _scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of lm-eval's results what a report needs, for everything that has a score."""
+    scores = {}
+    for name, row in results["results"].items():
+        metrics = {}
+        for key, value in row.items():
+            metric, separator, filtered = key.partition(",")
+            if not separator or metric.endswith("_stderr"):
+                continue
+            error = row.get(f"{metric}_stderr,{filtered}")
+            metrics[metric if filtered == "none" else key] = {
+                "value": float(value),
+                "standard_error": None if error is None or isinstance(error, str) else float(error),
+            }
+        if metrics:
+            scores[name] = {
+                "metrics": metrics,
+                "samples": sum(results["n-samples"][task]["effective"] for task in _tasks_of(name, results)),
+                "version": results["versions"].get(name),
+                "higher_is_better": results["higher_is_better"].get(name, {}),
+            }
+    return scores
+
+
+def _tasks_of(name: str, results: dict[str, Any]) -> list[str]:
+    """The task itself, or all tasks of a group and of the groups in it."""
+    children = results["group_subtasks"].get(name) or []
+    return [task for child in children for task in _tasks_of(child, results)] if children else [name]
