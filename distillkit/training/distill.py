@@ -4,7 +4,6 @@ convert (if asked for) → measure → train → save → measure → write. Eac
 is checkpointed, so a run killed anywhere ends, after `--resume`, as if it had not been.
 """
 
-import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -39,7 +38,6 @@ from distillkit.training.arguments import (
 from distillkit.training.batches import Collator, padding_token
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import level_padding
-from distillkit.training.freezing import examples, freeze_all_but
 from distillkit.training.interruption import EXIT_CODE, SaveRequests
 from distillkit.training.models import Models, load_models
 from distillkit.training.optimizers import OptimizerLine
@@ -167,8 +165,6 @@ def _trainer(
         vocabulary_size=models.vocabulary_size,
         attention_layers=_attention_layers(config, models.student),
     )
-    if not objective.needs_hidden_states:
-        _freeze_all_but_attention(run.console, models.student)
     asked = _teacher(config, models, objective)
     signal_columns = models.teacher.columns if isinstance(models.teacher, CapturedTeacher) else ()
     return DistillationTrainer(
@@ -218,16 +214,6 @@ def _attention_layers(config: RunConfig, student: PreTrainedModel) -> list[int]:
     if not any(loss.function in ATTENTION_FUNCTIONS for loss in config.loss_functions):
         return []
     return list(trained_attention(student))
-
-
-def _freeze_all_but_attention(console: Console, student: PreTrainedModel) -> None:
-    """Losses of attention outputs reach nothing else: no optimizer should hold it, and no process send its gradient."""
-    idle = freeze_all_but(student, itertools.chain(*trained_attention(student).values()))
-    if idle:
-        number = sum(student.get_parameter(name).numel() for name in idle)
-        say(
-            console, f"no loss reaches {number:,} parameters that would train ({examples(idle)}); they stay as they are"
-        )
 
 
 def _before(run: Run, measure: Measurement | None) -> Divergence | None:

@@ -1,8 +1,9 @@
 """The two models of a run and their tokenizer, loaded and made ready: the student converted first if need be."""
 
+import itertools
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import is_flash_attn_2_available
 
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.config.losses import ATTENTION_FUNCTIONS
 from distillkit.config.teacher import DatasetTeacherConfig
 from distillkit.conversion.convert import convert
 from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import check_head
 from distillkit.teacher.opening import captured_tokenizer, open_captured
 from distillkit.teacher.vocabulary import common_vocabulary, load_students_tokenizer
 from distillkit.training.arguments import StudentTechniques
 from distillkit.training.embeddings import grow_embeddings
-from distillkit.training.freezing import Freezing, freeze
+from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_but
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.processes import first_process_first
 from distillkit.training.progress import say
@@ -78,6 +81,8 @@ def load_models(
     dtype = compute_dtype(arguments)
     trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
     say(console, cast_for_training(student, dtype, trained_dtype))
+    if all(loss.function in ATTENTION_FUNCTIONS for loss in config.loss_functions):
+        freezing = _freeze_all_but_attention(student, freezing, console)
     student = student.to(arguments.device)
     if config.use_flash_attention and config.model_kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(student, dtype)
@@ -98,6 +103,16 @@ def _grow_embeddings(config: RunConfig, folder: RunFolder, student: PreTrainedMo
         return int(folder.noted("embedding_rows") or rows)
     folder.note("embedding_rows", rows)
     return rows
+
+
+def _freeze_all_but_attention(student: PreTrainedModel, freezing: Freezing, console: Console) -> Freezing:
+    """Losses of attention outputs reach nothing else: no optimizer should hold it, and no process send its gradient."""
+    names = freeze_all_but(student, itertools.chain(*trained_attention(student).values()))
+    if not names:
+        return freezing
+    idle = sum(student.get_parameter(name).numel() for name in names)
+    say(console, f"no loss reaches {idle:,} parameters that are not frozen ({examples(names)}); they stay as they are")
+    return replace(freezing, trainable=freezing.trainable - idle, frozen=freezing.frozen + idle)
 
 
 def _checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None:
