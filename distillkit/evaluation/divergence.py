@@ -1,7 +1,6 @@
-"""How far a student is from its teacher on held-out text.
+"""How far a student is from its teacher on held-out text, as a run measures it: cheap, and of any kind of teacher.
 
-Logits of both exist for a chunk of tokens at a time, so neither the length of the sequences nor the size of the
-vocabulary matters. Which tokens are measured is what training would count: every token of a document but its first.
+`distillkit evaluate` measures more of it (`evaluation.comparison`), from the same chunks.
 
 Of a captured teacher only what was stored is known. The divergence from it is over the stored tokens and one column
 for all others together, which is never more than the divergence from the whole; the teacher's perplexity is not known.
@@ -9,7 +8,6 @@ for all others together, which is never more than the divergence from the whole;
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,16 +18,12 @@ from transformers import PreTrainedModel
 
 from distillkit.config import UserError
 from distillkit.distribution import DenseDistribution, Distribution, at_least_float32
+from distillkit.evaluation.chunks import Pair, counted_batches
 from distillkit.losses.divergences import kl
-from distillkit.losses.objective import counted_rows, shifted_labels
 from distillkit.teacher.captured import CapturedTeacher
-from distillkit.teacher.decoder import decode, head
 from distillkit.teacher.online import OnlineTeacher
-from distillkit.teacher.signal import Teacher
 
-CHUNK_BYTES = 256 * 2**20
-LIVE_COPIES = 8
-"""Float32 copies of a chunk's logits that are alive at once: two models' logits, log-probabilities, and products."""
+NOTHING_TO_MEASURE = "no token to measure on: the held-out text is empty, or every document in it has one token"
 
 
 @dataclass(frozen=True)
@@ -78,18 +72,17 @@ def measure_divergence(
     training = student.training
     student.eval()
     asked = OnlineTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
+    pair = Pair(asked, student, vocabulary_size, student_autocast, chunk_tokens)
     totals: dict[str, float] = {}
     tokens = 0
-    for batch in batches:
-        rows = counted_rows(batch["labels"])[: num_tokens - tokens]
-        sums = _batch_totals(asked, student, batch, rows, vocabulary_size, student_autocast, chunk_tokens)
-        totals = {name: totals.get(name, 0.0) + total for name, total in sums.items()}
+    for batch, rows in counted_batches(batches, num_tokens, pair.device):
+        for chunk in pair.answers(batch, rows).chunks:
+            for name, total in _chunk_totals(chunk.teacher, chunk.logits, chunk.targets).items():
+                totals[name] = totals.get(name, 0.0) + total.double().item()
         tokens += len(rows)
-        if tokens >= num_tokens:
-            break
     student.train(training)
     if tokens == 0:
-        raise UserError("no token to measure on: the held-out text is empty, or every document in it has one token")
+        raise UserError(NOTHING_TO_MEASURE)
     means = {name: total / tokens for name, total in totals.items()}
     return Divergence(
         kl=means.get("kl"),
@@ -98,39 +91,6 @@ def measure_divergence(
         student_perplexity=_perplexity(means["student_nll"]),
         tokens=tokens,
     )
-
-
-def _batch_totals(
-    teacher: Teacher | None,
-    student: PreTrainedModel,
-    batch: Mapping[str, Tensor],
-    rows: Tensor,
-    vocabulary_size: int | None,
-    student_autocast: torch.dtype | None,
-    chunk_tokens: int | None,
-) -> dict[str, float]:
-    """Sums over the given rows of the flattened batch, by name; those of the teacher where there is one."""
-    device = next(student.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    rows = rows.to(device)
-    targets = shifted_labels(batch["labels"]).flatten()[rows]
-    said = None if teacher is None else teacher.signal(batch).distribution(rows)
-    cast = _autocast(device, student_autocast)
-    with cast:
-        hidden = decode(student, batch["input_ids"], batch["position_ids"])[0].flatten(0, 1)[rows]
-    weight, bias = head(student)
-    step = chunk_tokens or max(1, CHUNK_BYTES // (4 * LIVE_COPIES * len(weight)))
-    totals: dict[str, float] = {}
-    for start in range(0, len(rows), step):
-        chunk = slice(start, min(start + step, len(rows)))
-        with cast:
-            logits = at_least_float32(F.linear(hidden[chunk], weight, bias)[:, :vocabulary_size])
-        word = None if said is None else said(chunk)
-        if word is not None and vocabulary_size is not None:
-            word = word.first_columns(vocabulary_size)
-        for name, total in _chunk_totals(word, logits, targets[chunk]).items():
-            totals[name] = totals.get(name, 0.0) + total.double().item()
-    return totals
 
 
 def _chunk_totals(
@@ -146,12 +106,6 @@ def _chunk_totals(
     else:
         likeliest = teacher.top_k(1).ids.squeeze(-1)
     return {**totals, "kl": per_token.sum(), "agreement": (likeliest == logits.argmax(-1)).sum()}
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    if dtype is None or dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
 
 
 def _perplexity(nll: float) -> float:

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from distillkit.config import UserError
 from distillkit.evaluation.divergence import measure_divergence
+from tests.evaluation.largest_tensor import LargestTensor
 from tests.training.tiny import VOCAB, batch, llama, row
 
 
@@ -86,18 +85,6 @@ def test_columns_beyond_the_common_vocabulary_are_as_if_they_were_not_there(mode
 def test_an_empty_text_is_refused(models):
     with pytest.raises(UserError, match="no token"):
         measure_divergence(*models, [batch(row([1]))], num_tokens=100)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that is made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_made():

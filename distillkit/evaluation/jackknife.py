@@ -1,0 +1,34 @@
+"""Standard errors of numbers that are made of sums over documents.
+
+Tokens of a document depend on one another, so they are no sample of independent tokens: documents are. The
+delete-one-group jackknife makes the number again without each document in turn, and reads its error off the spread; it
+serves means, perplexities and calibration errors alike (Efron and Tibshirani 1993, An Introduction to the Bootstrap,
+chapter 11).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+Named = dict[str, Float64[Tensor, "*shape"]]
+
+
+def jackknife(numbers: Callable[[Named], Named], sums: Named) -> tuple[Named, Named]:
+    """(values, standard errors) of `numbers`, a function of the totals of `sums`.
+
+    numbers: takes totals [..., *width] by name, and returns numbers [..., *width] by name.
+    sums: by name, [documents, *width]; what each document adds to a total.
+
+    An error is nan where it is not known: of fewer than two documents, and where all tokens are of a single one.
+    """
+    totals = {name: each.sum(0) for name, each in sums.items()}
+    values = numbers(totals)
+    documents = len(next(iter(sums.values())))
+    if documents < 2:
+        return values, {name: torch.full_like(value, torch.nan) for name, value in values.items()}
+    left_out = numbers({name: totals[name] - each for name, each in sums.items()})
+    factor = (documents - 1) / documents
+    errors = {name: (factor * (each - each.mean(0)).square().sum(0)).sqrt() for name, each in left_out.items()}
+    return values, errors
