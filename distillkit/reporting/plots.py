@@ -1,0 +1,323 @@
+"""Lines and heat maps as SVG, drawn by matplotlib in placeholder colours (`reporting.colours`).
+
+Every picture is 400 units wide with text of 11, so that it can be read at its own size on a telephone; on a wide page
+several stand side by side. Text stays text, in the reader's own font. Lines are labelled at their ends.
+"""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from distillkit.reporting.colours import HEAT_LEVELS, placeholder
+from distillkit.reporting.document import Picture
+from distillkit.reporting.numbers import NOTHING, Form, amount, whole
+
+WIDTH, HEIGHT = 400, 250
+FONT, SMALL = 11, 10
+CHARACTER = 6.0
+"""Units that a character of FONT takes on average."""
+LONGEST_LABEL = 16
+FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line. `colour`: a name of the palette."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+    colour: str
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line at `x`, and what it says."""
+
+    x: float
+    label: str
+    colour: str = "muted"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is along an axis, and how its numbers are written."""
+
+    label: str
+    form: Form = amount
+    log2: bool = False
+    from_zero: bool = False
+    limits: tuple[float, float] | None = None
+    ticks: list[float] | None = None
+
+
+def short(name: str, limit: int = LONGEST_LABEL) -> str:
+    """A name cut in its middle: its end often tells it from the others."""
+    if len(name) <= limit:
+        return name
+    return f"{name[: (limit - 1) // 2]}…{name[-(limit // 2) :]}"
+
+
+def line_chart(
+    name: str, title: str, series: Sequence[Series], x: Axis, y: Axis, marks: Sequence[Mark] = (), spans: bool = False
+) -> Picture:
+    """Lines over `x`; the title says what they are, `y.label` their unit.
+
+    spans: marks begin stretches, whose labels stand in them; else a label says what its line is.
+    """
+    drawn = [_finite(line) for line in series]
+    labels = [short(line.label) for line in drawn]
+    alone = len(drawn) == 1 and not labels[0]
+    right = 14 if alone else 18 + CHARACTER * max(len(label) for label in labels)
+    figure, axes = _figure(title, y.label, right=right)
+    for line in drawn:
+        axes.plot(
+            line.x,
+            line.y,
+            color=placeholder(line.colour),
+            linewidth=1.8,
+            linestyle=(0, (4, 2)) if line.dashed else "-",
+            marker="o" if len(line.x) <= 12 else None,
+            markersize=4,
+            solid_capstyle="round",
+        )
+    _scale(axes.xaxis, axes.set_xscale, axes.set_xlim, x, [value for line in drawn for value in line.x])
+    _scale(
+        axes.yaxis,
+        axes.set_yscale,
+        axes.set_ylim,
+        y,
+        [value for line in drawn for value in line.y if not math.isnan(value)],
+    )
+    axes.set_xlabel(x.label, color=placeholder("muted"), fontsize=SMALL, labelpad=3)
+    _draw_marks(axes, marks, spans)
+    if not alone:
+        _label_ends(axes, drawn, labels)
+    ends = [f"{line.label or title}: {_ends(line, x, y)}" for line in drawn if line.x]
+    return _picture(name, figure, f"{title} ({y.label}) over {x.label}. {'; '.join(ends)}")
+
+
+def heat_map(
+    name: str,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    shares: Sequence[Sequence[float | None]],
+    mark: tuple[int, str] | None = None,
+) -> Picture:
+    """Shares between 0 and 1, as colour and as per cent; None stays empty.
+
+    columns: lengths. rows: depths, the first at the top. mark: columns before it are inside the trained length.
+    """
+    figure, axes = _figure(title, "% found, by depth and tokens of context", left=44, right=10, top=58 if mark else 46)
+    from matplotlib.patches import Rectangle
+
+    for row, line in enumerate(shares):
+        for column, share in enumerate(line):
+            level = 0 if share is None else round(min(max(share, 0), 1) * (HEAT_LEVELS - 1))
+            fill = "none" if share is None else placeholder(f"heat{level}")
+            edge = placeholder("grid") if share is None else placeholder("surface")
+            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=fill, edgecolor=edge, linewidth=1.5))
+            if len(columns) <= 9:
+                text = NOTHING if share is None else f"{100 * share:.0f}"
+                ink = placeholder("muted" if share is None else f"on_heat{level}")
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=SMALL)
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    axes.set_xticks([column + 0.5 for column in range(len(columns))], list(columns))
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], list(rows))
+    axes.spines["bottom"].set_visible(False)
+    axes.grid(visible=False)
+    if mark is not None and 0 < mark[0] <= len(columns):
+        at = mark[0]
+        axes.plot([at, at], [-0.25, len(rows)], color=placeholder("ink"), linewidth=1.4, clip_on=False)
+        side = "right" if at > len(columns) / 2 else "left"
+        axes.annotate(
+            mark[1],
+            (at, -0.25),
+            xytext=(-4 if side == "right" else 4, 0),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            color=placeholder("muted"),
+            fontsize=SMALL,
+            annotation_clip=False,
+        )
+    told = [
+        f"{row}: " + ", ".join(NOTHING if share is None else f"{100 * share:.0f}" for share in line)
+        for row, line in zip(rows, shares, strict=True)
+    ]
+    return _picture(
+        name, figure, f"{title}: per cent found at {', '.join(columns)} tokens, by depth. {'; '.join(told)}"
+    )
+
+
+def _figure(title: str, unit: str, *, left: float = 50, right: float = 14, top: float = 46) -> tuple[Any, Any]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # a pixel is a unit
+        bottom = 38
+        axes = figure.add_axes(
+            (left / WIDTH, bottom / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - top - bottom) / HEIGHT)
+        )
+        place: dict[str, Any] = {"va": "top", "ha": "left", "parse_math": False}
+        limit = int((WIDTH - 12) / (CHARACTER * 1.12))
+        figure.text(
+            6 / WIDTH,
+            1 - 4 / HEIGHT,
+            short(title, limit),
+            weight="bold",
+            size=FONT + 1,
+            color=placeholder("ink"),
+            **place,
+        )
+        figure.text(6 / WIDTH, 1 - 21 / HEIGHT, unit, size=SMALL, color=placeholder("muted"), **place)
+    for side in ("left", "right", "top"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(placeholder("muted"))
+    axes.spines["bottom"].set_linewidth(0.8)
+    axes.grid(axis="y", color=placeholder("grid"), linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=placeholder("muted"), labelsize=SMALL, length=0, pad=5)
+    axes.tick_params(which="minor", length=0, labelsize=0)
+    return figure, axes
+
+
+def _finite(line: Series) -> Series:
+    """The line with gaps (NaN) for what cannot be drawn, none of them at its end."""
+    ys = [y if math.isfinite(y) else math.nan for y in line.y]
+    until = max((position for position, y in enumerate(ys) if not math.isnan(y)), default=-1) + 1
+    return Series(line.label, line.x[:until], ys[:until], line.colour, line.dashed)
+
+
+def _scale(axis: Any, set_scale: Any, set_limits: Any, described: Axis, values: list[float]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if described.log2:
+        set_scale("log", base=2)
+        positive = [value for value in values if value > 0]
+        if described.ticks is None and positive and max(positive) < 4 * min(positive):
+            set_limits(min(positive) / 1.6, max(positive) * 1.6)
+    if described.limits is not None:
+        set_limits(*described.limits)
+    elif described.from_zero and not described.log2:
+        set_limits(0, max([value for value in values if value > 0], default=1) * 1.08)
+    if described.ticks is not None:
+        axis.set_major_locator(FixedLocator(_thinned(described.ticks, described.form)))
+    elif described.log2:
+        axis.set_major_locator(LogLocator(base=2, numticks=6))
+    else:
+        axis.set_major_locator(MaxNLocator(5, integer=described.form is whole))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: described.form(value)))
+
+
+def _thinned(ticks: list[float], form: Form) -> list[float]:
+    """Every tick, or every second, third … where their labels would touch; the last one always."""
+    room = (WIDTH - 120) / CHARACTER
+    wanted = sum(len(form(tick)) + 2 for tick in ticks)
+    step = max(1, math.ceil(wanted / room))
+    return ticks[::-1][::step][::-1]
+
+
+def _draw_marks(axes: Any, marks: Sequence[Mark], spans: bool) -> None:
+    low, high = sorted(axes.get_xlim())
+    ends = [*[mark.x for mark in marks[1:]], high][: len(marks)] if spans else [high] * len(marks)
+    for index, (mark, end) in enumerate(zip(marks, ends, strict=True)):
+        if not low <= mark.x <= high:
+            continue
+        begins = spans and index == 0
+        if not begins:
+            axes.axvline(mark.x, color=placeholder(mark.colour), linewidth=1, linestyle=(0, (2, 2)))
+        start, stop = (axes.transAxes.inverted().transform(axes.transData.transform((x, 0)))[0] for x in (mark.x, end))
+        width = (stop - start) * axes.get_window_extent().width
+        label = mark.label
+        if spans and len(label) * CHARACTER > width:
+            label = str(index + 1)
+        leftwards = not spans and len(label) * CHARACTER > width
+        axes.annotate(
+            label,
+            (max(start, 0), 1),
+            xycoords="axes fraction",
+            xytext=(-3 if leftwards else 0 if begins else 3, 3 - (0 if spans else index * (SMALL + 1))),
+            textcoords="offset points",
+            ha="right" if leftwards else "left",
+            va="bottom" if spans else "top",
+            color=placeholder(mark.colour),
+            fontsize=SMALL,
+            parse_math=False,
+        )
+
+
+def _label_ends(axes: Any, series: Sequence[Series], labels: Sequence[str]) -> None:
+    """Each label at the height of its line's end, moved apart where they would cover each other."""
+    box = axes.get_window_extent()
+    placed = [
+        (axes.transData.transform((line.x[-1], line.y[-1]))[1], line, label)
+        for line, label in zip(series, labels, strict=True)
+        if line.x
+    ]
+    placed.sort(key=lambda each: each[0])
+    gap = FONT + 2
+    heights = [height for height, _, _ in placed]
+    for _ in range(100):
+        for position in range(len(heights) - 1):
+            overlap = gap - (heights[position + 1] - heights[position])
+            if overlap > 0.01:
+                heights[position] -= overlap / 2
+                heights[position + 1] += overlap / 2
+        lowest, highest = box.y0 + gap / 2 - 4, box.y1 - gap / 2 + 8
+        heights = [min(max(height, lowest), highest) for height in heights] if len(heights) > 1 else heights
+    for height, (_, line, label) in zip(heights, placed, strict=True):
+        axes.annotate(
+            label,
+            (1, (height - box.y0) / box.height),
+            xycoords="axes fraction",
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left",
+            color=placeholder(line.colour),
+            fontsize=FONT,
+            weight="bold",
+            annotation_clip=False,
+            parse_math=False,
+        )
+
+
+def _ends(line: Series, x: Axis, y: Axis) -> str:
+    first, last = (f"{y.form(line.y[at])} at {x.form(line.x[at])}" for at in (0, -1))
+    return first if len(line.x) == 1 else f"{first}, {last}"
+
+
+def _picture(name: str, figure: Any, alt: str) -> Picture:
+    import matplotlib
+
+    options = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
+    buffer = io.StringIO()
+    with matplotlib.rc_context(options), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs that matplotlib's own font lacks; the reader's font draws them
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
+    return Picture(name, _clean(buffer.getvalue(), name, alt), alt, WIDTH)
+
+
+def _clean(svg: str, name: str, alt: str) -> str:
+    """One element that may stand in a page beside others: sized in its own units, identifiers of its own, a name."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;\"]*", f"font-family: {FAMILY}", svg)
+    svg = svg.replace('xlink:href="#', 'href="#').replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'role="img" aria-label="{escape(alt)}" stroke-linejoin="round">'
+    )
+    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1).strip() + "\n"

@@ -1,0 +1,94 @@
+"""`distillkit report`: result files become report.md, report.html and pictures/."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from distillkit.reporting import numbers
+from distillkit.reporting.comparison import LEGEND, comparison
+from distillkit.reporting.document import Paragraph, Report, Section
+from distillkit.reporting.html import html
+from distillkit.reporting.markdown import markdown, write_pictures
+from distillkit.reporting.measured import benchmark_section, divergence_section, speed_section
+from distillkit.reporting.models import Model, merge_models, the_teacher
+from distillkit.reporting.needles import common_tasks, lengths, needle_section, score
+from distillkit.reporting.provenance import failure_section, provenance_section
+from distillkit.reporting.reading import Results, Run, number, read_results, section
+from distillkit.reporting.training import run_names, training_section
+
+MARKDOWN, HTML = "report.md", "report.html"
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Write report.md, report.html and pictures/ into `out` and return the HTML file.
+
+    paths: result files of evaluations, folders that hold one, and folders of runs.
+
+    Raises:
+        UserError: one of the paths holds no result, or cannot be read.
+    """
+    report = build_report(read_results(paths))
+    out.mkdir(parents=True, exist_ok=True)
+    write_pictures(report, out)
+    _write(out / MARKDOWN, markdown(report))
+    _write(out / HTML, html(report))
+    return out / HTML
+
+
+def build_report(results: Results) -> Report:
+    """The sections for which there is something to say."""
+    models = merge_models(results.evaluations)
+    table = comparison(models)
+    sections = [
+        None if table is None else Section("Teacher and students", [table, Paragraph(LEGEND)]),
+        divergence_section(models),
+        benchmark_section(models),
+        needle_section(models),
+        speed_section(models),
+        training_section(results.runs),
+        failure_section(results.evaluations),
+        provenance_section(results),
+    ]
+    lead = [*(_about_run(run, name) for run, name in zip(results.runs, run_names(results.runs), strict=True))]
+    lead += [line for model in models if not model.is_teacher and (line := _about_student(model, models))]
+    return Report(_title(models, results.runs), lead, [each for each in sections if each is not None])
+
+
+def _title(models: Sequence[Model], runs: Sequence[Run]) -> str:
+    teacher = the_teacher(models)
+    students = [model.name for model in models if not model.is_teacher]
+    names = students or run_names(runs) or ["nothing"]
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{listed} beside {teacher.name}" if teacher is not None and students else f"Distillation: {listed}"
+
+
+def _about_run(run: Run, name: str) -> str:
+    if not run.results:
+        return f"The run {name} is not finished."
+    measured, training = section(run.results, "divergence"), section(run.results, "training")
+    told = f"The run {name}: {numbers.shown(number(training, 'tokens'), numbers.count)} tokens"
+    before, after = number(measured, "before", "kl"), number(measured, "after", "kl")
+    if before is not None and after is not None:
+        told += f" took the student from KL {numbers.nats(before)} to {numbers.nats(after)} nats per token"
+    share = number(measured, "after", "agreement")
+    return told + (f"; it agrees with its teacher on {numbers.percent(share)} of likeliest tokens." if share else ".")
+
+
+def _about_student(model: Model, models: Sequence[Model]) -> str:
+    parts = []
+    if (kl := number(model.divergence, "kl")) is not None:
+        told = f"KL {numbers.nats(kl)} nats per token from its teacher"
+        share = number(model.divergence, "agreement")
+        parts.append(told + ("" if share is None else f", the same likeliest token in {numbers.percent(share)}"))
+    if model.needles:
+        tasks = common_tasks(models)
+        longest = max(lengths(models, tasks), default=0)
+        if (found := score(model, tasks, longest)) is not None:
+            parts.append(f"{numbers.percent(found[0])} of needles found at {numbers.length(longest)} tokens")
+    return f"{model.name}: {'; '.join(parts)}." if parts else ""
+
+
+def _write(path: Path, content: str) -> None:
+    staged = path.with_name(f".{path.name}.tmp")
+    staged.write_text(content, encoding="utf-8")
+    os.replace(staged, path)
