@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from filelock import FileLock
@@ -22,10 +17,9 @@ from distillkit.compression import Codec, build_codec
 from distillkit.config.capture import CaptureConfig, check_shard_size
 from distillkit.config.errors import UserError
 from distillkit.data import build_datasets
-from distillkit.pretrained import load_pretrained_config, load_tokenizer
+from distillkit.pretrained import load_pretrained_config, load_tokenizer, weights_sha256
 from distillkit.shards import ShardRecord, read_record
 from distillkit.shards.background import background_is_of
-from distillkit.shards.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -125,21 +119,6 @@ def _prepared_beside(config: CaptureConfig) -> Path:
     """Where the rows are kept until the capture has ended, so that text is tokenised once."""
     folder = Path(config.output_path).resolve()
     return folder.with_name(f"{folder.name}.prepared")
-
-
-def weights_sha256(path: str, kwargs: Mapping[str, Any]) -> str | None:
-    """Of a local teacher's weights and configuration, some 1 GB/s per thread; None for a hub id, which has commits."""
-    place = Path(path).expanduser()
-    if not place.exists():
-        return None
-    if "gguf_file" in kwargs:
-        place /= kwargs["gguf_file"]
-    folder = place / kwargs.get("subfolder", "")
-    files = [place] if place.is_file() else [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    with ThreadPoolExecutor() as threads:
-        digests = threads.map(sha256, files)
-    named = [(file.name, digest) for file, digest in zip(files, digests, strict=True)]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def check_vocabulary(config: CaptureConfig, width: int) -> None:

@@ -25,7 +25,7 @@ from distillkit.teacher.decoder import head
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 _TEXTS = (
     "The quick brown fox, aged 12345 (or 3.14159?), can't jump OVER it; we'll see... #1!",
@@ -71,15 +71,16 @@ def load_students_tokenizer(
     Raises UserError where there is one that cannot be read, or that numbers other tokens.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir() and options.get("gguf_file") is None and not _has_tokenizer(folder):
+    if folder.is_dir() and options.get("gguf_file") is None and not has_tokenizer(folder):
         return teacher
     student = load_tokenizer(path, key=key, **options)
     check_same_tokenizer(teacher, student)
     return student
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder of a model holds its tokenizer, too."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def check_same_tokenizer(
