@@ -65,7 +65,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _extended(path: Path, extending: list[Path]) -> dict[str, Any]:
     """`read_yaml` of a file that those in `extending` extend, each the next."""
-    data = _read_mapping(path)
+    data = read_mapping(path)
     if "extends" not in data:
         return data
     named = data.pop("extends")
@@ -81,7 +81,8 @@ def _extended(path: Path, extending: list[Path]) -> dict[str, Any]:
     return merged(move_dataset_keys(_extended(base, chain)), move_dataset_keys(data))
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in one YAML file, as it is written."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MERGED = ("training_args", "dataset", "evaluation")
 """Keys of a phase that change the top level's key by key; the others take its place."""
 
+_NAME = re.compile(r"[a-z0-9_-]+")
+
 _WHERE_THE_ORIGINAL_IS = ("gguf_file", "revision", "code_revision", "subfolder", "variant")
 """Keyword arguments of `from_pretrained` that make no sense for a student saved by the phase before."""
 
@@ -35,7 +37,10 @@ class PhaseConfig(Section):
     The values are those of the YAML, unchecked: only together with the top level's can they be.
     """
 
-    name: str = Field(description="name of the phase, unique: letters a-z, digits, _ and -")
+    name: str = Field(
+        description="name of the phase, unique: letters a-z, digits, _ and -",
+        json_schema_extra={"pattern": f"^{_NAME.pattern}$"},
+    )
     tokens: TokenBudget = Field(None, description="for how long this phase trains, in tokens: 100M")
     teacher: Any = Field(None, description="another teacher")
     frozen_modules: Any = Field(None, description="other frozen modules")
@@ -57,7 +62,7 @@ class PhaseConfig(Section):
     @field_validator("name")
     @classmethod
     def check_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[a-z0-9_-]+", name):
+        if not _NAME.fullmatch(name):
             raise KeyProblem("", f"names a folder: letters a-z, digits, _ and - only, got {shown(name)}")
         return name
 

@@ -34,6 +34,7 @@ def _check_layer_mapping(value: Any) -> Any:
 
 
 LayerMapping = Annotated[Literal["all"] | list[tuple[int, int]] | None, BeforeValidator(_check_layer_mapping)]
+Phases = Annotated[list[PhaseConfig], BeforeValidator(none_is_empty, json_schema_input_type=list[PhaseConfig] | None)]
 TeacherConfig = Annotated[
     HFTeacherConfig | DatasetTeacherConfig | VLLMTeacherConfig,
     Field(discriminator="kind"),
@@ -98,7 +99,7 @@ class RunConfig(Section):
     )
     resume: bool = Field(False, description="go on from the last checkpoint in output_path")
     evaluation: EvaluationConfig | None = Field(None, description="what is measured before and after")
-    phases: Annotated[list[PhaseConfig], BeforeValidator(none_is_empty)] = Field(
+    phases: Phases = Field(
         default=[], description="one run after another, each from the weights of the one before; what each changes"
     )
 

@@ -49,8 +49,8 @@ def _empty_dict(value: Any) -> Any:
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A folder, file or hub id; `~` is the home folder."""
 
-TextList = Annotated[list[str], BeforeValidator(none_is_empty)]
+TextList = Annotated[list[str], BeforeValidator(none_is_empty, json_schema_input_type=list[str] | None)]
 """A list of text; a key without a value is the empty list."""
 
-AnyMapping = Annotated[dict[str, Any], BeforeValidator(_empty_dict)]
+AnyMapping = Annotated[dict[str, Any], BeforeValidator(_empty_dict, json_schema_input_type=dict[str, Any] | None)]
 """A mapping that is handed on as it is; a key without a value is the empty one."""

@@ -17,7 +17,7 @@ _BACKGROUND = (
 class HFTeacherConfig(Section):
     """A model that runs beside the student."""
 
-    kind: Literal["hf"] = "hf"
+    kind: Literal["hf"] = Field("hf", description="hf: a model that runs beside the student")
     path: PathText = Field(description="the teacher: a folder, a hub id or a .gguf file")
     kwargs: AnyMapping = Field(
         default={},
@@ -35,7 +35,9 @@ class DatasetTeacherConfig(Section):
     columns token_ids and top_values are read as they are.
     """
 
-    kind: Literal["dataset"] = "dataset"
+    kind: Literal["dataset"] = Field(
+        "dataset", description="dataset: captured outputs; their tokens are the training dataset"
+    )
     logprob_compressor: LogprobCompressorConfig | None = Field(None, description="how the outputs are compressed")
     legacy_logit_compression: LegacyLogitCompressionConfig | None = Field(
         None, description="how the outputs are compressed, in the older format"
@@ -53,7 +55,7 @@ class DatasetTeacherConfig(Section):
 class VLLMTeacherConfig(Section):
     """A teacher served by vLLM: a server that runs already (`base_url`), or one to be started (`model_path`)."""
 
-    kind: Literal["vllm"] = "vllm"
+    kind: Literal["vllm"] = Field("vllm", description="vllm: a model that vLLM serves")
     top_k: int = Field(gt=0, description="log-probabilities asked for per token")
 
     base_url: str | None = Field(None, description="address of a running server, such as http://localhost:8000")

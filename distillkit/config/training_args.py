@@ -7,6 +7,7 @@ The names are read from the source of the installed transformers, without import
 import ast
 import functools
 import importlib.util
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ SET_BY_THE_RUN = {
 STOCHASTIC_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit")
 """Values of `optim` that can train bfloat16 weights without losing small updates: by rounding stochastically."""
 
-_POSITIVE = (
+POSITIVE = (
     "num_train_epochs",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -68,7 +69,7 @@ _POSITIVE = (
     "save_steps",
     "eval_steps",
 )
-_NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm")
 
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
@@ -132,9 +133,9 @@ def _fits(value: Any, kind: str) -> bool:
 def _check_bounds(name: str, value: float) -> None:
     if name == "warmup_ratio" and value >= 1:
         raise KeyProblem(name, f"must be a share of the steps, below 1, got {value:g}; warmup_steps counts steps")
-    if name in _POSITIVE and not value > 0:
+    if name in POSITIVE and not value > 0:
         raise KeyProblem(name, f"must be > 0, got {value:g}")
-    if name in _NOT_NEGATIVE and not value >= 0:
+    if name in NOT_NEGATIVE and not value >= 0:
         raise KeyProblem(name, f"must be >= 0, got {value:g}")
 
 
@@ -146,6 +147,14 @@ def trainer_fields() -> dict[str, str]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found[node.target.id] = ast.unparse(node.annotation)
     return found
+
+
+@functools.cache
+def trainer_descriptions() -> dict[str, str]:
+    """What transformers writes about its training arguments: the first paragraph about each, without markup."""
+    text = ast.get_docstring(_classes("training_args.py")["TrainingArguments"]) or ""
+    found = re.finditer(r"^ {4}(\w+) ?\([^\n]*\):\n((?: {8}[^\n]*\n)+)", text + "\n", re.MULTILINE)
+    return {match[1]: re.sub(r"[`*\[\]]", "", " ".join(match[2].split())) for match in found}
 
 
 @functools.cache

@@ -1,0 +1,207 @@
+"""The JSON schema of each kind of YAML, for editors: names, values and descriptions while typing.
+
+It is made from the sections themselves and from transformers' `TrainingArguments`, so it says what the installed
+versions take. What the checks know beyond it (what excludes what, and which file does not exist) stays with them.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from distillkit.config.capture import CaptureConfig
+from distillkit.config.data import TRL_KEYS
+from distillkit.config.phases import MERGED
+from distillkit.config.run import RunConfig
+from distillkit.config.section import Section
+from distillkit.config.suites import EvaluateConfig
+from distillkit.config.training_args import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    RENAMED,
+    SET_BY_THE_RUN,
+    WITHOUT_EFFECT,
+    trainer_choices,
+    trainer_descriptions,
+    trainer_fields,
+)
+
+Kind = Literal["run", "capture", "evaluate"]
+Schema = dict[str, Any]
+
+SECTIONS: dict[Kind, type[Section]] = {"run": RunConfig, "capture": CaptureConfig, "evaluate": EvaluateConfig}
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_REF = "#/$defs/"
+_CHANGES = "Changes"
+_EXTENDS = {"type": "string", "description": "another file, relative to this one, of which this one names what differs"}
+_JSON_TYPES = {
+    "bool": "boolean",
+    "int": "integer",
+    "float": "number",
+    "str": "string",
+    "list": "array",
+    "dict": "object",
+    "None": "null",
+}
+
+
+def json_schema(kind: Kind) -> Schema:
+    """The schema (draft 2020-12) of the YAML of a run, a capture or an evaluation.
+
+    A file that extends another need not be whole, at any depth: it is held to variants of the sections in which
+    nothing is required.
+    """
+    section = SECTIONS[kind]
+    found = section.model_json_schema()
+    definitions: dict[str, Schema] = found.pop("$defs", {})
+    definitions[section.__name__] = found
+    for definition in definitions.values():
+        _simplify(definition)
+    if section is RunConfig:
+        definitions["TrainingArguments"] = _training_arguments(definitions)
+        found["properties"]["training_args"] = _or_null("TrainingArguments", found["properties"]["training_args"])
+    found["properties"] = {"extends": _EXTENDS, **found["properties"]}
+    partial = _with_demands(definitions) | {section.__name__}
+    definitions |= {name + _CHANGES: _changes(definitions[name], partial) for name in partial}
+    if section is RunConfig:
+        _describe_phases(definitions)
+    root = {
+        "$schema": _DIALECT,
+        "title": f"distillkit: {kind}",
+        "description": found.get("description", ""),
+        "type": "object",
+        "if": {"required": ["extends"]},
+        "then": {"$ref": f"{_REF}{section.__name__}{_CHANGES}"},
+        "else": {"$ref": f"{_REF}{section.__name__}"},
+    }
+    return {**root, "$defs": {name: definitions[name] for name in sorted(_used(root, definitions))}}
+
+
+def _simplify(node: Any) -> None:
+    """Drop, in place, what says nothing to an editor; a union that is told apart by a key needs that key."""
+    for inner in _parts(node):
+        _simplify(inner)
+    if not isinstance(node, dict):
+        return
+    if isinstance(node.get("title"), str):
+        del node["title"]
+    if isinstance(node.get("description"), str):
+        node["description"] = " ".join(node["description"].split("\n\n")[0].split())
+    if node.get("default", 0) is None:
+        del node["default"]
+    if "discriminator" in node:
+        node["required"] = [node.pop("discriminator")["propertyName"]]
+
+
+def _with_demands(definitions: dict[str, Schema]) -> set[str]:
+    """The sections in which something is required, or in a section of which."""
+    found: set[str] = set()
+    before = -1
+    while len(found) > before:
+        before = len(found)
+        for name, definition in definitions.items():
+            if _changes(definition, found) != definition:
+                found.add(name)
+    return found
+
+
+def _changes(definition: Schema, partial: set[str]) -> Schema:
+    """The variant of a section in which nothing is required. Entries of lists stay whole, as lists are replaced."""
+
+    def part(node: Any) -> Any:
+        if isinstance(node, list):
+            return [part(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        kept = {key: value for key, value in node.items() if key != "required"}
+        if "oneOf" in kept:  # parts of several kinds may look the same
+            kept["anyOf"] = kept.pop("oneOf")
+        if str(kept.get("$ref", "")).removeprefix(_REF) in partial:
+            kept["$ref"] += _CHANGES
+        return {key: value if key in ("items", "prefixItems") else part(value) for key, value in kept.items()}
+
+    changed = part(definition)
+    assert isinstance(changed, dict)
+    return changed
+
+
+def _describe_phases(definitions: dict[str, Schema]) -> None:
+    """Give the keys of a phase, which are unchecked by themselves, what they are at the top level."""
+    run, changes = definitions["RunConfig"]["properties"], definitions["RunConfigChanges"]["properties"]
+    for name, described in definitions["PhaseConfig"]["properties"].items():
+        if name not in ("name", "tokens"):
+            definition = copy.deepcopy((changes if name in MERGED else run)[name])
+            definition.pop("default", None)
+            definitions["PhaseConfig"]["properties"][name] = definition | {"description": described["description"]}
+
+
+def _training_arguments(definitions: dict[str, Schema]) -> Schema:
+    """`training_args`: each name that is taken, also its older ones, and those that the run sets, switched off."""
+    properties: dict[str, Schema] = {}
+    descriptions = trainer_descriptions()
+    for name, annotation in trainer_fields().items():
+        if name not in (*SET_BY_THE_RUN, *WITHOUT_EFFECT):
+            described = {"description": descriptions[name]} if name in descriptions else {}
+            properties[name] = _value(name, annotation) | described
+    for older, newer in RENAMED.items():
+        description = {"description": f"transformers calls this {newer} now", "deprecated": True}
+        properties[older] = _value(older, trainer_fields()[newer]) | description
+    for name in TRL_KEYS:
+        properties[name] = copy.deepcopy(definitions["DatasetConfig"]["properties"][name])
+    for name in WITHOUT_EFFECT:
+        properties[name] = {"description": "has no effect here", "deprecated": True}
+    for name, remedy in SET_BY_THE_RUN.items():
+        properties[name] = {"enum": [None, False, 0, "", [], {}], "description": remedy, "deprecated": True}
+    return {
+        "description": "`training_args`: what transformers' Trainer takes.",
+        "type": "object",
+        "properties": dict(sorted(properties.items())),
+        "additionalProperties": False,
+    }
+
+
+def _value(name: str, annotation: str) -> Schema:
+    """The schema of a field of `TrainingArguments`, by what `training_args._check_value` holds it to."""
+    kinds = [each.strip().split("[")[0] for each in annotation.split("|")]
+    choices = [choice for kind in kinds for choice in trainer_choices().get(kind, ())]
+    if choices:
+        return {"enum": [*choices, False] if name.endswith("_strategy") else choices}
+    schema: Schema = {}
+    if all(kind in _JSON_TYPES for kind in kinds):
+        schema["type"] = [_JSON_TYPES[kind] for kind in kinds]
+    if name in POSITIVE:
+        schema["exclusiveMinimum"] = 0
+    if name in NOT_NEGATIVE:
+        schema["minimum"] = 0
+    if name == "warmup_ratio":
+        schema["exclusiveMaximum"] = 1
+    return schema
+
+
+def _or_null(name: str, described: Schema) -> Schema:
+    return {"anyOf": [{"$ref": _REF + name}, {"type": "null"}], "description": described["description"]}
+
+
+def _used(root: Schema, definitions: dict[str, Schema]) -> set[str]:
+    """The names of the definitions that the root needs, of itself or through others."""
+    used: set[str] = set()
+    waiting = list(_references(root))
+    while waiting:
+        name = waiting.pop()
+        if name not in used:
+            used.add(name)
+            waiting += _references(definitions[name])
+    return used
+
+
+def _references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict) and isinstance(node.get("$ref"), str):
+        yield node["$ref"].removeprefix(_REF)
+    for inner in _parts(node):
+        yield from _references(inner)
+
+
+def _parts(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
