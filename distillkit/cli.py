@@ -5,6 +5,7 @@ without it.
 """
 
 import glob
+import json
 import logging
 import os
 import sys
@@ -14,9 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from distillkit.config import DatasetSource, StudentConfig, UserError, load_run_config
-from distillkit.config.capture import check_capture_ready, load_capture_config
+from distillkit.config import DatasetSource, RunConfig, StudentConfig, UserError, load_run_config
+from distillkit.config.capture import CaptureConfig, check_capture_ready, load_capture_config
+from distillkit.config.loading import read_yaml
 from distillkit.config.readiness import check_model_path, check_ready, check_source
+from distillkit.config.schema import Kind, json_schema
 from distillkit.config.student import KVHeads, Layout
 
 USAGE_ERROR = 2
@@ -40,14 +43,70 @@ def distill(
         typer.Argument(help="Keys to change: training_args.learning_rate=3e-4", metavar="KEY=VALUE"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_path.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check that the run could start, and say what it would cost.")
+    ] = False,
 ) -> None:
     """Run the distillation that a YAML file describes."""
     changes = [*(overrides or []), *(["resume=true"] if resume else [])]
     run = load_run_config(config, changes)
     check_ready(run)
+    if dry_run:
+        _print_plan(run)
+        return
     from distillkit.training import distill
 
     distill(run)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A run or a capture, as YAML.", metavar="CONFIG.yaml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys to change: training_args.learning_rate=3e-4", metavar="KEY=VALUE"),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="The GPU that time and memory are estimated for.")] = "H100",
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a run or a capture would cost, and what is wrong with it, without doing it.
+
+    Parameters, tokens, steps, memory, disk and time of each phase. Only configurations and headers are read.
+    """
+    described: RunConfig | CaptureConfig
+    if "compression" in read_yaml(config):
+        described = load_capture_config(config, overrides or [])
+    else:
+        described = load_run_config(config, overrides or [])
+    _print_plan(described, gpu=gpu, gpus=gpus, as_json=as_json)
+
+
+def _print_plan(
+    described: RunConfig | CaptureConfig, *, gpu: str = "H100", gpus: int = 1, as_json: bool = False
+) -> None:
+    from rich.console import Console
+
+    from distillkit.planning import plan_capture, plan_run
+
+    plan = plan_run(described, gpu=gpu, gpus=gpus) if isinstance(described, RunConfig) else plan_capture(described)
+    if as_json:
+        typer.echo(json.dumps(plan.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(plan)
+
+
+@app.command()
+def schema(
+    kind: Annotated[Kind, typer.Argument(help="Of which YAML: run, capture or evaluate.", metavar="KIND")] = "run",
+) -> None:
+    """Print the JSON schema of a kind of YAML, which tells an editor its keys, values and descriptions.
+
+    \b
+    distillkit schema > schema.json, and as the first line of the YAML:
+    # yaml-language-server: $schema=schema.json
+    """
+    typer.echo(json.dumps(json_schema(kind), indent=2))
 
 
 @app.command()
