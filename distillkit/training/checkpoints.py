@@ -7,6 +7,7 @@ is deleted only when the newer one is complete.
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,16 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def mark_complete(path: Path) -> None:
     """Declare a checkpoint complete, once all that it holds has reached the disk."""
-    for file in path.rglob("*"):
-        if file.is_file():
-            flush(file)
+    flush_files(path.rglob("*"))
     (path / MARKER).touch()
     flush(path)
+
+
+def flush_files(paths: Iterable[Path]) -> None:
+    """Wait until the files among the paths have reached the disk."""
+    for path in paths:
+        if path.is_file():
+            flush(path)
 
 
 def delete(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`distillkit CONFIG.yaml`: one distillation from beginning to end.
+"""One distillation from beginning to end; a run with phases makes one after another (`training.phases`).
 
 convert (if asked for) → measure → train → save → measure → write. Each step leaves its result in the run's folder or
 is checkpointed, so a run killed anywhere ends, after `--resume`, as if it had not been.
@@ -36,14 +36,17 @@ from distillkit.training.arguments import (
     saves_by_the_clock,
 )
 from distillkit.training.batches import Collator, padding_token
+from distillkit.training.budget import set_steps
+from distillkit.training.checkpoints import flush_files
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import level_padding
-from distillkit.training.interruption import EXIT_CODE, SaveRequests
+from distillkit.training.interruption import EXIT_CODE, SaveRequests, any_rank
 from distillkit.training.models import Models, load_models
 from distillkit.training.optimizers import OptimizerLine
+from distillkit.training.origins import note_origins
 from distillkit.training.precision import cast_for_saving, compiled_layers, compute_dtype
 from distillkit.training.processes import first_process_first
-from distillkit.training.progress import MetricsFile, ProgressDisplay, say
+from distillkit.training.progress import MetricsFile, ProgressDisplay, finish_trackers, say
 from distillkit.training.results import print_results, write_results
 from distillkit.training.run_folder import RunFolder, open_run_folder
 from distillkit.training.saving import save_student
@@ -51,6 +54,22 @@ from distillkit.training.text import PREPARED, HeldOut, load_text
 from distillkit.training.trainer import DistillationTrainer
 
 Measurement = Callable[[], Divergence]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which phase of a greater run a run is; by default it is all there is."""
+
+    number: int = 1
+    of: int = 1
+    name: str = "training"
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.of
+
+    def __str__(self) -> str:
+        return self.name if self.of == 1 else f"phase {self.number} of {self.of}: {self.name}"
 
 
 @dataclass(frozen=True)
@@ -62,22 +81,23 @@ class Run:
     arguments: TrainingArguments
     techniques: StudentTechniques
     console: Console
+    place: Place
 
 
-def distill(config: RunConfig, console: Console | None = None) -> Path:
-    """Run a distillation and return the folder of the trained student, which is `output_path`.
+def distill_once(config: RunConfig, console: Console, place: Place) -> None:
+    """Run one distillation, whose student is then in `output_path`. A run that is finished already is left alone.
 
     Raises:
         UserError: something in the configuration cannot be; the line names the key.
         SystemExit: with code 130, after Ctrl-C or SIGTERM and a last checkpoint; with 1 or 2 on all processes but the
             first, which has raised the error.
     """
-    run = _begin(config, console or Console())
+    run = _begin(config, console, place)
     if run.folder.finished:
-        say(run.console, f"{run.folder.path}: this run is finished already, nothing is left to do")
-        return run.folder.path
+        return
     models = load_models(config, run.folder, run.arguments, run.techniques, run.console)
     train_rows, held_out = load_text(config, run.folder, run.arguments, models)
+    note_origins(config, run.folder)
     measure = _measurement(run, models, held_out)
     requests = SaveRequests(SAVE_MINUTES if saves_by_the_clock(config.training_args) else None)
     display = ProgressDisplay(run.console)
@@ -85,6 +105,7 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
     for callback in (requests, MetricsFile(run.folder.path), display, OptimizerLine(run.console)):
         trainer.add_callback(callback)
 
+    say(run.console, f"{place} ({set_steps(trainer, train_rows, config.tokens, run.folder, run.console)})")
     before = _before(run, measure)
     try:
         _train(run, models, trainer)
@@ -95,10 +116,12 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
         say(run.console, f"interrupted after step {trainer.state.global_step}, saved; go on with --resume")
         raise SystemExit(EXIT_CODE)
     _finish(run, models, trainer, measure, before)
-    return run.folder.path
+    if any_rank(run.arguments, requests.interrupted)[0] and not place.last:
+        say(run.console, f"interrupted after {place}, which is finished; go on with --resume")
+        raise SystemExit(EXIT_CODE)
 
 
-def _begin(config: RunConfig, console: Console) -> Run:
+def _begin(config: RunConfig, console: Console, place: Place) -> Run:
     """Read the training arguments, which set up the devices and processes, and open the run's folder."""
     functions = {loss.function for loss in config.loss_functions}
     # Hidden states alone leave the head without a gradient; what attention outputs alone do not reach is frozen.
@@ -117,13 +140,25 @@ def _begin(config: RunConfig, console: Console) -> Run:
     if arguments.n_gpu > 1:
         say(console, f"one of {arguments.n_gpu} GPUs is used; start with torchrun --nproc-per-node gpu for all of them")
         arguments._n_gpu = 1
-    folder = first_process_first(arguments, lambda: open_run_folder(config, main_process=arguments.process_index == 0))
-    if folder.checkpoint is not None and not folder.finished:
+    folder = _open(config, arguments, place)
+    what = "this run" if place.of == 1 else str(place)
+    if folder.finished:
+        say(console, f"{path}: {what} is finished already, nothing is left to do")
+        return Run(config, folder, arguments, techniques, console, place)
+    if place.of > 1:
+        say(console, what)
+    if folder.checkpoint is not None:
         say(console, f"resuming after step {folder.checkpoint.step}")
-    elif config.resume and not folder.finished:
+    elif config.resume:
         say(console, f"{path}: no checkpoint to resume from, the run starts from the beginning")
     set_seed(arguments.seed)
-    return Run(config, folder, arguments, techniques, console)
+    return Run(config, folder, arguments, techniques, console, place)
+
+
+def _open(config: RunConfig, arguments: TrainingArguments, place: Place) -> RunFolder:
+    derived = ("model",) if place.number > 1 else ()  # the folder of the phase before
+    main_process = arguments.process_index == 0
+    return first_process_first(arguments, lambda: open_run_folder(config, main_process=main_process, derived=derived))
 
 
 def _measurement(run: Run, models: Models, held_out: HeldOut | None) -> Measurement | None:
@@ -242,14 +277,19 @@ def _train(run: Run, models: Models, trainer: DistillationTrainer) -> None:
 def _finish(
     run: Run, models: Models, trainer: DistillationTrainer, measure: Measurement | None, before: Divergence | None
 ) -> None:
-    """Save the student, measure it as saved, let it write, and say how the run ended."""
+    """Save the student, measure it as saved, let it write, and say how the run ended.
+
+    A student with which another phase goes on keeps its float32 masters, so that phases round nothing.
+    """
     folder, evaluation = run.folder, run.config.evaluation
-    cast_for_saving(models.student, trainer.weights_dtype)
+    if run.place.last:
+        cast_for_saving(models.student, trainer.weights_dtype)
     if run.config.resize_embeddings_to_multiple_of is not None:
         level_padding(models.student, models.embedding_rows)
     if folder.main_process:
         save_student(models.student, folder.path, trainer.weights_dtype)
         models.tokenizer.save_pretrained(folder.path)
+        flush_files(folder.path.iterdir())
     after = measure() if measure is not None and evaluation is not None else None
     trainer.accelerator.wait_for_everyone()  # until nobody reads the prepared rows
     if folder.main_process:
@@ -263,4 +303,4 @@ def _finish(
         say(run.console, f"the student is in {folder.path}")
     if run.arguments.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.end_training()
+    finish_trackers(run.arguments)

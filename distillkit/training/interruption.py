@@ -47,7 +47,7 @@ class SaveRequests(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """All ranks save and stop at the same step, whichever of them was told."""
         due = self.minutes is not None and time.monotonic() - self._last_save > 60 * self.minutes
-        self.interrupted, due = _any_rank(args, self.interrupted, due)
+        self.interrupted, due = any_rank(args, self.interrupted, due)
         at_the_end = self.minutes is not None and state.global_step >= state.max_steps
         if self.interrupted:
             control.should_training_stop = True
@@ -77,7 +77,8 @@ class SaveRequests(TrainerCallback):
             os._exit(EXIT_CODE)
 
 
-def _any_rank(args: TrainingArguments, *flags: bool) -> tuple[bool, ...]:
+def any_rank(args: TrainingArguments, *flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is set on any rank."""
     if args.world_size == 1:
         return flags
     told = torch.tensor(flags, dtype=torch.int32, device=args.device)

@@ -1,5 +1,6 @@
 """What a run says while it trains: a bar on a terminal, plain lines elsewhere, and `metrics.jsonl` always."""
 
+import importlib
 import json
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from distillkit.shards.files import write_whole
 from distillkit.training.run_folder import METRICS
 
 NOT_LOSSES = ("step", "epoch", "tokens", "tokens_per_second", "seconds", "grad_norm", "learning_rate")
@@ -38,7 +40,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [line for line in read_metrics(self._path) if line["step"] <= state.global_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._start = time.perf_counter()
 
@@ -62,6 +64,12 @@ class MetricsFile(TrainerCallback):
         line = {"step": state.global_step, **logs, "seconds": round(seconds, 3)}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def finish_trackers(arguments: TrainingArguments) -> None:
+    """End what trackers leave open for whatever else the process logs: the next phase is a run of its own."""
+    if "wandb" in arguments.report_to:
+        importlib.import_module("wandb").finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """How a run ended: a table for the person, `results.json` for programs."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,12 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from distillkit.config import RunConfig
+from distillkit.config.phases import Phase
 from distillkit.evaluation import Divergence, Sample
 from distillkit.evaluation.evaluate import divergence_table
 from distillkit.provenance import commit, machine, versions
 from distillkit.training.freezing import Freezing
 from distillkit.training.progress import NOT_LOSSES, read_metrics, say
-from distillkit.training.run_folder import METRICS, RESULTS, RunFolder, write_json
+from distillkit.training.run_folder import METRICS, PHASES, RESULTS, RunFolder, read_json, write_json
 
 
 def write_results(
@@ -67,3 +70,56 @@ def print_results(
         )
     for sample in results["samples"]:
         console.print(Text.assemble("\n", (sample["prompt"], "bold"), sample["continuation"], "\n"))
+
+
+def write_results_of_phases(config: RunConfig, phases: Sequence[Phase]) -> dict[str, Any]:
+    """Write the `results.json` of a whole run from those of its phases: its end is the last one's."""
+    folder = Path(config.output_path)
+    found = [(phase, read_json(Path(phase.config.output_path) / RESULTS)) for phase in phases]
+    first, last = found[0][1], found[-1][1]
+    sums = {name: sum(results["training"][name] or 0 for _, results in found) for name in ("step", "tokens", "seconds")}
+    ends = {"before": first["divergence"].get("before"), "after": last["divergence"].get("after")}
+    results = {
+        **last,
+        "divergence": {name: measured for name, measured in ends.items() if measured is not None},
+        "training": {**sums, "seconds": round(sums["seconds"], 3)},
+        "phases": [_phase_row(phase, results) for phase, results in found],
+        "versions": versions(),
+        "commit": commit(),
+        "config": config.model_dump(mode="json"),
+    }
+    write_json(folder / RESULTS, results)
+    return results
+
+
+def _phase_row(phase: Phase, results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": phase.name,
+        "folder": f"{PHASES}/{Path(phase.config.output_path).name}",
+        "tokens": results["training"]["tokens"],
+        "steps": results["training"]["step"],
+        "seconds": results["training"]["seconds"],
+        "sequence_length": phase.config.sequence_length,
+        "losses": results["losses"],
+        "loss_functions": [loss.function for loss in phase.config.loss_functions],
+        "divergence": results["divergence"],
+    }
+
+
+def print_results_of_phases(console: Console, results: dict[str, Any]) -> None:
+    """The divergence before the first phase and after each, and what all took together."""
+    columns = {}
+    if "before" in results["divergence"]:
+        columns["before"] = Divergence(**results["divergence"]["before"])
+    for phase in results["phases"]:
+        if "after" in phase["divergence"]:
+            columns[f"after {phase['name']}"] = Divergence(**phase["divergence"]["after"])
+    if columns:
+        console.print(divergence_table(columns))
+    training = results["training"]
+    rate = training["tokens"] / max(training["seconds"], 1e-9)
+    say(
+        console,
+        f"{len(results['phases'])} phases: {training['step']:,} steps, {training['tokens']:,} tokens, "
+        f"{training['seconds']:,.0f} s ({rate:,.0f} tokens/s)",
+    )

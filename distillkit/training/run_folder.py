@@ -1,11 +1,10 @@
 """The folder of a run: whether a run may start there, go on there, or is through already.
 
 `run.json` holds the configuration a run was started with. A run goes on only under the same one: what differs in a way
-that matters to the weights is named.
+that matters to the weights is named. The phases of a run have folders of their own within its folder.
 """
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +13,15 @@ from typing import Any
 
 from distillkit.config import RunConfig, UserError
 from distillkit.config.errors import shown
-from distillkit.provenance import commit, versions
+from distillkit.provenance import command, commit, versions
+from distillkit.shards.files import remove_leftovers, write_whole
 from distillkit.training.checkpoints import PREFIX, Checkpoint, complete_checkpoints, delete_incomplete
 
 RUN = "run.json"
 RESULTS = "results.json"
 METRICS = "metrics.jsonl"
 UNTRAINED = "untrained"
+PHASES = "phases"
 
 FREE_TO_CHANGE = (
     "output_path",
@@ -69,51 +70,75 @@ class RunFolder:
     def note(self, key: str, value: Any) -> None:
         """Keep a fact about the run that a resumed run needs again. All ranks know it, one writes it."""
         if self.main_process:
-            write_json(self.path / RUN, {**_read(self.path / RUN), key: value})
+            write_json(self.path / RUN, {**read_json(self.path / RUN), key: value})
 
     def noted(self, key: str) -> Any:
         """A fact kept by `note`; None if there is none."""
-        return _read(self.path / RUN).get(key)
+        return read_json(self.path / RUN).get(key)
 
 
-def open_run_folder(config: RunConfig, *, main_process: bool = True) -> RunFolder:
+def open_run_folder(config: RunConfig, *, main_process: bool = True, derived: tuple[str, ...] = ()) -> RunFolder:
     """Open `output_path` for a run, and write `run.json`.
+
+    derived: keys that are not the user's, and may differ from those that the run was started with.
 
     Raises:
         UserError: there is a run already and `resume` is not set, or it is set and the configuration has changed.
     """
     folder = Path(config.output_path)
-    if not (folder / RUN).exists():
-        _refuse_what_is_not_ours(folder)
+    refuse_what_is_not_ours(folder)
     checkpoints = complete_checkpoints(folder)
     finished = (folder / RESULTS).exists()
-    described = config.model_dump(mode="json")
-    former = _read(folder / RUN).get("config")
+    former = read_json(folder / RUN).get("config")
     if not config.resume:
-        _refuse_to_overwrite(folder, checkpoints)
-    elif former is not None and (checkpoints or finished):
-        _refuse_changes(described, former, folder)
+        refuse_to_overwrite(folder)
+    elif former is not None and held_by_run(folder):
+        for key, now, then in changes(config, former):
+            if key not in derived:
+                refuse_change(key, now, then, folder)
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
         delete_incomplete(folder)
+        remove_leftovers(folder)
         if not checkpoints and not finished:
-            kept = {"converted": _read(folder / RUN).get("converted")}  # what lies in `untrained`
-            started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            write_json(
-                folder / RUN,
-                {**kept, "started": started, "versions": versions(), "commit": commit(), "config": described},
-            )
+            begin_run_file(config, folder)
     return RunFolder(folder, checkpoints[-1] if checkpoints else None, finished, main_process)
+
+
+def begin_run_file(config: RunConfig, folder: Path) -> None:
+    """Write `run.json` of a run that begins."""
+    kept = {"converted": read_json(folder / RUN).get("converted")}  # what lies in `untrained`
+    origin = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    write_json(folder / RUN, {**kept, **origin, "config": config.model_dump(mode="json")})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old content or the new, never a part."""
-    staged = path.with_name(f".{path.name}.tmp")
-    staged.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _refuse_what_is_not_ours(folder: Path) -> None:
+def begun_phases(folder: Path) -> list[Path]:
+    """Folders of the phases of a run that hold something to go on from, in their order."""
+    found = [path for path in (folder / PHASES).glob("*-*") if path.name.partition("-")[0].isdigit()]
+    return sorted((path for path in found if held_by_run(path)), key=lambda path: int(path.name.partition("-")[0]))
+
+
+def held_by_run(folder: Path) -> list[str]:
+    """What of a run is in a folder that would be lost if another began there: a few names."""
+    held = [checkpoint.path.name for checkpoint in complete_checkpoints(folder)[-1:]]
+    held += [path.name for pattern in (RESULTS, "*.safetensors") for path in sorted(folder.glob(pattern))[:1]]
+    return held + [f"{PHASES}/{path.name}" for path in begun_phases(folder)[-1:]]
+
+
+def refuse_what_is_not_ours(folder: Path) -> None:
+    """Raises `UserError` for a folder with models or checkpoints that no run of this package wrote."""
+    if (folder / RUN).exists():
+        return
     held = sorted(path.name for pattern in ("*.safetensors", f"{PREFIX}*", RESULTS) for path in folder.glob(pattern))
     if held:
         raise UserError(
@@ -121,9 +146,9 @@ def _refuse_what_is_not_ours(folder: Path) -> None:
         )
 
 
-def _refuse_to_overwrite(folder: Path, checkpoints: list[Checkpoint]) -> None:
-    held = [checkpoint.path.name for checkpoint in checkpoints[-1:]]
-    held += [path.name for pattern in (RESULTS, "*.safetensors") for path in sorted(folder.glob(pattern))[:1]]
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raises `UserError` for a folder that holds a run."""
+    held = held_by_run(folder)
     if held:
         raise UserError(
             f"output_path: {str(folder)!r} holds a run already ({', '.join(held)}); pass --resume to go on with it, or "
@@ -131,14 +156,20 @@ def _refuse_to_overwrite(folder: Path, checkpoints: list[Checkpoint]) -> None:
         )
 
 
-def _refuse_changes(config: dict[str, Any], former: dict[str, Any], folder: Path) -> None:
-    now, then = dict(_flat(config)), dict(_flat(_completed(former)))
+def refuse_change(key: str, now: Any, then: Any, folder: Path) -> None:
+    """Raises `UserError` for a key that is not what a run was started with."""
+    raise UserError(
+        f"{key}: is {shown(now)}, but the run in {str(folder)!r} was started with {shown(then)}; resume with that, or "
+        "choose another output_path"
+    )
+
+
+def changes(config: RunConfig, former: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that matter to the weights and are not as they were: each with its value now and then."""
+    now, then = dict(_flat(config.model_dump(mode="json"))), dict(_flat(_completed(former)))
     for key in [*now, *(key for key in then if key not in now)]:
         if now.get(key) != then.get(key) and not key.startswith(FREE_TO_CHANGE):
-            raise UserError(
-                f"{key}: is {shown(now.get(key))}, but the run in {str(folder)!r} was started with "
-                f"{shown(then.get(key))}; resume with that, or choose another output_path"
-            )
+            yield key, now.get(key), then.get(key)
 
 
 def _completed(former: dict[str, Any]) -> dict[str, Any]:
@@ -150,18 +181,19 @@ def _completed(former: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """`loss_functions[1].temperature` and its value, for every value that holds no others."""
-    if isinstance(value, dict) and value:
+    """`loss_functions[1].temperature` and its value, for every value that holds no others; an empty list is none."""
+    if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(inner, f"{path}.{key}" if path else key)
-    elif isinstance(value, list) and value:
+    elif isinstance(value, list):
         for index, inner in enumerate(value):
             yield from _flat(inner, f"{path}[{index}]")
     else:
         yield path, value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none."""
     if not path.exists():
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,10 +1,19 @@
 """Writing a student so that it can be loaded as any model: weights, configuration, generation configuration."""
 
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from distillkit.shards.files import flush, write_whole
+
+_WEIGHTS = ".safetensors"
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
+"""What a file system answers that has no hard links, or not these."""
 
 
 def save_student(
@@ -17,3 +26,34 @@ def save_student(
     student.save_pretrained(folder, state_dict=state_dict)
     student.config.dtype = dtype
     student.config.save_pretrained(folder)
+
+
+def link_student(source: Path, folder: Path, besides: tuple[str, ...]) -> None:
+    """Put the student of one folder into another too: its weights by hard links where there are any, else copied.
+
+    Each file is there whole or not at all, whenever the process is killed; done again, it changes nothing.
+
+    besides: names of files in `source` that are no part of the student.
+    """
+    for path in sorted(source.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.name in besides:
+            continue
+        if path.suffix == _WEIGHTS:
+            _link(path, folder / path.name)
+        else:
+            write_whole(folder / path.name, path.read_bytes())
+    flush(folder)
+
+
+def _link(path: Path, target: Path) -> None:
+    staged = target.with_name(f".{target.name}.linked")
+    staged.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        os.link(path, staged)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(path, staged)
+        flush(staged)
+    os.replace(staged, target)
+    staged.unlink(missing_ok=True)  # it stays where both are links to one file already

@@ -1,0 +1,93 @@
+"""For how long a run trains: how many steps a budget in tokens is, and how many tokens a number of steps.
+
+Rows differ in length, and which of them a run that ends within an epoch has read depends on their order. So tokens are
+counted, not estimated: over the rows in the order in which the trainer will read them, which its seed decides. It is
+the same order after the run was resumed.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import Trainer
+
+from distillkit.config.tokens import token_text
+from distillkit.data.signals import list_lengths
+from distillkit.training.progress import say
+from distillkit.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a run will do, over all ranks."""
+
+    steps: int
+    """Steps of the optimizer."""
+    tokens: int
+    """Real tokens that they read."""
+    times: float
+    """How many times the training rows are read."""
+
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps, {token_text(self.tokens)} tokens, {self.times:.3g} times through the data"
+
+
+def set_steps(trainer: Trainer, rows: Dataset, budget: int | None, folder: RunFolder, console: Console) -> Schedule:
+    """Give the trainer the steps of a budget in tokens, or take those that it has; kept in `run.json`."""
+    lengths = row_lengths(rows)
+    steps = tokens_of_steps(trainer, lengths)
+    if budget is None:
+        count = _steps_of(trainer)
+        tokens = sum(itertools.islice(steps, count))
+    else:
+        count, tokens = steps_of_budget(steps, budget)
+        trainer.args.max_steps = count
+        if tokens > budget and count == 1:
+            say(console, f"tokens: {budget:,} are less than one step of {tokens:,}; one step is made")
+    schedule = Schedule(count, tokens, tokens / int(lengths.sum()))
+    folder.note("schedule", asdict(schedule))
+    return schedule
+
+
+def steps_of_budget(tokens_of_steps: Iterator[int], budget: int) -> tuple[int, int]:
+    """How many steps come closest to the budget, at least one, and the tokens that they read."""
+    steps = tokens = 0
+    for step in tokens_of_steps:
+        if steps and budget - tokens < tokens + step - budget:
+            break
+        steps, tokens = steps + 1, tokens + step
+        if tokens >= budget:
+            break
+    return max(steps, 1), tokens
+
+
+def tokens_of_steps(trainer: Trainer, lengths: np.ndarray) -> Iterator[int]:
+    """Real tokens of one step after the other, without end, from the first that the trainer makes; over all ranks."""
+    loader, accumulated = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        ours = torch.tensor([int(lengths[indices].sum()) for indices in loader.batch_sampler])
+        batches = trainer.accelerator.reduce(ours.to(trainer.args.device), "sum").tolist()
+        if not batches:
+            return
+        for start in range(0, len(batches), accumulated):
+            yield sum(batches[start : start + accumulated])
+
+
+def row_lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each row."""
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+    return np.concatenate([list_lengths(batch["input_ids"]) for batch in batches])
+
+
+def _steps_of(trainer: Trainer) -> int:
+    """As Trainer counts them: an epoch ends with a step, be it of fewer micro-batches."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    of_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    return math.ceil(trainer.args.num_train_epochs * max(of_an_epoch, 1))
