@@ -1,5 +1,6 @@
 """The command line: a mistake is one line and exit code 2, and torch is not imported to say so."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distillkit.cli import main
+from distillkit.config.schema import json_schema
 
 SEED = Path(__file__).parent / "config" / "seed.yaml"
+FILES = {"SEED": SEED, "CAPTURE": Path(__file__).parents[1] / "recipes" / "capture_quickstart.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,13 @@ SEED = Path(__file__).parent / "config" / "seed.yaml"
         ("SEED training_args.fp16=true", "error: training_args.fp16: gradients of single tokens are too small"),
         ("SEED --resum", "error: No such option: --resum (Possible options: --resume)"),
         ("SEED teacher.path=./none", "error: teacher.path: no such file or folder: './none'"),
+        ("SEED --dry-run teacher.path=./none", "error: teacher.path: no such file or folder: './none'"),
+        ("plan", "error: Missing argument 'CONFIG.yaml'."),
+        ("plan missing.yaml", "error: missing.yaml: no such file"),
+        ("plan SEED sequence_length=-1", "error: sequence_length: must be > 0, got -1"),
+        ("plan CAPTURE sequence_length=-1", "error: sequence_length: must be > 0, got -1"),
+        ("plan SEED --gpus 0", "error: Invalid value for '--gpus': "),
+        ("schema runs", "error: Invalid value for 'KIND': Value error, 'runs' is not one of 'run', 'capture', 'eval"),
         ("convert teacher", "error: Missing argument 'out'."),
         ("convert ./none out", "error: TEACHER: no such file or folder: './none'"),
         (
@@ -55,7 +65,7 @@ SEED = Path(__file__).parent / "config" / "seed.yaml"
     ],
 )
 def test_a_mistake_is_one_line(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main([str(SEED) if word == "SEED" else word for word in words.split()])
+    code = main([str(FILES.get(word, word)) for word in words.split()])
     printed = capsys.readouterr()
     assert code == 2
     assert printed.err.startswith(line)
@@ -64,11 +74,18 @@ def test_a_mistake_is_one_line(words: str, line: str, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["convert", "--help"], ["evaluate", "--help"], ["distill", "--help"]]
+    "words",
+    [[], ["--help"], *([name, "--help"] for name in ("convert", "evaluate", "distill", "plan", "schema"))],
 )
 def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     assert "Usage: distillkit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["run", "capture", "evaluate"])
+def test_a_schema_is_printed_as_json(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", kind]) == 0
+    assert json.loads(capsys.readouterr().out) == json_schema(kind)  # type: ignore[arg-type]
 
 
 def test_an_interrupted_command_ends_quietly(
@@ -86,6 +103,7 @@ def test_an_interrupted_command_ends_quietly(
     ("words", "code", "line"),
     [
         (["--help"], 0, ""),
+        (["schema", "evaluate"], 0, ""),
         (
             [str(SEED), "training_args.lerning_rate=1"],
             2,
