@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distillkit.config import LossConfig
-from distillkit.losses import DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES
+from distillkit.losses import ATTENTION_LOSSES, DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES
 from distillkit.losses.functions import RANKING_LOSSES
 from distillkit.teacher.signal import TeacherSignal
 from tests.training.test_trainer import ALL_KINDS, UNEVEN, assert_same, gradients, make_trainer
@@ -55,6 +55,12 @@ def cases():
     made["hinge with a margin"] = Case([loss("hinge", margin=0.1)], top_k=7)
     for function in HIDDEN_STATE_LOSSES:
         made[f"{function}, all layers"] = Case([loss(function)], options={"ddp_find_unused_parameters": True})
+    for function in ATTENTION_LOSSES:
+        made[function] = Case([loss(function)])
+        made[f"{function} beside logits"] = Case([loss(function), loss("kl")], rows="nothing counts for one")
+    made["attn_mse beside hidden states"] = Case(
+        [loss("attn_mse"), loss("hs_cosine")], options={"ddp_find_unused_parameters": True}
+    )
     made["hs_mse, projected pairs"] = Case([loss("cross_entropy"), loss("hs_mse")], teacher_layers=4)
     made["all kinds"] = Case(ALL_KINDS)
     made["all kinds, checkpointed"] = Case(ALL_KINDS, checkpointing=True)

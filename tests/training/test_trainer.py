@@ -1,5 +1,6 @@
 """A step is a step, however it is cut; what is frozen stays; what is logged is what happened."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from distillkit.config import LossConfig, UserError
 from distillkit.losses import ModelShape, Objective
+from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.online import OnlineTeacher
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.batches import Collator
 from distillkit.training.checkpoints import complete_checkpoints
 from distillkit.training.distiller import Distiller
-from distillkit.training.freezing import freeze
+from distillkit.training.freezing import freeze, freeze_all_but
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.trainer import DistillationTrainer
 from tests.training.tiny import llama, row
@@ -43,15 +45,24 @@ def make_trainer(folder, rows=UNEVEN, losses=ALL_KINDS, frozen=(), teacher_layer
     arguments, _ = build_training_arguments(given, Path(folder), uses_logits=True)
     student, teacher = llama(1), llama(0, layers=teacher_layers, hidden_size=32 if teacher_layers == 2 else 48)
     shapes = [ModelShape(model.config.hidden_size, model.config.num_hidden_layers) for model in (student, teacher)]
-    torch.manual_seed(0)
-    objective = Objective(losses, "all" if teacher_layers == 2 else [(0, 0), (1, 2), (2, 4)], *shapes)
     freeze(student, frozen)
+    attention = trained_attention(student)
+    torch.manual_seed(0)
+    mapping = "all" if teacher_layers == 2 else [(0, 0), (1, 2), (2, 4)]
+    objective = Objective(losses, mapping, *shapes, attention_layers=list(attention))
+    if not objective.needs_hidden_states:
+        freeze_all_but(student, itertools.chain(*attention.values()))
     cast_for_training(student, compute_dtype(arguments))
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return DistillationTrainer(
         Distiller(student, objective),
-        OnlineTeacher(teacher, objective.teacher_layers, final_norm=objective.taps_final_norm),
+        OnlineTeacher(
+            teacher,
+            objective.teacher_layers,
+            final_norm=objective.taps_final_norm,
+            attention_layers=objective.attention_layers,
+        ),
         weights_dtype=compute_dtype(arguments),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
