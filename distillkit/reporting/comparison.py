@@ -24,7 +24,7 @@ LEGEND = (
     "≈ marks a difference within 1.96 standard errors, so that it may be chance."
 )
 
-AGREEMENT_TOP5 = "likeliest token among the other's five"
+AGREEMENT_TOP5 = "teacher's likeliest token among the student's five"
 MAIN_METRICS = ("acc_norm", "acc", "exact_match")
 
 
@@ -139,7 +139,7 @@ def _compared(measure: Measure, text: str, value: float, base: float, error: flo
             return Cell(text)
         told = numbers.ratio(value / base)
     else:
-        told = numbers.signed(difference, measure.form).removesuffix(" %")
+        told = numbers.signed(difference, measure.form).removesuffix("%")
     if measure.better is None or difference == 0:
         return Cell(f"{text} ({told})")
     if abs(difference) <= SURE * error:

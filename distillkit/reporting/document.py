@@ -19,10 +19,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of numbers under a header; the first column names the rows. A row of one cell is a heading."""
+    """Columns of numbers (or `words`) under a header; the first names the rows. A row of one cell is a heading."""
 
     header: list[str]
     rows: list[list[Cell]]
+    words: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,10 @@ def markdown(report: Report) -> str:
 def table(content: Table) -> str:
     """A table of GitHub's Markdown; a row of one cell becomes a bold line in it."""
     width = len(content.header)
-    lines = [_row([text(each) for each in content.header]), "|" + " --- |" + " ---: |" * (width - 1)]
+    lines = [
+        _row([text(each) for each in content.header]),
+        "|" + " --- |" + (" --- |" if content.words else " ---: |") * (width - 1),
+    ]
     for row in content.rows:
         lines.append(_row([f"**{text(row[0].text)}**", *[""] * (width - 1)] if len(row) == 1 else _texts(row)))
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import Any
 from distillkit.reporting import numbers
 from distillkit.reporting.document import Details, Gallery, Heading, Paragraph, Part, Picture, Section, Table, cells
 from distillkit.reporting.models import Model
-from distillkit.reporting.plots import Axis, Mark, Series, heat_map, line_chart
+from distillkit.reporting.plots import Axis, Mark, Series, heat_map, line_chart, short
 from distillkit.reporting.reading import Json, number
 
 
@@ -64,7 +64,7 @@ def needle_section(models: Sequence[Model]) -> Section | None:
 
 
 def trained_length_marks(models: Sequence[Model]) -> list[Mark]:
-    """A vertical line for each trained length, with the names of those models that have it where they differ."""
+    """A vertical line for each trained length, and whose it is where they differ."""
     known = sorted(
         ((int(length), model) for model in models if (length := number(model.about, "trained_length"))),
         key=lambda each: each[0],
@@ -72,11 +72,20 @@ def trained_length_marks(models: Sequence[Model]) -> list[Mark]:
     groups = [(length, [model for _, model in group]) for length, group in groupby(known, key=lambda each: each[0])]
     marks = []
     for length, group in groups:
-        who = "" if len(groups) == 1 else ", ".join(model.name for model in group[:2]) + ("…" if len(group) > 2 else "")
+        who = "trained" if len(groups) == 1 else _together(group, models)
         colour = group[0].colour if len(group) == 1 and len(groups) > 1 else "muted"
-        told = f"trained to {numbers.length(length)}"
-        marks.append(Mark(length, f"{told}: {who}" if who else told, colour))
+        marks.append(Mark(length, f"{who} to {numbers.length(length)}", colour))
     return marks
+
+
+def _together(group: Sequence[Model], models: Sequence[Model]) -> str:
+    """Some of the models in as few words as may be."""
+    if all(model.is_teacher for model in group):
+        return "teacher"
+    students = [model for model in models if not model.is_teacher]
+    if len(students) > 1 and list(group) == students:
+        return "students"
+    return short(group[0].name, 12) + (f" +{len(group) - 1}" if len(group) > 1 else "")
 
 
 def _one_task(models: Sequence[Model], task: str) -> list[Part]:
@@ -93,7 +102,7 @@ def _curve(models: Sequence[Model], tasks: Sequence[str], title: str) -> Picture
     ticks = [float(length) for length in lengths(models, tasks)]
     x = Axis("tokens of context", numbers.length, log2=True, ticks=ticks, limits=(ticks[0] / 1.2, ticks[-1] * 1.2))
     y = Axis("% found", lambda value: f"{100 * value:.0f}", limits=(-0.03, 1.12), ticks=[0, 0.25, 0.5, 0.75, 1])
-    return line_chart(numbers.slug("needles", title), title, lines, x, y, trained_length_marks(models))
+    return line_chart(numbers.slug("needles", title), f"Needles: {title}", lines, x, y, trained_length_marks(models))
 
 
 def _heat_maps(models: Sequence[Model], tasks: Sequence[str], title: str) -> list[Picture]:

@@ -39,7 +39,7 @@ def whole(value: float) -> str:
 
 def percent(value: float) -> str:
     """A share between 0 and 1."""
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}%"
 
 
 def figures(value: float) -> str:

@@ -1,7 +1,7 @@
 """Lines and heat maps as SVG, drawn by matplotlib in placeholder colours (`reporting.colours`).
 
-Every picture is 400 units wide with text of 11, so that it can be read at its own size on a telephone; on a wide page
-several stand side by side. Text stays text, in the reader's own font. Lines are labelled at their ends.
+Every picture is 400 units wide with text of 11 and 12, so that it can be read at its own size on a telephone; on a
+wide page several stand side by side. Text stays text, in the reader's own font. Lines are labelled at their ends.
 """
 
 import io
@@ -18,10 +18,10 @@ from distillkit.reporting.document import Picture
 from distillkit.reporting.numbers import NOTHING, Form, amount, whole
 
 WIDTH, HEIGHT = 400, 250
-FONT, SMALL = 11, 10
-CHARACTER = 6.0
-"""Units that a character of FONT takes on average."""
-LONGEST_LABEL = 16
+FONT, SMALL = 12, 11
+CHARACTER, BOLD = 5.9, 7.3
+"""Units that a character takes on average in the widest of usual fonts: of size SMALL, and of size FONT in bold."""
+LONGEST_LABEL = 14
 FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
 
@@ -74,7 +74,7 @@ def line_chart(
     drawn = [_finite(line) for line in series]
     labels = [short(line.label) for line in drawn]
     alone = len(drawn) == 1 and not labels[0]
-    right = 14 if alone else 18 + CHARACTER * max(len(label) for label in labels)
+    right = 14 if alone else 16 + BOLD * max(len(label) for label in labels)
     figure, axes = _figure(title, y.label, right=right)
     for line in drawn:
         axes.plot(
@@ -96,7 +96,8 @@ def line_chart(
         [value for line in drawn for value in line.y if not math.isnan(value)],
     )
     axes.set_xlabel(x.label, color=placeholder("muted"), fontsize=SMALL, labelpad=3)
-    _draw_marks(axes, marks, spans)
+    last = max((line.x[-1] for line in drawn if line.x), default=0)
+    _draw_marks(axes, [mark for mark in marks if mark.x < last or not spans], spans)
     if not alone:
         _label_ends(axes, drawn, labels)
     ends = [f"{line.label or title}: {_ends(line, x, y)}" for line in drawn if line.x]
@@ -115,7 +116,7 @@ def heat_map(
 
     columns: lengths. rows: depths, the first at the top. mark: columns before it are inside the trained length.
     """
-    figure, axes = _figure(title, "% found, by depth and tokens of context", left=44, right=10, top=58 if mark else 46)
+    figure, axes = _figure(title, "% found, by depth and tokens of context", left=48, right=10, top=60 if mark else 48)
     from matplotlib.patches import Rectangle
 
     for row, line in enumerate(shares):
@@ -157,28 +158,28 @@ def heat_map(
     )
 
 
-def _figure(title: str, unit: str, *, left: float = 50, right: float = 14, top: float = 46) -> tuple[Any, Any]:
+def _figure(title: str, unit: str, *, left: float = 54, right: float = 14, top: float = 50) -> tuple[Any, Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # a pixel is a unit
-        bottom = 38
+        bottom = 40
         axes = figure.add_axes(
             (left / WIDTH, bottom / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - top - bottom) / HEIGHT)
         )
         place: dict[str, Any] = {"va": "top", "ha": "left", "parse_math": False}
-        limit = int((WIDTH - 12) / (CHARACTER * 1.12))
+        limit = int((WIDTH - 12) / BOLD)
         figure.text(
             6 / WIDTH,
             1 - 4 / HEIGHT,
             short(title, limit),
             weight="bold",
-            size=FONT + 1,
+            size=FONT,
             color=placeholder("ink"),
             **place,
         )
-        figure.text(6 / WIDTH, 1 - 21 / HEIGHT, unit, size=SMALL, color=placeholder("muted"), **place)
+        figure.text(6 / WIDTH, 1 - 20 / HEIGHT, unit, size=SMALL, color=placeholder("muted"), **place)
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(placeholder("muted"))
@@ -228,32 +229,45 @@ def _thinned(ticks: list[float], form: Form) -> list[float]:
 
 
 def _draw_marks(axes: Any, marks: Sequence[Mark], spans: bool) -> None:
+    """Dashed lines, labelled above the axes: to the right of the line, or where that is taken to its left.
+
+    Of spans the first needs no line, and one too narrow for its name has its number.
+    """
     low, high = sorted(axes.get_xlim())
-    ends = [*[mark.x for mark in marks[1:]], high][: len(marks)] if spans else [high] * len(marks)
-    for index, (mark, end) in enumerate(zip(marks, ends, strict=True)):
-        if not low <= mark.x <= high:
-            continue
-        begins = spans and index == 0
-        if not begins:
+    inside = [(number, mark) for number, mark in enumerate(marks, 1) if (spans or low <= mark.x) and mark.x < high]
+    box_end = axes.get_window_extent().width
+    starts = [max(_across(axes, mark.x), 0.0) for _, mark in inside]
+    taken = 0.0
+    for position, (number, mark) in enumerate(inside):
+        start, stop = starts[position], [*starts, box_end][position + 1]
+        if low <= mark.x and (number > 1 or not spans):
             axes.axvline(mark.x, color=placeholder(mark.colour), linewidth=1, linestyle=(0, (2, 2)))
-        start, stop = (axes.transAxes.inverted().transform(axes.transData.transform((x, 0)))[0] for x in (mark.x, end))
-        width = (stop - start) * axes.get_window_extent().width
         label = mark.label
-        if spans and len(label) * CHARACTER > width:
-            label = str(index + 1)
-        leftwards = not spans and len(label) * CHARACTER > width
+        if spans and len(label) * CHARACTER > stop - start:
+            label = "" if stop - start < CHARACTER else str(number)
+        width = len(label) * CHARACTER
+        leftwards = not spans and start + width > stop and start - width >= taken
+        at = start - 3 if leftwards else max(start + 3, taken)
+        taken = start if leftwards else at + width
         axes.annotate(
             label,
-            (max(start, 0), 1),
+            (at / box_end, 1),
             xycoords="axes fraction",
-            xytext=(-3 if leftwards else 0 if begins else 3, 3 - (0 if spans else index * (SMALL + 1))),
+            xytext=(0, 3),
             textcoords="offset points",
             ha="right" if leftwards else "left",
-            va="bottom" if spans else "top",
+            va="bottom",
             color=placeholder(mark.colour),
             fontsize=SMALL,
+            annotation_clip=False,
             parse_math=False,
         )
+
+
+def _across(axes: Any, x: float) -> float:
+    """Where a value lies, in units from the left of the axes."""
+    height = axes.get_ylim()[1]  # any; 0 is nowhere on a logarithmic axis
+    return float(axes.transData.transform((x, height))[0] - axes.get_window_extent().x0)
 
 
 def _label_ends(axes: Any, series: Sequence[Series], labels: Sequence[str]) -> None:
@@ -280,7 +294,7 @@ def _label_ends(axes: Any, series: Sequence[Series], labels: Sequence[str]) -> N
             label,
             (1, (height - box.y0) / box.height),
             xycoords="axes fraction",
-            xytext=(6, 0),
+            xytext=(7, 0),
             textcoords="offset points",
             va="center",
             ha="left",

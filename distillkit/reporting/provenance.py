@@ -24,7 +24,7 @@ def failure_section(evaluations: Sequence[Evaluation]) -> Section | None:
     if not body:
         return None
     note = Paragraph("These are missing above; the same command tries them again and keeps what was measured.")
-    return Section("Failures", [note, Table(["model", "suite", "task", "error"], body)])
+    return Section("Failures", [note, Table(["model", "suite", "task", "error"], body, words=True)])
 
 
 def provenance_section(results: Results) -> Section:
@@ -77,7 +77,7 @@ def _table(sources: Sequence[tuple[str, Json]]) -> Table:
         for label, value in _facts(content):
             facts.setdefault(label, [numbers.NOTHING] * len(sources))[position] = value
     body = [[Cell(label), *(Cell(value) for value in values)] for label, values in facts.items()]
-    return Table(["", *(name for name, _ in sources)], body)
+    return Table(["", *(name for name, _ in sources)], body, words=True)
 
 
 def _facts(content: Json) -> list[tuple[str, str]]:

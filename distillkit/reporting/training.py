@@ -25,6 +25,16 @@ from distillkit.reporting.reading import Json, Phase, Run, number, rows, section
 
 NOT_LOSSES = ("step", "epoch", "tokens", "tokens_per_second", "seconds", "grad_norm", "learning_rate")
 OTHER_CURVES = {"learning_rate": "Learning rate", "grad_norm": "Norm of the gradient"}
+UNITS = {
+    "loss": "weighted mean of the losses",
+    "agreement": "share of tokens",
+    "student_perplexity": "perplexity",
+    "hs_cosine": "1 - cosine",
+    "attn_cosine": "1 - cosine",
+    "learning_rate": "per step",
+    "grad_norm": "before clipping",
+    **dict.fromkeys(("kl", "reverse_kl", "jsd", "cross_entropy"), "nats per token"),
+}
 MOST_POINTS = 200
 
 DIVERGENCE: list[tuple[str, str, Form]] = [
@@ -80,7 +90,7 @@ def divergence_table(results: Json) -> Table | None:
         else:
             good = last > first if key == "agreement" else last < first
             tone: Tone = "" if last == first else "better" if good else "worse"
-            change = Cell(numbers.signed(last - first, form).removesuffix(" %"), tone)
+            change = Cell(numbers.signed(last - first, form).removesuffix("%"), tone)
         body.append([Cell(label), Cell(numbers.shown(first, form)), Cell(numbers.shown(last, form)), change])
     tokens = [numbers.shown(number(each, "tokens"), numbers.count) for each in (before, after)]
     body.append(cells("tokens measured", *tokens, ""))
@@ -185,7 +195,7 @@ def _loss_curves(runs: Sequence[Run], names: Sequence[str]) -> list[Picture]:
         if drawn:
             marks = found[0][1] if len(runs) == 1 and len(found[0][1]) > 1 else []
             title = OTHER_CURVES.get(key, f"Held-out {key[5:]}" if key.startswith("eval_") else f"Loss: {key}")
-            title = "Loss, all of them weighed" if key == "loss" else title
+            title = "Loss" if key == "loss" else title
             form: Form = numbers.figures
             pictures.append(
                 line_chart(
@@ -197,9 +207,7 @@ def _loss_curves(runs: Sequence[Run], names: Sequence[str]) -> list[Picture]:
 
 def _unit(key: str) -> str:
     name = key.removeprefix("eval_")
-    if name in ("kl", "reverse_kl", "jsd", "cross_entropy"):
-        return "nats per token"
-    return {"agreement": "share of tokens", "hs_cosine": "1 - cosine", "attn_cosine": "1 - cosine"}.get(name, "mean")
+    return UNITS.get(name, "per token")
 
 
 def _curves(run: Run) -> tuple[dict[str, tuple[list[float], list[float]]], list[Mark]]:

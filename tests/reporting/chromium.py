@@ -20,7 +20,7 @@ class Page:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         # Chromium reads its commands from descriptor 3 and answers on 4.
-        command = 'exec "$0" "$@" 3<&{} 4>&{}'.format(to_browser, from_browser)
+        command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
         self._process = subprocess.Popen(
             ["bash", "-c", command, CHROMIUM, *flags, f"--user-data-dir={self._profile.name}", "about:blank"],
