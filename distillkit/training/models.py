@@ -28,7 +28,7 @@ from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.processes import first_process_first
 from distillkit.training.progress import say
-from distillkit.training.run_folder import RunFolder
+from distillkit.training.run_folder import RUN, RunFolder, read_json
 from distillkit.varlen_attention import use_varlen_attention
 
 OF_THE_ORIGINAL_ALONE = ("revision", "gguf_file", "subfolder", "torch_dtype", "dtype")
@@ -101,6 +101,8 @@ def _grow_embeddings(config: RunConfig, folder: RunFolder, student: PreTrainedMo
         say(console, f"embeddings: {rows:,} rows grow to {grown:,}; those added mean no token")
     if folder.checkpoint is not None:
         return int(folder.noted("embedding_rows") or rows)
+    if config.model is not None:  # they may have grown in the phase before
+        rows = min(rows, int(read_json(Path(config.model) / RUN).get("embedding_rows") or rows))
     folder.note("embedding_rows", rows)
     return rows
 
