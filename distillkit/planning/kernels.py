@@ -1,0 +1,109 @@
+"""What flash-linear-attention's kernels of a KDA layer keep and need, for planning where there is no CUDA device.
+
+The sizes are those that fla 0.6.0 allocates (fla/ops/kda/chunk.py, chunk_fwd.py, chunk_bwd.py, chunk_intra.py and
+fla/modules/causal_conv1d/ops.py): its forward pass keeps the normalised queries and keys, the values, both gates and
+two matrices [64, 64] per chunk, and its backward pass makes everything else again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distillkit.model import KimiDeltaAttention
+
+CHUNK = 64
+
+
+def kda_flops(tokens: int, heads: int, head_dim: int) -> int:
+    """Of a forward pass: per chunk five products with a [64, 64] matrix and three with the state [head, head]."""
+    return tokens * heads * (10 * CHUNK * head_dim + 6 * head_dim**2)
+
+
+def mix_as_kernels_do(kda: KimiDeltaAttention, count_flops: Callable[[int], None]) -> None:
+    """Let a layer without data do what it does on CUDA with fla; `count_flops` is told of the kernels' work."""
+
+    def mix(x: Tensor, documents: Any, cache: Any) -> Tensor:
+        projected = torch.cat([kda.q_proj(x), kda.k_proj(x), kda.v_proj(x)], dim=-1)
+        conv_weight = torch.cat([kda.q_conv1d.weight, kda.k_conv1d.weight, kda.v_conv1d.weight]).squeeze(1)
+        convolved = _Convolution.apply(projected, conv_weight)
+        sizes = [kda.num_heads, kda.num_kv_heads, kda.num_kv_heads]
+        query, key, value = convolved.unflatten(-1, (-1, kda.head_dim)).split(sizes, dim=-2)
+        if kda.num_kv_heads != kda.num_heads:
+            repeats = kda.num_heads // kda.num_kv_heads
+            key, value = key.repeat_interleave(repeats, dim=-2), value.repeat_interleave(repeats, dim=-2)
+        gate = kda.f_proj(x).unflatten(-1, (-1, kda.head_dim))
+        inputs = [each.contiguous() for each in (query, key, value, gate, kda.b_proj(x))]
+        return _Kernel.apply(*inputs, kda.A_log, kda.dt_bias, count_flops)
+
+    kda._mix = mix  # type: ignore[method-assign]
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor,
+        beta: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        count_flops: Callable[[int], None],
+    ) -> Tensor:
+        tokens, heads, head_dim = query.shape[0] * query.shape[1], query.shape[2], query.shape[3]
+        ctx.flops = count_flops, kda_flops(tokens, heads, head_dim)
+        count_flops(ctx.flops[1])
+        normalised = [torch.empty_like(query), torch.empty_like(key)]
+        norms = [torch.empty(query.shape[:-1], dtype=torch.float32) for _ in range(2)]
+        sigmoid = torch.empty_like(beta, dtype=torch.float32)
+        matrices = [query.new_empty(*query.shape[:-1], CHUNK) for _ in range(2)]
+        # Alive until the end of the forward pass: decay, w, u, keys to the end of the chunk, states, new values.
+        decay = torch.empty_like(gate, dtype=torch.float32)
+        others = [torch.empty_like(each) for each in (key, value, key, value)]
+        states = _states(query)
+        output = torch.empty_like(value)
+        del decay, others, states
+        ctx.save_for_backward(*normalised, *norms, value, gate, beta, sigmoid, A_log, dt_bias, *matrices)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, _, _, value, gate, beta, _, A_log, dt_bias, matrix, _ = ctx.saved_tensors
+        count_flops, flops = ctx.flops
+        count_flops(3 * flops)  # part of the forward pass again, and two products for each of its own
+        decay = torch.empty_like(gate, dtype=torch.float32)
+        again = [torch.empty_like(each) for each in (key, value, query, key, value)]
+        states, state_gradients = _states(query), _states(query)
+        matrix_gradients = [torch.empty_like(matrix, dtype=torch.float32) for _ in range(2)]
+        wide = [torch.empty_like(each, dtype=torch.float32) for each in (query, key, gate)]
+        value_gradients = [torch.empty_like(value) for _ in range(2)]
+        intra = [torch.empty_like(each) for each in wide]
+        del states, state_gradients, again, wide, matrix_gradients, decay
+        narrow = [torch.empty_like(each) for each in (query, key, gate)]
+        del intra
+        gradients = (narrow[0], narrow[1], value_gradients[-1], narrow[2], torch.empty_like(beta))
+        return *gradients, torch.empty_like(A_log), torch.empty_like(dt_bias), None
+
+
+def _states(query: Tensor) -> Tensor:
+    """The state at the start of every chunk of every head: [head_dim, head_dim] for each 64 tokens."""
+    batch, tokens, heads, head_dim = query.shape
+    return query.new_empty(batch, -(-tokens // CHUNK), heads, head_dim, head_dim)

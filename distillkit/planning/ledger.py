@@ -1,0 +1,160 @@
+"""An account of the memory and the work of tensors that have shapes and no data.
+
+Within a `Ledger` PyTorch runs as ever, autograd included, and computes nothing: tensors are fake ones
+(`torch._subclasses.FakeTensorMode`), which know their sizes. The ledger sees every tensor come and go, so that it can
+say how many bytes were alive at the worst moment and of what kind, and it adds up the floating point operations.
+
+Small whole numbers are real: positions, labels and boundaries of documents decide how much there is to do.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Ledger(TorchDispatchMode):
+    """Enter it, and make and use tensors.
+
+    live: bytes alive now, by kind. peak: the same at the moment when most were alive, and `peak_moment` what was done
+    then. flops: floating point operations (a multiplication with its addition is two), by moment.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+        self.peak_moment = ""
+        self.moment = ""
+        self.kind = "activations"
+        self._known: dict[int, tuple[int, str]] = {}
+        self._total = self._highest = 0
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __enter__(self) -> "Ledger":
+        self._fake.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._fake.__exit__(*error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _is_real(args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self.flops[self.moment] += _flops(func, args, kwargs, out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, FakeTensor):
+                self._see(tensor)
+        return out
+
+    @contextmanager
+    def during(self, moment: str) -> Iterator[None]:
+        """What happens within is booked under this name."""
+        before, self.moment = self.moment, moment
+        try:
+            yield
+        finally:
+            self.moment = before
+
+    @contextmanager
+    def making(self, kind: str) -> Iterator[None]:
+        """Tensors that are made within are of this kind."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def book(self, tensor: Tensor, kind: str) -> None:
+        """A tensor that exists already is of this kind from now on."""
+        key = tensor.untyped_storage()._cdata
+        size, before = self._known[key]
+        self._known[key] = (size, kind)
+        self.live[before] -= size
+        self.live[kind] += size
+
+    def fresh_peak(self) -> None:
+        """Forget the peak until now."""
+        self._highest, self.peak, self.peak_moment = self._total, self.live.copy(), self.moment
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known[key] = (size, self.kind)
+        weakref.finalize(storage, self._gone, key).atexit = False
+        self.live[self.kind] += size
+        self._total += size
+        if self._total > self._highest:
+            self.fresh_peak()
+
+    def _gone(self, key: int) -> None:
+        size, kind = self._known.pop(key)
+        self.live[kind] -= size
+        self._total -= size
+
+
+def _is_real(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation is on real tensors alone, or makes whole numbers of nothing."""
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    if tensors:
+        return not any(isinstance(each, FakeTensor) for each in tensors)
+    dtype = kwargs.get("dtype")
+    device = kwargs.get("device")
+    made_of_ints = dtype is None and all(type(each) is int for each in args)
+    whole = made_of_ints or (dtype is not None and not dtype.is_floating_point)
+    return whole and (device is None or torch.device(device).type == "cpu")
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    packet = func._overloadpacket
+    if packet is _ATTENTION:
+        return _attention_flops(args[0], args[1], products=2)
+    if packet is _ATTENTION_BACKWARD:
+        return _attention_flops(args[1], args[2], products=5)
+    count: Callable[..., int] | None = flop_registry.get(packet)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=out))
+
+
+def _attention_flops(query: Tensor, key: Tensor, products: int) -> int:
+    """Causal attention: every product is over half of the pairs of tokens. The backward pass has five, not two."""
+    batch, heads, tokens, head_dim = query.shape
+    return products * batch * heads * tokens * key.shape[2] * head_dim
+
+
+def without_data(module: nn.Module, ledger: Ledger, kind: str) -> None:
+    """Give a module on the meta device parameters and buffers of the same shapes and dtypes that the ledger knows."""
+    made: dict[int, nn.Parameter] = {}
+    with ledger.making(kind):
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                part._parameters[name] = made[id(parameter)]
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

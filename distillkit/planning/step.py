@@ -1,0 +1,279 @@
+"""One training step rehearsed: the run's own modules on tensors without data, in a ledger that counts.
+
+What is estimated nowhere has not to be kept true: teacher, student, losses and autograd are those that will run. Only
+three things stand in for others where the run is on CUDA: fla's kernels (`kernels`), autocast's rules (`cuda_rules`)
+and the padding of a vocabulary that is no multiple of 64.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distillkit.config import LossConfig, RunConfig
+from distillkit.distribution import Distribution, SparseDistribution
+from distillkit.losses import ModelShape, Objective
+from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
+from distillkit.losses.vocabulary_head import chunk_tokens_within
+from distillkit.model import KimiDeltaAttention
+from distillkit.planning.cuda_rules import CudaAutocast
+from distillkit.planning.kernels import mix_as_kernels_do
+from distillkit.planning.ledger import Ledger, without_data
+from distillkit.planning.optimizer import optimizer_memory
+from distillkit.planning.settings import Settings
+from distillkit.teacher.attention import trained_attention
+from distillkit.teacher.decoder import head
+from distillkit.teacher.online import OnlineTeacher
+from distillkit.teacher.signal import Teacher, TeacherSignal
+from distillkit.training.distiller import Distiller
+from distillkit.varlen_attention import VARLEN
+
+TEACHER, FORWARD, BACKWARD, UPDATE = "teacher's pass", "student's forward pass", "backward pass", "optimizer step"
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one micro-batch, and the optimizer step after it, take on one GPU.
+
+    memory: bytes at the worst moment, by kind; they lie at that moment together. moment: when that is.
+    kept: bytes kept from the student's forward pass for its backward pass. hidden_states: bytes of the teacher's
+    hidden states and attention records. flops: floating point operations of a micro-batch, by moment.
+    chunk_tokens: tokens whose logits exist at one time.
+    """
+
+    memory: dict[str, int]
+    moment: str
+    kept: int
+    hidden_states: int
+    flops: dict[str, float]
+    chunk_tokens: int
+
+    @property
+    def allocated(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: rows and tokens per row."""
+
+    rows: int
+    tokens: int
+
+
+def rehearse(
+    config: RunConfig,
+    settings: Settings,
+    teacher: "PreTrainedModel | CapturedWord",
+    student: PreTrainedModel,
+    *,
+    cuda: bool,
+    gpus: int = 1,
+) -> StepCost:
+    """The cost of a step of `config`.
+
+    teacher, student: on the meta device; the student frozen and cast as it trains. Both are used up.
+    """
+    ledger = Ledger()
+    vocabulary = min(teacher.vocabulary_size if isinstance(teacher, CapturedWord) else _rows(teacher), _rows(student))
+    with ledger:
+        _furnish(student, ledger, "student weights", config, settings, cuda)
+        if isinstance(teacher, PreTrainedModel):
+            _furnish(teacher, ledger, "teacher weights", config, settings, cuda)
+        asked, objective = _teacher_and_objective(config, teacher, student, vocabulary, cuda)
+        if isinstance(asked, CapturedWord) or not objective.needs_teacher:
+            matrices = []
+        else:
+            matrices = _padding(teacher, ledger, "teacher weights", cuda)  # type: ignore[arg-type]
+        if settings.gradient_checkpointing:
+            _checkpoint_layers(student, settings, cuda)
+        distiller = Distiller(student, objective).train()
+        cost = _step(config, settings, ledger, distiller, asked if objective.needs_teacher else None, gpus, cuda)
+        del matrices
+    return cost
+
+
+def _furnish(
+    model: PreTrainedModel, ledger: Ledger, kind: str, config: RunConfig, settings: Settings, cuda: bool
+) -> None:
+    """Weights without data, and the attention that the run would use."""
+    without_data(model, ledger, kind)
+    if not cuda:
+        return
+
+    def count(flops: int) -> None:
+        ledger.flops[ledger.moment] += flops
+
+    for module in model.modules():
+        if isinstance(module, KimiDeltaAttention):
+            mix_as_kernels_do(module, count)
+    student = kind == "student weights"
+    given = config.model_kwargs if student else getattr(config.teacher, "kwargs", {})
+    dtype = settings.compute_dtype if student else model.dtype
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    if config.use_flash_attention and narrow and given.get("attn_implementation") != "sdpa":
+        model.set_attn_implementation(VARLEN)
+
+
+def _checkpoint_layers(student: PreTrainedModel, settings: Settings, cuda: bool) -> None:
+    """As the run does; a layer that is run again in the backward pass has CUDA's rules as well."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if cuda:
+        options["context_fn"] = lambda: (nullcontext(), CudaAutocast())
+    every = {} if settings.checkpoint_every is None else {"every_n_layers": settings.checkpoint_every}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # as training.models has it
+        student.gradient_checkpointing_enable(options, **every)
+
+
+def _teacher_and_objective(
+    config: RunConfig, teacher: "PreTrainedModel | CapturedWord", student: PreTrainedModel, vocabulary: int, cuda: bool
+) -> tuple[Teacher, Objective]:
+    shapes = [
+        ModelShape(model.config.hidden_size, model.config.num_hidden_layers)
+        if isinstance(model, PreTrainedModel)
+        else None
+        for model in (student, teacher)
+    ]
+    objective = Objective(
+        config.loss_functions,
+        config.layer_mapping,
+        *shapes,
+        force_hidden_state_projection=config.force_hidden_state_projection,
+        vocabulary_size=vocabulary,
+        chunk_tokens=chunk_tokens(config.loss_functions, _rows(student), cuda),
+        attention_layers=sorted(trained_attention(student)),
+    )
+    if isinstance(teacher, CapturedWord):
+        return teacher, objective
+    asked = OnlineTeacher(
+        teacher,
+        objective.teacher_layers,
+        final_norm=objective.taps_final_norm,
+        top_k=getattr(config.teacher, "top_k", None),
+        vocabulary_size=vocabulary,
+        attention_layers=objective.attention_layers,
+    )
+    return asked, objective
+
+
+def chunk_tokens(losses: list[LossConfig], rows: int, cuda: bool) -> int:
+    """Tokens of which the vocabulary head makes logits at one time, for a head of so many rows."""
+    asked = [loss.sparse_chunk_length for loss in losses if loss.sparse_chunk_length is not None]
+    return min(asked, default=chunk_tokens_within(CUDA_CHUNK_BYTES if cuda else CPU_CHUNK_BYTES, rows))
+
+
+def _step(
+    config: RunConfig,
+    settings: Settings,
+    ledger: Ledger,
+    distiller: Distiller,
+    teacher: Teacher | None,
+    gpus: int,
+    cuda: bool,
+) -> StepCost:
+    """A step that is not the first: the optimizer has its states, and micro-batches before left their gradients."""
+    trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    optimizer = optimizer_memory(settings.optim, trained, cuda=cuda)
+    with ledger.making("optimizer states"):
+        states = _bytes(optimizer.states)
+    with ledger.making("gradients"):
+        buckets = _bytes(sum(each.numel() * each.element_size() for each in trained) if gpus > 1 else 0)
+        if settings.accumulation > 1:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(_booked(ledger))
+    batch = _batch(Batch(settings.batch_size, config.sequence_length))
+    ledger.fresh_peak()
+    with ledger.during(TEACHER):
+        signal = None if teacher is None else teacher.signal(batch)
+    hidden_states = ledger.live["activations"]
+    with ledger.during(FORWARD):
+        padding = _padding(distiller.student, ledger, "activations", cuda) if distiller.objective.terms else []
+        autocast = torch.autocast("cpu", settings.compute_dtype, enabled=settings.compute_dtype != torch.float32)
+        with autocast, CudaAutocast() if cuda else nullcontext():
+            output = distiller(
+                **batch,
+                normalizer=torch.ones(()),
+                preference_pairs={term.name: torch.ones(()) for term in distiller.objective.ranking_terms},
+                signal=signal,
+            )
+        del padding, signal
+    kept = ledger.live["activations"]
+    with ledger.during(BACKWARD):
+        torch.autograd.backward(output["loss"])
+    del output
+    with ledger.during(UPDATE):
+        _bytes(optimizer.working)
+    del states, buckets
+    return StepCost(
+        memory={kind: size for kind, size in ledger.peak.items() if size},
+        moment=ledger.peak_moment,
+        kept=kept,
+        hidden_states=hidden_states,
+        flops={moment: float(count) for moment, count in ledger.flops.items() if count},
+        chunk_tokens=distiller.objective.chunk_tokens or 0,
+    )
+
+
+def _booked(ledger: Ledger) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        ledger.book(parameter.grad, "gradients")
+
+    return hook
+
+
+def _batch(batch: Batch) -> dict[str, Tensor]:
+    """Every row is one document and every token counts: the dearest batch of the size."""
+    input_ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
+    position_ids = torch.arange(batch.tokens).repeat(batch.rows, 1)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}
+
+
+def _padding(model: PreTrainedModel, ledger: Ledger, kind: str, cuda: bool) -> list[Tensor]:
+    """The copy of a head whose rows are no multiple of 64, on CUDA (`losses.vocabulary_head.padded`)."""
+    weight, _ = head(model)
+    missing = -weight.shape[0] % 64
+    if not cuda or not missing:
+        return []
+    with ledger.making(kind):
+        return [torch.empty(weight.shape[0] + missing, weight.shape[1], dtype=torch.bfloat16)]
+
+
+def _bytes(size: float) -> Tensor:
+    return torch.empty(int(size) // 4, dtype=torch.float32)
+
+
+def _rows(model: nn.Module) -> int:
+    weight, _ = head(model)  # type: ignore[arg-type]
+    return int(weight.shape[0])
+
+
+@dataclass(frozen=True)
+class CapturedWord:
+    """Stands for a captured teacher: k tokens of each row, which come with the batches and are decoded by chunks."""
+
+    k: int
+    vocabulary_size: int
+    bytes_per_token: int
+
+    def signal(self, batch: Mapping[str, Any]) -> TeacherSignal:
+        """The word on a batch; its bytes are alive as long as the word is."""
+        stored = _bytes(self.bytes_per_token * batch["input_ids"].numel())
+
+        def distribution(rows: Tensor) -> Callable[[slice], Distribution]:
+            def of_chunk(chunk: slice) -> Distribution:
+                count = len(rows[chunk]) if stored is not None else 0
+                ids = torch.empty(count, self.k).long()
+                return SparseDistribution(ids, torch.empty(count, self.k))
+
+            return of_chunk
+
+        return TeacherSignal(distribution)
