@@ -124,7 +124,7 @@ def _row(measure: Measure, models: Sequence[Model], teacher: Model | None) -> li
 def _cell(measure: Measure, found: Measured, teacher: Measured | None) -> Cell:
     text = numbers.shown(found.value, measure.form)
     if found.value is not None and found.error:
-        text += f" ± {measure.form(found.error).removesuffix(' %')}"
+        text += f" ± {measure.form(found.error).removesuffix('%')}"
     base = found.reference if found.reference is not None or teacher is None else teacher.value
     if not measure.compared or found.value is None or base is None or not math.isfinite(found.value - base):
         return Cell(text)

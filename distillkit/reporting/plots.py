@@ -19,8 +19,8 @@ from distillkit.reporting.numbers import NOTHING, Form, amount, whole
 
 WIDTH, HEIGHT = 400, 250
 FONT, SMALL = 12, 11
-CHARACTER, BOLD = 5.9, 7.3
-"""Units that a character takes on average in the widest of usual fonts: of size SMALL, and of size FONT in bold."""
+CHARACTER, BOLD = 5.9, 7.6
+"""Units that a character takes on average in the widest of usual fonts: of size SMALL, and in bold."""
 LONGEST_LABEL = 14
 FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
@@ -244,7 +244,7 @@ def _draw_marks(axes: Any, marks: Sequence[Mark], spans: bool) -> None:
             axes.axvline(mark.x, color=placeholder(mark.colour), linewidth=1, linestyle=(0, (2, 2)))
         label = mark.label
         if spans and len(label) * CHARACTER > stop - start:
-            label = "" if stop - start < CHARACTER else str(number)
+            label = "" if stop - start < 2 * CHARACTER else str(number)
         width = len(label) * CHARACTER
         leftwards = not spans and start + width > stop and start - width >= taken
         at = start - 3 if leftwards else max(start + 3, taken)
@@ -299,7 +299,7 @@ def _label_ends(axes: Any, series: Sequence[Series], labels: Sequence[str]) -> N
             va="center",
             ha="left",
             color=placeholder(line.colour),
-            fontsize=FONT,
+            fontsize=SMALL,
             weight="bold",
             annotation_clip=False,
             parse_math=False,

@@ -10,6 +10,7 @@ from distillkit.reporting.document import Paragraph, Report, Section
 from distillkit.reporting.html import html
 from distillkit.reporting.markdown import markdown, write_pictures
 from distillkit.reporting.measured import benchmark_section, divergence_section, speed_section
+from distillkit.reporting.model_card import CARD, write_model_card
 from distillkit.reporting.models import Model, merge_models, the_teacher
 from distillkit.reporting.needles import common_tasks, lengths, needle_section, score
 from distillkit.reporting.provenance import failure_section, provenance_section
@@ -92,3 +93,24 @@ def _write(path: Path, content: str) -> None:
     staged = path.with_name(f".{path.name}.tmp")
     staged.write_text(content, encoding="utf-8")
     os.replace(staged, path)
+
+
+def write_run_report(folder: Path) -> str:
+    """Write report and card into the folder of a finished run; the line that says so.
+
+    A run that is finished stays so: whatever goes wrong here becomes that line.
+    """
+    try:
+        write_report([folder], folder)
+        card = write_model_card(folder)
+    except Exception as error:
+        return f"no report was written: {type(error).__name__}: {numbers.one_line(str(error))}"
+    kept = f"{CARD} was left as it is" if card is None else str(card)
+    return f"report: {folder / HTML} and {MARKDOWN}; model card: {kept}"
+
+
+def write_cards(paths: Sequence[Path]) -> list[Path]:
+    """Write the cards of the finished runs among `paths` anew, with what the evaluations among them measured."""
+    results = read_results(paths)
+    folders = [run.path for run in results.runs if run.results and (run.path / "config.json").exists()]
+    return [card for folder in folders if (card := write_model_card(folder, results.evaluations)) is not None]

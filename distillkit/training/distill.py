@@ -21,9 +21,10 @@ from distillkit.config import EvaluationConfig, RunConfig, UserError
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
 from distillkit.data.signals import TensorRows
 from distillkit.evaluation import Divergence, generate_samples, measure_divergence
-from distillkit.evaluation.evaluate import held_out_batches
+from distillkit.evaluation.held_out import held_out_batches
 from distillkit.losses import ModelShape, Objective
 from distillkit.teacher.attention import trained_attention
+from distillkit.reporting import write_run_report
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import head
 from distillkit.teacher.online import OnlineTeacher
@@ -301,6 +302,7 @@ def _finish(
         results = write_results(run.config, folder, models.freezing, before, after, samples, run.arguments.device)
         print_results(run.console, results, before, after)
         say(run.console, f"the student is in {folder.path}")
+        say(run.console, write_run_report(folder.path))
     if run.arguments.push_to_hub:
         trainer.push_to_hub()
     finish_trackers(run.arguments)

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from distillkit.config import RunConfig, UserError
 from distillkit.config.phases import Phase, phases_of
+from distillkit.reporting import write_run_report
 from distillkit.shards.files import remove_leftovers
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.checkpoints import complete_checkpoints
@@ -89,6 +90,7 @@ def _distill_phases(config: RunConfig, phases: Sequence[Phase], console: Console
         results = write_results_of_phases(config, phases)
         print_results_of_phases(console, results)
         say(console, f"the student is in {folder}")
+        say(console, write_run_report(folder))
     PartialState().wait_for_everyone()
 
 

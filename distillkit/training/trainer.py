@@ -207,6 +207,9 @@ class DistillationTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: pushing to the hub must not replace the card that tells of the run (`reporting.model_card`)."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The projections. The student was loaded from the checkpoint as any model is, before the trainer was made."""
         if self.model.objective.state_dict():
