@@ -168,8 +168,8 @@ def _training(run: Run) -> list[str]:
 def _limits(run: Run, evaluations: Sequence[Evaluation]) -> list[str]:
     """Plain words, each out of a number of the run."""
     lines = [
-        "For research on linear attention and distillation. What its teacher may be used for, and its teacher's faults, "
-        "it inherits."
+        "For research on linear attention and distillation. It inherits what its teacher may be used for, and its "
+        "teacher's faults."
     ]
     lengths = [length for phase in run.phases if (length := number(phase.config, "sequence_length")) is not None]
     if lengths:

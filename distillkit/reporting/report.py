@@ -36,6 +36,13 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     return out / HTML
 
 
+def report_folder(paths: Sequence[Path]) -> Path:
+    """Where a report goes that is told nothing: beside its only result, else into `report`."""
+    if len(paths) > 1:
+        return Path("report")
+    return paths[0] if paths[0].is_dir() else paths[0].parent
+
+
 def build_report(results: Results) -> Report:
     """The sections for which there is something to say."""
     models = merge_models(results.evaluations)

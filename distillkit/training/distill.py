@@ -23,8 +23,8 @@ from distillkit.data.signals import TensorRows
 from distillkit.evaluation import Divergence, generate_samples, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
 from distillkit.losses import ModelShape, Objective
-from distillkit.teacher.attention import trained_attention
 from distillkit.reporting import write_run_report
+from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import head
 from distillkit.teacher.online import OnlineTeacher
