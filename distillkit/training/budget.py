@@ -58,7 +58,7 @@ def steps_of_budget(tokens_of_steps: Iterator[int], budget: int) -> tuple[int, i
     """How many steps come closest to the budget, at least one, and the tokens that they read."""
     steps = tokens = 0
     for step in tokens_of_steps:
-        if steps and budget - tokens < tokens + step - budget:
+        if steps and budget - tokens <= tokens + step - budget:
             break
         steps, tokens = steps + 1, tokens + step
         if tokens >= budget:
