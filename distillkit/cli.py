@@ -17,8 +17,9 @@ import typer
 
 from distillkit.config import DatasetSource, RunConfig, StudentConfig, UserError, load_run_config
 from distillkit.config.capture import CaptureConfig, check_capture_ready, load_capture_config
+from distillkit.config.evaluate import EvaluateOptions, check_evaluate_ready, load_evaluate_config
 from distillkit.config.loading import read_yaml
-from distillkit.config.readiness import check_model_path, check_ready, check_source
+from distillkit.config.readiness import check_model_path, check_ready
 from distillkit.config.schema import Kind, json_schema
 from distillkit.config.student import KVHeads, Layout
 
@@ -147,32 +148,75 @@ def convert(
 
 @app.command()
 def evaluate(
-    teacher: Annotated[str, typer.Option(help="A folder, a hub id or a .gguf file.")],
-    student: Annotated[str, typer.Option(help="A folder or a hub id.")],
-    data: Annotated[str, typer.Option(help="Held-out text: a file, a folder, or a pattern of files.")],
-    num_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it are measured.")] = 16384,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 2048,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="The evaluation, as YAML, and keys to change: needles.lengths=[1024,4096]",
+            metavar="[CONFIG.yaml] [KEY=VALUE]",
+        ),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="A folder, a hub id or a .gguf file.")] = None,
+    student: Annotated[
+        list[str] | None, typer.Option(help="A folder or a hub id; as often as wanted.", metavar="[NAME=]PATH")
+    ] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="divergence, benchmarks, needles or speed; as often as wanted.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text for divergence and needles: a file, a folder, or a pattern of files.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the results.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples of each task.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Try everything on two short samples.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")
     ] = False,
 ) -> None:
-    """Measure how far a student is from its teacher."""
-    source = DatasetSource.parse({"disk_path": data})
-    check_source("--data", source)
-    check_model_path("--teacher", teacher)
-    check_model_path("--student", student)
+    """Measure models: how far students are from the teacher, benchmarks, needles in long texts, speed.
+
+    Everything can stand in the YAML file or in options. The same command again goes on after a kill, or adds what is
+    new. Exit code 1: something could not be measured.
+    """
+    first, *rest = words or [""]
+    path = Path(first) if first.endswith((".yaml", ".yml")) else None
+    config = load_evaluate_config(
+        path,
+        rest if path is not None else words or [],
+        EvaluateOptions(
+            teacher=teacher,
+            gguf_file=gguf_file,
+            students=student or [],
+            suites=suite or [],
+            data=data,
+            out=out,
+            limit=limit,
+            switches={"smoke": smoke, "trust_remote_code": trust_remote_code},
+        ),
+    )
+    check_evaluate_ready(config)
     from distillkit.evaluation import evaluate
 
-    evaluate(
-        teacher,
-        student,
-        source,
-        num_tokens=num_tokens,
-        sequence_length=sequence_length,
-        trust_remote_code=trust_remote_code,
-        gguf_file=gguf_file,
-    )
+    if evaluate(config)["failures"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs and evaluations, or their results.json.", metavar="RESULTS..."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report. [default: that of the only result, else report]")
+    ] = None,
+) -> None:
+    """Turn results into report.md and report.html, and renew the model cards of the runs among them."""
+    from distillkit.reporting import report_folder, write_cards, write_report
+
+    written = write_report(results, out or report_folder(results))
+    for path in (written, *write_cards(results)):
+        typer.echo(path)
 
 
 @app.command()

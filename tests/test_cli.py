@@ -59,9 +59,36 @@ FILES = {"SEED": SEED, "CAPTURE": Path(__file__).parents[1] / "recipes" / "captu
         ),
         ("convert teacher out --seed one", "error: Invalid value for '--seed': "),
         ("convert teacher out more", "error: Got unexpected extra argument(s) (more)"),
-        ("evaluate --student s --data d", "error: Missing option '--teacher'."),
-        ("evaluate --teacher t --student s --data none.txt", "error: --data: no such file or folder: 'none.txt'"),
-        ("evaluate --teacher t --student s --data . --num-tokens 0", "error: Invalid value for '--num-tokens': "),
+        ("evaluate --student s --data d --out o", "error: teacher: is missing: divergence compares students"),
+        ("evaluate --teacher t --student s --data d", "error: --out: is missing: the folder for results.json"),
+        (
+            "evaluate --teacher t --student s --data none.txt --out o",
+            "error: divergence.dataset.disk_path: no such file or folder: 'none.txt'",
+        ),
+        (
+            "evaluate --teacher ./t --student s --suite speed --out o",
+            "error: teacher.path: no such file or folder: './t'",
+        ),
+        (
+            "evaluate --student s --suite sped --out o",
+            "error: --suite: must be one of divergence, benchmarks, needles,",
+        ),
+        ("evaluate --student s --suite speed --out o --limit 0", "error: Invalid value for '--limit': "),
+        (
+            "evaluate --student s --suite speed --out o speed.context=1",
+            "error: speed.context: unknown key; did you mean",
+        ),
+        (
+            "evaluate --student a/s --student b/s --suite speed --out o",
+            "error: --student: two are named 's'; name them:",
+        ),
+        (
+            "evaluate --student s --suite speed --out o --gguf-file f",
+            "error: --gguf-file: has no effect without --teacher",
+        ),
+        ("evaluate --student s --suite speed --out o more", "error: override 'more': must be key=value"),
+        ("evaluate missing.yaml", "error: missing.yaml: no such file"),
+        ("evaluate", "error: --out: is missing"),
     ],
 )
 def test_a_mistake_is_one_line(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,10 +196,10 @@ def test_convert_and_evaluate(
         student,
         "--data",
         text,
-        "--num-tokens",
-        "50",
-        "--sequence-length",
-        "32",
+        "--out",
+        str(tmp_path / "evaluation"),
+        "divergence.num_tokens=50",
+        "divergence.sequence_length=32",
     ]
     assert main(["evaluate", *words]) == 0
     assert "0.0000" in capsys.readouterr().out

@@ -1,15 +1,12 @@
-"""The YAML of `distillkit evaluate`: which models are measured, and by which suites. A suite runs where it is named."""
+"""The sections of `distillkit evaluate`: which models are measured, and by which suites, each where it is given."""
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem
-from distillkit.config.loading import apply_override, read_yaml
 from distillkit.config.section import AnyMapping, PathText, Section
 
 SUITES = ("divergence", "benchmarks", "needles", "speed")
@@ -170,11 +167,3 @@ class EvaluateConfig(Section):
                 if not given:
                     raise KeyProblem(key, "is missing: divergence compares students with a teacher")
         return self
-
-
-def load_evaluate_config(path: Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
-    """The evaluation that a YAML file describes, changed by `key=value` overrides. Raises `UserError`."""
-    data = read_yaml(path)
-    for override in overrides:
-        apply_override(data, override)
-    return EvaluateConfig.parse(data)

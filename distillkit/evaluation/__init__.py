@@ -1,4 +1,4 @@
-"""How far a student is from its teacher, and what it writes."""
+"""How far a student is from its teacher, what each of them can do and at what price, and what a student writes."""
 
 from distillkit.evaluation.divergence import Divergence as Divergence
 from distillkit.evaluation.divergence import measure_divergence as measure_divergence

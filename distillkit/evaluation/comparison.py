@@ -35,9 +35,6 @@ from distillkit.losses.divergences import jsd, kl, reverse_kl
 from distillkit.losses.hidden_states import hs_cosine
 from distillkit.teacher.online import OnlineTeacher
 
-VERSION = 1
-"""To be counted up when the same models and text give other numbers than before."""
-
 BINS = 15
 TOP = 5
 MEANS = ("kl", "reverse_kl", "jsd", "agreement", "agreement_top5")
@@ -104,12 +101,12 @@ def _per_token(pair: Pair, batch: Mapping[str, Tensor], rows: Int[Tensor, " rows
     """What is summed of each token, [rows] or [rows, width], by name."""
     answers = pair.answers(batch, rows)
     chunks = [_of_chunk(chunk) for chunk in answers.chunks]
-    joined = {name: torch.cat([chunk[name] for chunk in chunks]).double().cpu() for name in chunks[0]}
+    joined = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().double() for name in chunks[0]}
     for role in ROLES:
         confidence, correct = (joined.pop(f"{role}_{name}") for name in ("confidence", "correct"))
         bins = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)  # each without its lower end, as Guo et al.
         joined[f"{role}_gaps"] = F.one_hot(bins, BINS) * (confidence - correct).unsqueeze(-1)
-    cosines = [1 - hs_cosine(student, teacher)[0].double().cpu() for student, teacher in answers.hidden_states]
+    cosines = [1 - hs_cosine(student, teacher)[0].cpu().double() for student, teacher in answers.hidden_states]
     layers = {"layers": torch.stack(cosines, dim=-1)} if cosines else {}
     return {"tokens": torch.ones(len(rows), dtype=torch.float64), **joined, **layers}
 

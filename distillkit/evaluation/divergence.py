@@ -7,12 +7,13 @@ for all others together, which is never more than the divergence from the whole;
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -106,6 +107,29 @@ def _chunk_totals(
     else:
         likeliest = teacher.top_k(1).ids.squeeze(-1)
     return {**totals, "kl": per_token.sum(), "agreement": (likeliest == logits.argmax(-1)).sum()}
+
+
+def divergence_table(columns: dict[str, Divergence]) -> Table:
+    """One column per measurement, under its name."""
+    table = Table(title="divergence from the teacher, on held-out text", title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, cells in _rows(list(columns.values())):
+        table.add_row(label, *cells)
+    return table
+
+
+def _rows(measured: Sequence[Divergence]) -> Iterator[tuple[str, list[str]]]:
+    yield "KL(teacher‖student), nats per token", [_shown(each.kl, ".4f") for each in measured]
+    yield "same likeliest token", [_shown(each.agreement, ".1%") for each in measured]
+    yield "perplexity, student", [_shown(each.student_perplexity, ".2f") for each in measured]
+    yield "perplexity, teacher", [_shown(each.teacher_perplexity, ".2f") for each in measured]
+    yield "tokens measured", [f"{each.tokens:,}" for each in measured]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _perplexity(nll: float) -> float:

@@ -1,101 +1,174 @@
-"""`distillkit evaluate`: how far a student is from its teacher, as a table."""
+"""`distillkit evaluate`: several models, several suites, one result file.
 
-from collections.abc import Iterator, Sequence
+Models are loaded once each and one at a time; the teacher stays for as long as students are still to be compared with
+it, off the accelerator while they are measured by themselves. Every unit's result is kept at once, so the same command
+goes on after a kill. A unit that fails is recorded, and the others go on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from datasets import Dataset
+import transformers
+import yaml
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from distillkit.config import DatasetSource
-from distillkit.data import build_dataset, collate
-from distillkit.data.signals import TensorRows
-from distillkit.evaluation.divergence import Divergence, measure_divergence
-from distillkit.pretrained import load_model, load_tokenizer
-from distillkit.teacher.decoder import check_head
-from distillkit.teacher.vocabulary import check_known_tokens, common_vocabulary, load_students_tokenizer
-from distillkit.varlen_attention import use_varlen_attention
+from distillkit.config.errors import UserError
+from distillkit.config.suites import TEACHER, EvaluateConfig
+from distillkit.evaluation.models import Loaded, Subject, release_memory
+from distillkit.evaluation.progress import EvaluationProgress, say
+from distillkit.evaluation.results import FAILURES, print_results, write_results
+from distillkit.evaluation.suites import measure
+from distillkit.evaluation.units import Unit, UnitResults, shortened, units_of
+
+CONFIG, UNITS = "config.yaml", "units"
+INTERRUPTED = 130
 
 
-def evaluate(
-    teacher: str,
-    student: str,
-    data: DatasetSource,
-    *,
-    num_tokens: int = 16384,
-    sequence_length: int = 2048,
-    trust_remote_code: bool = False,
-    console: Console | None = None,
-    **teacher_kwargs: Any,
-) -> Divergence:
-    """Measure `student` against `teacher` on the first `num_tokens` tokens of `data`, and print the result.
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
+    """Measure what `config` names, write `results.json` into its `output_path`, and return what that holds.
 
-    Args:
-        teacher, student: folders, hub ids or .gguf files. Each computes in the dtype of its checkpoint, on the
-            accelerator if there is one.
-        data: held-out text, which the student's tokenizer reads, as in a run; its documents are packed into rows of
-            `sequence_length` tokens.
-        teacher_kwargs: keyword arguments of `from_pretrained` for the teacher, such as `gguf_file`.
-
-    Raises:
-        UserError: a model or the data cannot be read, the models do not share a tokenizer, or the text holds a token
-            that one of them does not know.
+    `failures` in it tells what could not be measured; the tracebacks are in `failures.log` beside it.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    teacher_model = load_model(teacher, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs).to(device)
-    student_model = load_model(student, key="student", trust_remote_code=trust_remote_code).to(device)
-    for model in (teacher_model, student_model):
-        use_varlen_attention(model, model.dtype)
-    where = {name: teacher_kwargs[name] for name in ("gguf_file", "revision") if name in teacher_kwargs}
-    teachers = load_tokenizer(teacher, key="teacher", trust_remote_code=trust_remote_code, **where)
-    tokenizer = load_students_tokenizer(student, teachers, "student", trust_remote_code=trust_remote_code)
-    vocabulary_size = common_vocabulary(teacher_model, student_model, tokenizer, teachers)
-    check_head(teacher_model, "teacher")
-    check_head(student_model, "student")
-    rows = build_dataset(data, tokenizer, sequence_length, key="data")
-    check_known_tokens(rows, vocabulary_size, tokenizer, "data")
-    measured = measure_divergence(
-        teacher_model,
-        student_model,
-        held_out_batches(rows),
-        num_tokens=num_tokens,
-        vocabulary_size=vocabulary_size,
-    )
-    (console or Console()).print(divergence_table({Path(student).name: measured}))
-    return measured
+    console = console or Console()
+    transformers.utils.logging.disable_progress_bar()
+    if not console.is_terminal:
+        datasets.disable_progress_bars()
+    asked, config = config, shortened(config) if config.smoke else config
+    folder = Path(config.output_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(yaml.safe_dump(asked.model_dump(mode="json"), sort_keys=False))
+    about = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(["distillkit", "evaluate", str(folder / CONFIG)]),
+        "config": asked.model_dump(mode="json"),
+    }
+    evaluation = _Evaluation(config, folder, console)
+    try:
+        evaluation.run()
+    except KeyboardInterrupt:
+        say(console, "interrupted; what was measured is kept, and the same command goes on")
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        results = write_results(folder, about, config, evaluation.found, evaluation.failures, evaluation.device)
+    print_results(console, results, folder)
+    return results
 
 
-def held_out_batches(
-    rows: Dataset, batch_size: int = 1, pad_token_id: int = 0, signal_columns: Sequence[str] = ()
-) -> Iterator[dict[str, Tensor]]:
-    """The rows in their order, in batches."""
-    read = TensorRows(rows, signal_columns)
-    for start in range(0, len(rows), batch_size):
-        chosen = read.__getitems__(list(range(start, min(start + batch_size, len(rows)))))
-        yield collate(chosen, pad_token_id=pad_token_id, signal_columns=signal_columns)
+class _Evaluation:
+    """The units of an evaluation: those whose results are there, and the others until they are, too."""
 
+    def __init__(self, config: EvaluateConfig, folder: Path, console: Console) -> None:
+        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.found: dict[Unit, Any] = {}
+        self.failures: dict[Unit, str] = {}
+        self._config = config
+        self._kept = UnitResults(folder / UNITS)
+        self._log = folder / FAILURES
+        self._console = console
+        self._progress = EvaluationProgress(console, 0)
+        self._missing: list[Unit] = []
+        self._teacher: Loaded | None = None
+        self._subjects: dict[str, Subject] = {}
+        teacher = None
+        if config.teacher is not None:
+            teacher = self._subjects[TEACHER] = Subject(TEACHER, config.teacher, config.trust_remote_code)
+        for name, student in config.students.items():
+            self._subjects[name] = Subject(name, student, config.trust_remote_code, teacher)
 
-def divergence_table(columns: dict[str, Divergence]) -> Table:
-    """One column per measurement, under its name."""
-    table = Table(title="divergence from the teacher, on held-out text", title_justify="left")
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for label, cells in _rows(list(columns.values())):
-        table.add_row(label, *cells)
-    return table
+    def run(self) -> None:
+        """Find what is there, measure what is not."""
+        self._log.unlink(missing_ok=True)
+        for unit in units_of(self._config, self.device):
+            try:
+                result = self._kept.read(unit, self._state(unit))
+            except Exception as error:  # a hub that does not answer, a file that cannot be read
+                self._fail(unit, error)
+                continue
+            if result is None:
+                self._missing.append(unit)
+            else:
+                self.found[unit] = result
+        if known := sum(unit.suite != "model" for unit in self.found):
+            say(self._console, f"{known} results are there already")
+        count = sum(unit.suite != "model" for unit in self._missing)
+        with EvaluationProgress(self._console, count) as self._progress:
+            for subject in self._subjects.values():
+                if units := [unit for unit in self._missing if unit.model == subject.name]:
+                    self._measure_model(subject, units)
 
+    def _measure_model(self, subject: Subject, units: list[Unit]) -> None:
+        try:
+            loaded = self._load(subject)
+        except Exception as error:
+            for unit in units:
+                self._missing.remove(unit)
+                if unit.suite != "model":
+                    self._fail(unit, error)
+            return
+        for unit in units:
+            if subject.name != TEACHER and unit.suite not in ("model", "divergence"):
+                self._let_teacher_rest()
+            self._missing.remove(unit)
+            self._measure_unit(unit, loaded)
+        del loaded
+        self._let_teacher_rest()
+        release_memory()
 
-def _rows(measured: Sequence[Divergence]) -> Iterator[tuple[str, list[str]]]:
-    yield "KL(teacher‖student), nats per token", [_shown(each.kl, ".4f") for each in measured]
-    yield "same likeliest token", [_shown(each.agreement, ".1%") for each in measured]
-    yield "perplexity, student", [_shown(each.student_perplexity, ".2f") for each in measured]
-    yield "perplexity, teacher", [_shown(each.teacher_perplexity, ".2f") for each in measured]
-    yield "tokens measured", [f"{each.tokens:,}" for each in measured]
+    def _measure_unit(self, unit: Unit, loaded: Loaded) -> None:
+        if unit.suite != "model":
+            self._progress.begin(str(unit))
+        start = time.perf_counter()
+        try:
+            result = measure(unit, loaded, self._awake_teacher, self._config, self._progress.reach)
+        except Exception as error:
+            self._fail(unit, error)
+            release_memory()
+            return
+        seconds = time.perf_counter() - start
+        self._kept.write(unit, self._state(unit), result, seconds)
+        self.found[unit] = self._kept.read(unit, self._state(unit))
+        if unit.suite != "model":
+            self._progress.end(str(unit), seconds)
 
+    def _state(self, unit: Unit) -> Any:
+        """What the result depends on: the files of the model, and of the teacher where it takes part."""
+        names = (unit.model, TEACHER) if unit.suite == "divergence" else (unit.model,)
+        return [self._subjects[name].state for name in names]
 
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    def _load(self, subject: Subject) -> Loaded:
+        if subject.name == TEACHER:
+            return self._awake_teacher()
+        self._progress.begin(f"loading {subject.name}")
+        return subject.load(self.device)
+
+    def _awake_teacher(self) -> Loaded:
+        if self._teacher is None:
+            self._progress.begin(f"loading {TEACHER}")
+            self._teacher = self._subjects[TEACHER].load(self.device)
+        self._teacher.wake()
+        return self._teacher
+
+    def _let_teacher_rest(self) -> None:
+        """Keep it only while a student is still to be compared with it."""
+        if self._teacher is None:
+            return
+        if any(unit.suite == "divergence" for unit in self._missing):
+            self._teacher.park()
+        else:
+            self._teacher = None
+            release_memory()
+
+    def _fail(self, unit: Unit, error: Exception) -> None:
+        """One line for the results, everything else for the log."""
+        line = " ".join(str(error).split())
+        self.failures[unit] = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(f"{unit}\n{''.join(traceback.format_exception(error))}\n")
+        self._progress.fail(str(unit), self.failures[unit])

@@ -12,7 +12,7 @@ from rich.text import Text
 from distillkit.config import RunConfig
 from distillkit.config.phases import Phase
 from distillkit.evaluation import Divergence, Sample
-from distillkit.evaluation.evaluate import divergence_table
+from distillkit.evaluation.divergence import divergence_table
 from distillkit.provenance import commit, machine, versions
 from distillkit.training.freezing import Freezing
 from distillkit.training.progress import NOT_LOSSES, read_metrics, say

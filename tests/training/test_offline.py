@@ -11,7 +11,7 @@ from distillkit.capture.packing import pack
 from distillkit.config import DatasetSource, RunConfig, UserError
 from distillkit.data import build_dataset
 from distillkit.evaluation import measure_divergence
-from distillkit.evaluation.evaluate import held_out_batches
+from distillkit.evaluation.held_out import held_out_batches
 from distillkit.pretrained import load_model
 from distillkit.shards import verify
 from distillkit.shards.files import sha256

@@ -1,0 +1,47 @@
+"""Held-out text as rows of tokens, and these in batches."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from distillkit.config.suites import DivergenceConfig
+from distillkit.data import build_dataset, collate
+from distillkit.data.signals import TensorRows
+from distillkit.data.sources import load_source
+
+KEY = "divergence.dataset"
+
+
+def held_out_rows(
+    settings: DivergenceConfig, tokenizer: PreTrainedTokenizerBase, prepared_path: Path | None = None
+) -> Dataset:
+    """The text of an evaluation, shuffled and packed as a run's would be; rows that are packed already stay so.
+
+    prepared_path: folder that keeps the rows.
+
+    Raises `UserError` for whatever is wrong with the text.
+    """
+    packed_already = {"input_ids", "seq_lengths"} <= set(load_source(settings.dataset, KEY).column_names)
+    return build_dataset(
+        settings.dataset,
+        tokenizer,
+        settings.sequence_length,
+        seed=settings.seed,
+        prepacked=packed_already,
+        text_field=settings.text_field,
+        prepared_path=prepared_path,
+        key=KEY,
+    )
+
+
+def held_out_batches(
+    rows: Dataset, batch_size: int = 1, pad_token_id: int = 0, signal_columns: Sequence[str] = ()
+) -> Iterator[dict[str, Tensor]]:
+    """The rows in their order, in batches."""
+    read = TensorRows(rows, signal_columns)
+    for start in range(0, len(rows), batch_size):
+        chosen = read.__getitems__(list(range(start, min(start + batch_size, len(rows)))))
+        yield collate(chosen, pad_token_id=pad_token_id, signal_columns=signal_columns)

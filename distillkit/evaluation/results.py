@@ -1,0 +1,146 @@
+"""`results.json` of an evaluation, and what it says in a few lines."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from distillkit.config.suites import TEACHER, EvaluateConfig, ModelConfig
+from distillkit.evaluation.models import trained_length
+from distillkit.evaluation.progress import say
+from distillkit.evaluation.units import Unit
+from distillkit.provenance import commit, machine, versions
+from distillkit.shards import write_whole
+
+KIND, FORMAT = "distillkit-evaluation", 1
+RESULTS, FAILURES = "results.json", "failures.log"
+
+Json = dict[str, Any]
+
+
+def write_results(
+    folder: Path,
+    about: Mapping[str, Any],
+    config: EvaluateConfig,
+    found: Mapping[Unit, Any],
+    failures: Mapping[Unit, str],
+    device: torch.device,
+) -> Json:
+    """Write `results.json`: what was measured, of what, with what, and what could not be measured.
+
+    about: when the evaluation started, its command and configuration.
+    """
+    suites: dict[str, Json] = {name: {} for name in ("model", "divergence", "benchmarks", "needles", "speed")}
+    for unit, result in found.items():
+        of_suite = suites[unit.suite]
+        if unit.suite in ("model", "divergence"):
+            of_suite[unit.model] = result
+        elif unit.suite == "speed":
+            of_suite.setdefault(unit.model, []).append(result)
+        elif unit.suite == "benchmarks":
+            of_suite.setdefault(unit.model, {}).update(result)
+        else:
+            task = unit.task.partition("@")[0]
+            of_suite.setdefault(unit.model, {}).setdefault(task, []).extend(result)
+    described = suites.pop("model")
+    models = {name: _model(name, model, described.get(name, {})) for name, model in _models(config)}
+    results = {
+        "kind": KIND,
+        "format": FORMAT,
+        "started": about["started"],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": about["command"],
+        "versions": versions(),
+        "commit": commit(),
+        "machine": machine(device),
+        "config": about["config"],
+        "models": models,
+        **suites,
+        "failures": [
+            {"model": unit.model, "suite": unit.suite, "task": unit.task, "error": error}
+            for unit, error in failures.items()
+        ],
+    }
+    write_whole(folder / RESULTS, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+    return results
+
+
+def print_results(console: Console, results: Json, folder: Path) -> None:
+    """The main numbers as a table, and where everything is."""
+    table = Table(title_justify="left")
+    table.add_column("")
+    for name in results["models"]:
+        table.add_column(name, justify="right")
+    for label, cells in _rows(results):
+        if cells:
+            table.add_row(label, *(cells.get(name, "-") for name in results["models"]))
+    console.print(table)
+    for failure in results["failures"]:
+        unit = " ".join(part for part in (failure["model"], failure["suite"], failure["task"]) if part)
+        say(console, f"failed: {unit}: {failure['error']}")
+    if results["failures"]:
+        say(console, f"tracebacks are in {folder / FAILURES}; the same command tries again what failed")
+    say(console, f"results are in {folder / RESULTS}; distillkit report {folder} makes a report of them")
+
+
+def _models(config: EvaluateConfig) -> Iterator[tuple[str, ModelConfig]]:
+    if config.teacher is not None:
+        yield TEACHER, config.teacher
+    yield from config.students.items()
+
+
+def _model(name: str, config: ModelConfig, described: Mapping[str, Any]) -> Json:
+    return {
+        "role": "teacher" if name == TEACHER else "student",
+        "path": config.path,
+        "parameters": described.get("parameters"),
+        "model_type": described.get("model_type"),
+        "layers": described.get("layers"),
+        "trained_length": trained_length(config, described.get("max_position_embeddings")),
+    }
+
+
+def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
+    """Label, and cells by model."""
+    divergence = results["divergence"]
+    for key, label, form in (
+        ("kl", "KL(teacher‖student), nats per token", ".4f"),
+        ("agreement", "same likeliest token", ".1%"),
+        ("agreement_top5", "teacher's likeliest in the student's top 5", ".1%"),
+        ("student_perplexity", "perplexity", ".2f"),
+        ("student_ece", "calibration error", ".3f"),
+    ):
+        cells = {name: _shown(each[key], form) for name, each in divergence.items()}
+        of_teacher = key.replace("student_", "teacher_")
+        if divergence and of_teacher != key:
+            cells[TEACHER] = _shown(next(iter(divergence.values()))[of_teacher], form)
+        yield label, cells
+    benchmarks = results["benchmarks"]
+    for task in dict.fromkeys(task for each in benchmarks.values() for task in each):
+        for metric in dict.fromkeys(
+            metric for each in benchmarks.values() for metric in each.get(task, {}).get("metrics", {})
+        ):
+            scores = {name: each[task]["metrics"].get(metric) for name, each in benchmarks.items() if task in each}
+            yield f"{task}, {metric}", {name: _shown(each["value"], ".3f") for name, each in scores.items() if each}
+    needles = results["needles"]
+    for task in dict.fromkeys(task for each in needles.values() for task in each):
+        yield task, {name: _share(each[task]) for name, each in needles.items() if task in each}
+    for key, label in (("prefill_tokens_per_second", "prefill"), ("decode_tokens_per_second", "decode")):
+        for context in dict.fromkeys(row["context"] for rows in results["speed"].values() for row in rows):
+            at = {
+                name: row[key] for name, rows in results["speed"].items() for row in rows if row["context"] == context
+            }
+            yield f"{label} at {context:,} tokens, tokens/s", {name: _shown(rate, ",.1f") for name, rate in at.items()}
+
+
+def _share(rows: list[Json]) -> str:
+    return f"{sum(row['correct'] for row in rows) / sum(row['total'] for row in rows):.1%}"
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

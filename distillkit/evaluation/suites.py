@@ -1,0 +1,86 @@
+"""How a unit is measured: from its suite to the function that does it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from distillkit.config.suites import EvaluateConfig
+from distillkit.data import tokenizer_hash
+from distillkit.evaluation.comparison import compare
+from distillkit.evaluation.held_out import KEY, held_out_batches, held_out_rows
+from distillkit.evaluation.models import Loaded
+from distillkit.evaluation.units import Unit
+from distillkit.teacher.decoder import check_head
+from distillkit.teacher.vocabulary import check_known_tokens, check_same_tokenizer, common_vocabulary
+from distillkit.varlen_attention import use_varlen_attention
+
+Tell = Callable[[int, int], None]
+"""Is told how much of how much is done."""
+
+
+def measure(unit: Unit, loaded: Loaded, teacher: Callable[[], Loaded], config: EvaluateConfig, tell: Tell) -> Any:
+    """The result of a unit, as JSON takes it. `teacher` loads the teacher, where a unit needs it.
+
+    The suites are imported where they run: lm-eval, for one, takes seconds and may not be installed.
+    """
+    if unit.suite == "model":
+        return loaded.describe()
+    if unit.suite == "divergence":
+        return _divergence(loaded, teacher(), config, tell)
+    if unit.suite == "benchmarks":
+        assert config.benchmarks is not None
+        from distillkit.evaluation.benchmarks import run_benchmark
+
+        return run_benchmark(loaded.model, loaded.tokenizer, config.benchmarks, unit.task, limit=config.limit)
+    if unit.suite == "needles":
+        assert config.needles is not None
+        from distillkit.evaluation.needles import measure_needles
+
+        task, length = unit.task.split("@")
+        needles = config.needles.model_copy(update={"lengths": [int(length)]})
+        return measure_needles(loaded.model, loaded.tokenizer, needles, task, limit=config.limit, progress=tell)
+    assert config.speed is not None
+    from distillkit.evaluation.speed import measure_speed
+
+    return measure_speed(loaded.model, config.speed, int(unit.task))
+
+
+def _divergence(student: Loaded, teacher: Loaded, config: EvaluateConfig, tell: Tell) -> dict[str, Any]:
+    """As a run measures it: the student's tokenizer reads the text, and documents share rows."""
+    assert config.divergence is not None
+    settings = config.divergence
+    check_same_tokenizer(teacher.tokenizer, student.tokenizer, teacher.subject.key)
+    vocabulary_size = common_vocabulary(teacher.model, student.model, student.tokenizer, teacher.tokenizer)
+    for each in (teacher, student):
+        check_head(each.model, each.subject.key)
+    prepared = Path(config.output_path) / "rows" / tokenizer_hash(student.tokenizer)[:16]
+    rows = held_out_rows(settings, student.tokenizer, prepared)
+    if config.limit is not None:
+        rows = rows.select(range(min(config.limit, len(rows))))
+    check_known_tokens(rows, vocabulary_size, student.tokenizer, KEY)
+    with _varlen_attention(teacher.model), _varlen_attention(student.model):
+        return compare(
+            teacher.model,
+            student.model,
+            held_out_batches(rows),
+            num_tokens=settings.num_tokens,
+            sequence_length=settings.sequence_length,
+            vocabulary_size=vocabulary_size,
+            position_buckets=settings.position_buckets,
+            layers=settings.layers,
+            progress=tell,
+        )
+
+
+@contextmanager
+def _varlen_attention(model: PreTrainedModel) -> Iterator[None]:
+    """For packed documents only: the other suites read single ones, with masks and caches."""
+    exchanged = use_varlen_attention(model, model.dtype)
+    try:
+        yield
+    finally:
+        if exchanged:
+            model.set_attn_implementation("sdpa")

@@ -1,0 +1,146 @@
+"""What an evaluation consists of: units of work, each one task of a suite for one model.
+
+A unit is measured once. Its result is kept under everything that decides it (the model's files, the settings, the
+text), so a killed evaluation goes on, one with more models or tasks adds what is missing, and what has changed is
+measured again.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+
+from distillkit.config import DatasetSource
+from distillkit.config.suites import ESSAY_TASKS, TEACHER, EvaluateConfig
+from distillkit.data.prepared import file_states
+from distillkit.shards.files import write_whole
+
+VERSIONS = {"model": 1, "divergence": 1, "benchmarks": 1, "needles": 1, "speed": 1}
+"""Of each suite's own maths; to be counted up when the same models and settings give other numbers than before."""
+
+SMOKE_SAMPLES, SMOKE_LENGTH = 2, 256
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One task of a suite, for one model."""
+
+    model: str
+    suite: str
+    task: str
+    settings: dict[str, Any] = field(hash=False)
+    """All that decides the result but the models, as JSON."""
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.model, self.suite, self.task) if part)
+
+
+@dataclass(frozen=True)
+class UnitResults:
+    """The results that are there, in files that are whole or not there."""
+
+    folder: Path
+
+    def read(self, unit: Unit, state: Any) -> Any:
+        """What was measured of a unit while the models were in `state`; None if nothing was."""
+        path = self._path(unit, state)
+        return json.loads(path.read_bytes())["result"] if path.exists() else None
+
+    def write(self, unit: Unit, state: Any, result: Any, seconds: float) -> None:
+        """Keep what was measured."""
+        path = self._path(unit, state)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"suite": unit.suite, "task": unit.task, "settings": unit.settings, "models": state}
+        content = {**about, "seconds": round(seconds, 3), "result": result}
+        write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def _path(self, unit: Unit, state: Any) -> Path:
+        decided_by = [VERSIONS[unit.suite], unit.suite, unit.task, unit.settings, state]
+        key = sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
+        name = "-".join(part for part in (unit.suite, quote(unit.task, safe=""), key) if part)
+        return self.folder / unit.model / f"{name}.json"
+
+
+def units_of(config: EvaluateConfig, device: torch.device) -> Iterator[Unit]:
+    """All units, model by model, the teacher first; of a student what needs the teacher, too, comes before the rest."""
+    teacher = [] if config.teacher is None else [TEACHER]
+    for model in [*teacher, *config.students]:
+        yield Unit(model, "model", "", {})
+        if config.divergence is not None and model != TEACHER:
+            text = _files(config.divergence.dataset)
+            settings = {**config.divergence.model_dump(mode="json"), "files": text, "limit": config.limit}
+            yield Unit(model, "divergence", "", settings)
+        yield from _benchmarks(model, config)
+        yield from _needles(model, config)
+        if config.speed is not None:
+            settings = config.speed.model_dump(mode="json", exclude={"contexts"})
+            for context in config.speed.contexts:
+                yield Unit(model, "speed", str(context), {**settings, "device": _name(device)})
+
+
+def shortened(config: EvaluateConfig) -> EvaluateConfig:
+    """The evaluation that tries everything once: few samples, short texts, results in a folder of their own."""
+    suites: dict[str, Any] = {}
+    if (divergence := config.divergence) is not None:
+        length = min(divergence.sequence_length, SMOKE_LENGTH)
+        suites["divergence"] = divergence.model_copy(update={"sequence_length": length})
+    if (needles := config.needles) is not None:
+        suites["needles"] = needles.model_copy(update={"lengths": needles.lengths[:1], "depths": 1})
+    if (speed := config.speed) is not None:
+        suites["speed"] = speed.model_copy(update={"contexts": speed.contexts[:1], "decode_tokens": 2, "repeats": 1})
+    path = str(Path(config.output_path) / "smoke")
+    return config.model_copy(update={"output_path": path, "limit": SMOKE_SAMPLES, **suites})
+
+
+def _benchmarks(model: str, config: EvaluateConfig) -> Iterator[Unit]:
+    if config.benchmarks is None:
+        return
+    settings = config.benchmarks.model_dump(mode="json", exclude={"tasks", "include_path"})
+    tasks = [[str(file), *_state(file)] for folder in config.benchmarks.include_path for file in _task_files(folder)]
+    for task in config.benchmarks.tasks:
+        decided_by = {"files": tasks, "limit": config.limit, "lm_eval": _version("lm_eval")}
+        yield Unit(model, "benchmarks", task, {**settings, **decided_by})
+
+
+def _needles(model: str, config: EvaluateConfig) -> Iterator[Unit]:
+    """One unit per task and length: what is long fails first, and takes nothing else with it."""
+    if config.needles is None:
+        return
+    settings = config.needles.model_dump(mode="json", exclude={"tasks", "lengths", "haystack"})
+    for task in config.needles.tasks:
+        haystack = {}
+        if task in ESSAY_TASKS and (source := config.needles.haystack) is not None:
+            haystack = {"haystack": source.model_dump(mode="json"), "files": _files(source)}
+        for length in config.needles.lengths:
+            yield Unit(model, "needles", f"{task}@{length}", {**settings, **haystack, "limit": config.limit})
+
+
+def _files(source: DatasetSource) -> list[list[Any]]:
+    """Of local text; a dataset of the hub is known by its name and revision."""
+    return [list(state) for state in file_states(source.disk_path)] if source.disk_path is not None else []
+
+
+def _task_files(folder: str) -> list[Path]:
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+def _state(file: Path) -> tuple[int, int]:
+    state = file.stat()
+    return state.st_size, state.st_mtime_ns
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
