@@ -24,6 +24,7 @@ from distillkit.evaluation import Divergence, generate_samples, measure_divergen
 from distillkit.evaluation.held_out import held_out_batches
 from distillkit.losses import ModelShape, Objective
 from distillkit.reporting import write_run_report
+from distillkit.reporting.report import HTML
 from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import head
@@ -145,6 +146,8 @@ def _begin(config: RunConfig, console: Console, place: Place) -> Run:
     what = "this run" if place.of == 1 else str(place)
     if folder.finished:
         say(console, f"{path}: {what} is finished already, nothing is left to do")
+        if folder.main_process and not (path / HTML).exists():  # it was killed meanwhile
+            say(console, write_run_report(path))
         return Run(config, folder, arguments, techniques, console, place)
     if place.of > 1:
         say(console, what)

@@ -20,6 +20,8 @@ from transformers import TrainingArguments
 from distillkit.config import RunConfig, UserError
 from distillkit.config.phases import Phase, phases_of
 from distillkit.reporting import write_run_report
+from distillkit.reporting.model_card import CARD
+from distillkit.reporting.report import HTML, MARKDOWN
 from distillkit.shards.files import remove_leftovers
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.checkpoints import complete_checkpoints
@@ -75,6 +77,8 @@ def _distill_phases(config: RunConfig, phases: Sequence[Phase], console: Console
     console.quiet = console.quiet or not main_process
     if finished:
         say(console, f"{folder}: this run is finished already, nothing is left to do")
+        if main_process and not (folder / HTML).exists():  # it was killed meanwhile
+            say(console, write_run_report(folder))
         return
     for index, phase in enumerate(phases):
         resume = config.resume and (Path(phase.config.output_path) / RUN).exists()
@@ -86,7 +90,7 @@ def _distill_phases(config: RunConfig, phases: Sequence[Phase], console: Console
         _forget()
     if main_process:
         last = Path(phases[-1].config.output_path)
-        link_student(last, folder, besides=(RUN, RESULTS, METRICS))
+        link_student(last, folder, besides=(RUN, RESULTS, METRICS, CARD, HTML, MARKDOWN))
         results = write_results_of_phases(config, phases)
         print_results_of_phases(console, results)
         say(console, f"the student is in {folder}")
