@@ -73,19 +73,18 @@ def frozen_by(model: nn.Module, patterns: list[str], modules: list[str]) -> None
         parameter.requires_grad_(id(parameter) not in frozen)
 
 
-def parameter_groups(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """(all, trainable) parameters of each part of a model; a tensor that has two names is counted once."""
+def parameter_groups(model: PreTrainedModel, trained: list[nn.Parameter]) -> dict[str, tuple[int, int]]:
+    """(all, trained) parameters of each part of a model; a tensor that has two names is counted once."""
+    ids = {id(parameter) for parameter in trained}
     totals: Counter[str] = Counter()
-    trainable: Counter[str] = Counter()
-    linear = {
-        f"{name}." for name, module in model.named_modules() if isinstance(module, KimiDeltaAttention) and name
-    }
+    of_trained: Counter[str] = Counter()
+    linear = {f"{name}." for name, module in model.named_modules() if isinstance(module, KimiDeltaAttention) and name}
     for name, parameter in model.named_parameters():
         group = _group(name, linear)
         totals[group] += parameter.numel()
-        trainable[group] += parameter.numel() if parameter.requires_grad else 0
+        of_trained[group] += parameter.numel() if id(parameter) in ids else 0
     order = [group for group in GROUPS if totals[group]]
-    return {group: (totals[group], trainable[group]) for group in order}
+    return {group: (totals[group], of_trained[group]) for group in order}
 
 
 GROUPS = ("attention, KDA", "attention, full", "MLP", "embeddings and head", "norms", "other")

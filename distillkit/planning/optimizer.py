@@ -12,7 +12,7 @@ _QUANTIZED = {"adamw_torch_8bit": (2.0, 256), "adamw_torch_4bit": (1.0, 128)}
 """torchao's AdamW: bytes of both moments per weight, and weights per float32 scale of a moment. Weights that are few
 or no multiple of the block are kept as they are."""
 
-_FLOAT32_STATES = {"sgd": 0, "adafactor": 0, "lion_32bit": 1, "rmsprop": 1, "adagrad": 1}
+_COPIES = {"sgd": 0, "adafactor": 0, "lion_32bit": 1, "rmsprop": 1, "adagrad": 1}
 """Numbers per weight of optimizers that are no Adam, in the weight's dtype; of Adafactor a row and a column."""
 
 
@@ -27,17 +27,18 @@ class OptimizerMemory:
 def optimizer_memory(optim: str, trained: Sequence[nn.Parameter], *, cuda: bool) -> OptimizerMemory:
     """Of the optimizer that `training_args.optim` names, over the trained parameters."""
     largest = max((parameter.numel() for parameter in trained), default=0)
+    numbers = sum(parameter.numel() for parameter in trained)
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     if optim in _QUANTIZED:
         states = sum(_quantized(parameter, *_QUANTIZED[optim]) for parameter in trained)
         return OptimizerMemory(int(states), 4 * 4 * largest)
     if "8bit" in optim:  # bitsandbytes
-        return OptimizerMemory(sum(int(2.03 * parameter.numel()) for parameter in trained), 0)
-    numbers = next((count for name, count in _FLOAT32_STATES.items() if optim.startswith(name)), 2)
-    states = sum(numbers * parameter.numel() * parameter.element_size() for parameter in trained)
+        return OptimizerMemory(int(2.03 * numbers), 0)
+    copies = next((copies for name, copies in _COPIES.items() if optim.startswith(name)), 2)
     if any(parameter.dtype == torch.bfloat16 for parameter in trained):  # StochasticAdamW, slice by slice
-        return OptimizerMemory(states, 7 * 4 * min(largest, SLICE))
+        return OptimizerMemory(copies * stored, 7 * 4 * min(largest, SLICE))
     fused = cuda and optim in ("adamw_torch", "adamw_torch_fused")
-    return OptimizerMemory(states, 0 if fused else 2 * 4 * largest)
+    return OptimizerMemory(copies * stored, 0 if fused else 2 * 4 * largest)
 
 
 def _quantized(parameter: nn.Parameter, bytes_per_weight: float, block: int) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distillkit.config import LossConfig, RunConfig
+from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
 from distillkit.distribution import Distribution, SparseDistribution
 from distillkit.losses import ModelShape, Objective
 from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
@@ -89,7 +90,7 @@ def rehearse(
         if isinstance(asked, CapturedWord) or not objective.needs_teacher:
             matrices = []
         else:
-            matrices = _padding(teacher, ledger, "teacher weights", cuda)  # type: ignore[arg-type]
+            matrices = _padding(teacher, ledger, "teacher weights", cuda)
         if settings.gradient_checkpointing:
             _checkpoint_layers(student, settings, cuda)
         distiller = Distiller(student, objective).train()
@@ -178,7 +179,8 @@ def _step(
     cuda: bool,
 ) -> StepCost:
     """A step that is not the first: the optimizer has its states, and micro-batches before left their gradients."""
-    trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    projections = list(distiller.objective.projections.parameters())
+    trained = reached_by(distiller.student, config) + projections
     optimizer = optimizer_memory(settings.optim, trained, cuda=cuda)
     with ledger.making("optimizer states"):
         states = _bytes(optimizer.states)
@@ -222,6 +224,19 @@ def _step(
     )
 
 
+def reached_by(student: PreTrainedModel, config: RunConfig) -> list[nn.Parameter]:
+    """The student's parameters that a loss gives a gradient; without one an optimizer has no states for a weight."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    functions = {loss.function for loss in config.loss_functions}
+    if functions - {*HIDDEN_STATE_FUNCTIONS, *ATTENTION_FUNCTIONS}:
+        return trained
+    attention = {id(each) for parameters in trained_attention(student).values() for each in parameters}
+    if not functions & {*HIDDEN_STATE_FUNCTIONS}:
+        return [parameter for parameter in trained if id(parameter) in attention]
+    embeddings = student.get_input_embeddings().weight
+    return [each for each in trained if each is not head(student)[0] or each is embeddings]
+
+
 def _booked(ledger: Ledger) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -252,7 +267,7 @@ def _bytes(size: float) -> Tensor:
 
 
 def _rows(model: nn.Module) -> int:
-    weight, _ = head(model)  # type: ignore[arg-type]
+    weight, _ = head(model)
     return int(weight.shape[0])
 
 

@@ -1,0 +1,282 @@
+"""What a careful colleague would say about a run before it starts: one line each, the key and what to do about it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.config.losses import ATTENTION_FUNCTIONS
+from distillkit.config.readiness import check_ready
+from distillkit.config.tokens import token_text
+from distillkit.planning.gpus import GIB, GPU
+from distillkit.planning.models import parameters_in_files
+from distillkit.planning.result import PhasePlan, RunPlan
+from distillkit.planning.settings import Settings
+from distillkit.planning.tokens import Schedule
+from distillkit.teacher.decoder import head
+from distillkit.training.freezing import freeze
+from distillkit.training.optimizers import LOSSY_ADDENDS
+
+LONG = 16384
+"""Tokens per row from which activations without checkpointing are more than weights."""
+
+SMALLEST_BF16_RATE = 5e-6
+"""AdamW moves a weight by about the learning rate. The bf16 neighbours of a weight of 0.02 are 1.2e-4 away, so at this
+rate it is rounded to one of them in one step of 24, and what the step meant is mostly noise."""
+
+
+def about_run(
+    config: RunConfig,
+    phases: list[RunConfig],
+    plan: RunPlan,
+    teacher: PreTrainedConfig | None,
+    student: PreTrainedConfig,
+) -> tuple[list[str], list[str]]:
+    """(errors, warnings) about a run as a whole."""
+    errors = []
+    try:
+        check_ready(config)
+    except UserError as error:
+        errors.append(str(error))
+    lines = [
+        *_about_places(config, plan),
+        *_about_held_out_text(config),
+        *_about_teacher(config, plan, teacher, student),
+        *_about_order(phases),
+        *_about_lengths(phases, teacher, student),
+    ]
+    return errors, lines
+
+
+def _about_places(config: RunConfig, plan: RunPlan) -> Iterator[str]:
+    output = Path(config.output_path).expanduser()
+    if output.is_dir() and any(output.iterdir()) and not config.resume:
+        yield f"output_path: {config.output_path!r} exists and is not empty; use --resume to go on, or another folder"
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if plan.disk > free:
+        yield (
+            f"output_path: needs {plan.disk / GIB:.0f} GiB, and {free / GIB:.0f} GiB are free there; name another, "
+            "or lower training_args.save_total_limit"
+        )
+    settings = Settings.of(config)
+    if settings.push_to_hub and settings.hub_model_id is None:
+        yield (f"training_args.hub_model_id: is missing, push_to_hub would make one named {output.name!r}; name it")
+
+
+def _about_held_out_text(config: RunConfig) -> Iterator[str]:
+    held_out = config.dataset.eval_dataset
+    if config.evaluation is not None and config.evaluation.dataset is not None:
+        held_out = config.evaluation.dataset
+    if held_out is None:
+        yield (
+            "dataset.eval_dataset: there is no held-out text, so nothing will say how far the student is from its "
+            "teacher; name some"
+        )
+    elif held_out == config.dataset.train_dataset:
+        yield "dataset.eval_dataset: is the training text; name text that is held out"
+    elif config.evaluation is None and config.training_args.get("eval_strategy", "no") == "no":
+        yield "evaluation: is missing, so the held-out text is not measured on; give evaluation, or eval_strategy"
+
+
+def _about_teacher(
+    config: RunConfig, plan: RunPlan, teacher: PreTrainedConfig | None, student: PreTrainedConfig
+) -> Iterator[str]:
+    if not isinstance(config.teacher, HFTeacherConfig) or teacher is None:
+        return
+    given = config.teacher.kwargs.get("dtype", config.teacher.kwargs.get("torch_dtype"))
+    quantised = config.teacher.path.endswith(".gguf") or "gguf_file" in config.teacher.kwargs
+    by_default = torch.float32 if quantised else teacher.dtype or torch.float32
+    if str(given).endswith("float32") or (given in (None, "auto") and by_default == torch.float32):
+        yield (
+            "teacher.kwargs.dtype: the teacher is loaded in float32, at twice the memory and a fraction of the speed; "
+            "set dtype: bfloat16"
+        )
+    in_files = parameters_in_files(config.teacher.path)
+    counted = plan.teacher_parameters or 0
+    if in_files is not None and abs(in_files - counted) > 0.02 * counted:
+        yield (
+            f"teacher.path: its files hold {in_files:,} numbers, its config.json describes {counted:,} parameters; see "
+            "that the two belong together"
+        )
+    if teacher.vocab_size != student.vocab_size:
+        yield (
+            f"model: has {student.vocab_size:,} rows of embeddings, the teacher {teacher.vocab_size:,}; losses compare "
+            "the tokens that both have; see that the tokenizers are the same"
+        )
+
+
+def _about_order(phases: list[RunConfig]) -> Iterator[str]:
+    aligns = [any(loss.function in ATTENTION_FUNCTIONS for loss in phase.loss_functions) for phase in phases]
+    for index, (before, now) in enumerate(zip(aligns, aligns[1:], strict=False), start=1):
+        if now and not before:
+            yield (
+                f"phases[{index}].loss_functions: aligns attention after a phase that trained end to end, whose layers "
+                "need no longer be given the teacher's inputs; put alignment first"
+            )
+
+
+def _about_lengths(
+    phases: list[RunConfig], teacher: PreTrainedConfig | None, student: PreTrainedConfig
+) -> Iterator[str]:
+    kinds = getattr(student, "layer_types", None) or []
+    nope = sum(kind == "full_attention" for kind in kinds) if not getattr(student, "use_rope", True) else 0
+    longest = max(phase.sequence_length for phase in phases)
+    reach = 0 if teacher is None else teacher.max_position_embeddings
+    if nope and longest < 2 * reach:
+        key = "phases" if len(phases) > 1 else "sequence_length"
+        yield (
+            f"{key}: the {nope} NoPE layers see at most {longest:,} tokens and are known to fail beyond half of what "
+            f"they were trained on, here {longest // 2:,}; train on twice the length that you will evaluate (the "
+            f"teacher's is {reach:,}), or set student.layout: kda_only"
+        )
+
+
+def about_phase(
+    config: RunConfig,
+    settings: Settings,
+    timing: Schedule,
+    student: PreTrainedModel,
+    teacher: PreTrainedConfig | None,
+    gpu: GPU,
+    gpus: int,
+) -> tuple[list[str], list[str]]:
+    """(errors, warnings) about a phase, or about a run without phases; the student frozen as it trains."""
+    lines = [
+        *_about_batches(settings, timing, gpus),
+        *_about_budget(config, settings, timing),
+        *_about_precision(config, settings, gpu),
+        *_about_rows(config, settings, student, teacher, gpu),
+    ]
+    return _pattern_errors(student, config), lines
+
+
+def _pattern_errors(student: nn.Module, config: RunConfig) -> list[str]:
+    """Each pattern and name by itself, as the run would say it, and then what they leave to train."""
+    frozen = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    tries: list[tuple[list[str], list[str]]] = [
+        ([], config.frozen_modules[: index + 1]) for index in range(len(config.frozen_modules))
+    ]
+    tries += [(config.frozen_res[: index + 1], []) for index in range(len(config.frozen_res))]
+    errors = []
+    for patterns, modules in tries:
+        try:
+            freeze(student, patterns, modules)
+        except UserError as error:
+            errors.append(str(error))
+            break
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(frozen[name])
+    if not errors and not any(frozen.values()):
+        errors.append("frozen_res: every parameter is frozen; leave something to train")
+    return errors
+
+
+def _about_batches(settings: Settings, timing: Schedule, gpus: int) -> Iterator[str]:
+    if gpus == 1:
+        return
+    key, count = "training_args.gradient_accumulation_steps", settings.accumulation
+    if count > 1 and count % gpus:
+        yield (
+            f"{key}: {count} micro-batches cannot be divided over {gpus} GPUs; use a multiple of {gpus} and give each "
+            "GPU its share, to keep the step that you have on one"
+        )
+    elif count > 1:
+        yield (
+            f"{key}: is per GPU, so a step is {timing.tokens_per_step:,} tokens, {gpus} times that of one GPU; "
+            f"use {count // gpus} to keep that one"
+        )
+
+
+def _about_budget(config: RunConfig, settings: Settings, timing: Schedule) -> Iterator[str]:
+    budget = "tokens" if config.tokens is not None else "training_args.max_steps"
+    if timing.passes is not None and timing.passes > 1.5 and (config.tokens or settings.max_steps > 0):
+        yield (
+            f"{budget}: reads the data about {timing.passes:.1f} times ({token_text(timing.tokens or 0)} of about "
+            f"{token_text(timing.available.tokens if timing.available else 0)} tokens); add text, or lower it"
+        )
+    steps = timing.steps
+    if steps is not None and settings.warmup >= 1 and steps <= settings.warmup:
+        yield (
+            f"training_args.warmup_steps: {settings.warmup:.0f} steps of warmup are all of {steps} steps; lower it, or "
+            f"raise {budget}"
+        )
+    if config.tokens is not None and config.tokens < timing.tokens_per_step:
+        yield f"tokens: {config.tokens:,} are less than one step of {timing.tokens_per_step:,} tokens; raise it"
+
+
+def _about_precision(config: RunConfig, settings: Settings, gpu: GPU) -> Iterator[str]:
+    in_bf16 = config.trained_weights == "bfloat16"
+    if in_bf16 and settings.learning_rate < SMALLEST_BF16_RATE:
+        yield (
+            f"training_args.learning_rate: {settings.learning_rate:g} is small for trained_weights: bfloat16, where a "
+            f"step is mostly rounding; use {SMALLEST_BF16_RATE:g} or more, or trained_weights: float32"
+        )
+    if in_bf16 and settings.accumulation >= LOSSY_ADDENDS:
+        yield (
+            f"training_args.gradient_accumulation_steps: the gradients of {settings.accumulation} micro-batches are "
+            "added up in bfloat16, which loses more than 1 % of them; use larger micro-batches, or float32"
+        )
+    if gpu.cuda and settings.compute_dtype == torch.float32:
+        yield "training_args.bf16: is off, so that everything is in float32; set bf16: true"
+
+
+def _about_rows(
+    config: RunConfig, settings: Settings, student: PreTrainedModel, teacher: PreTrainedConfig | None, gpu: GPU
+) -> Iterator[str]:
+    length = config.sequence_length
+    asked = any(loss.function != "cross_entropy" for loss in config.loss_functions)
+    if teacher is not None and asked and length > teacher.max_position_embeddings:
+        yield (
+            f"sequence_length: {length:,} tokens, but the teacher was trained for {teacher.max_position_embeddings:,}, "
+            "and its word beyond is worth little; lower it, or use cross_entropy alone"
+        )
+    if length >= LONG and not settings.gradient_checkpointing and gpu.cuda:
+        yield (
+            f"training_args.gradient_checkpointing: is off at {length:,} tokens per row; set it to true for a third "
+            "more work and a fraction of the activations"
+        )
+    rows = head(student)[0].shape[0]
+    if gpu.cuda and rows % 64:
+        yield (
+            f"resize_embeddings_to_multiple_of: the head has {rows:,} rows and is copied to a multiple of 64 for each "
+            "batch, for matrix products on CUDA are slow otherwise; set 64 to have it so"
+        )
+    if not config.dataset.packing and not config.dataset.prepacked:
+        yield "dataset.packing: is off, so that short documents leave rows half empty; the plan counts full rows"
+
+
+def remedies(
+    plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU, teacher_parameters: int | None
+) -> list[str]:
+    """Where a phase does not fit: the keys that would help most, with about how much each gives back."""
+    if plan.memory is None or plan.cost is None or plan.memory <= gpu.memory:
+        return []
+    memory = plan.cost.memory
+    activations = memory.get("activations", 0)
+    options: list[tuple[float, str]] = []
+    if not settings.gradient_checkpointing:
+        options.append((0.8 * plan.cost.kept, "training_args.gradient_checkpointing: true"))
+    if settings.batch_size > 1:
+        half = settings.batch_size // 2
+        text = f"training_args.per_device_train_batch_size: {half} and twice the gradient_accumulation_steps"
+        options.append((activations * (1 - half / settings.batch_size), text))
+    if config.trained_weights == "float32" and settings.compute_dtype == torch.bfloat16:
+        options.append((8.0 * plan.trained, "trained_weights: bfloat16"))
+    if "bit" not in settings.optim and config.trained_weights == "float32":
+        options.append((6.0 * plan.trained, "training_args.optim: adamw_torch_8bit"))
+    if memory.get("teacher weights"):
+        options.append((memory["teacher weights"], "a captured teacher (distillkit capture, teacher.kind: dataset)"))
+    if plan.groups.get("MLP", (0, 0))[1]:
+        options.append((14.0 * plan.groups["MLP"][1], r"frozen_res: ['\.mlp\.']"))
+    if len(config.loss_functions) > 1 and config.layer_mapping == "all" and plan.cost.hidden_states > GIB:
+        options.append((plan.cost.hidden_states, "layer_mapping: fewer pairs than all"))
+    missing = (plan.memory - gpu.memory) / GIB
+    best = sorted(options, reverse=True)[:4]
+    listed = "; ".join(f"{text} (about {size / GIB:.0f} GiB)" for size, text in best)
+    first = f"sequence_length: {plan.memory / GIB:.1f} GiB do not fit into {gpu.name}'s {gpu.memory / GIB:.1f} GiB"
+    return [f"{first}, {missing:.1f} too many; what would help: {listed or 'a shorter one'}"]

@@ -1,0 +1,35 @@
+"""What a run leaves on the disk."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from distillkit.planning.optimizer import optimizer_memory
+from distillkit.planning.settings import Settings
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes. checkpoint: one, with what trains as it is stored and the optimizer's states. checkpoints: all that are
+    kept, and at the most one that is being written. student: what the run saves at its end."""
+
+    checkpoint: int
+    checkpoints: int
+    student: int
+
+    @property
+    def total(self) -> int:
+        return self.checkpoints + self.student
+
+
+def disk_use(student: nn.Module, settings: Settings, reached: list[nn.Parameter], *, masters: bool) -> DiskUse:
+    """Of one run or phase; the student frozen and cast as it trains.
+
+    reached: parameters that have optimizer states. masters: whether the saved student keeps float32 masters, as that
+    of a phase does for the next.
+    """
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
+    numbers = sum(parameter.numel() for parameter in student.parameters())
+    checkpoint = stored + optimizer_memory(settings.optim, reached, cuda=True).states
+    kept = settings.save_total_limit + 1 if settings.saves else 1
+    return DiskUse(checkpoint, kept * checkpoint, stored if masters else numbers * settings.compute_dtype.itemsize)

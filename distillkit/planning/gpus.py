@@ -1,0 +1,88 @@
+"""Accelerators that a run may be planned for, and how long its work would take there."""
+
+import math
+import os
+from dataclasses import dataclass
+
+from distillkit.config import UserError
+
+GIB = 2**30
+
+CONTEXT = 0.8 * GIB
+"""What CUDA, cuBLAS and compiled kernels take beside PyTorch's own memory."""
+
+FRAGMENTS = 0.04
+"""What PyTorch's allocator holds and cannot use, as a share of activations and gradients."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """memory: bytes that programs can have. tflops: dense bf16 matrix products, accumulated in float32, as its maker
+    has them (NVIDIA's data sheets). For a CPU, what design measurements gave for two cores."""
+
+    name: str
+    memory: float
+    tflops: float
+
+    @property
+    def cuda(self) -> bool:
+        return self.name != "CPU"
+
+
+_TABLE = {
+    "A100-40GB": (39.4, 312.0),
+    "A100-80GB": (79.1, 312.0),
+    "H100": (79.1, 989.0),
+    "H100-PCIe": (79.1, 756.0),
+    "H200": (139.8, 989.0),
+    "B200": (178.0, 2250.0),
+    "L40S": (44.4, 362.0),
+    "L4": (22.0, 121.0),
+    "A10G": (22.0, 70.0),
+    "RTX-A6000": (47.4, 155.0),
+    "RTX-5090": (31.4, 209.0),
+    "RTX-4090": (23.5, 165.0),
+    "RTX-3090": (23.5, 71.0),
+}
+
+_SHARES = ((576, 0.066), (2560, 0.24))
+"""(hidden size, share of the peak) of two runs on one H100, by this plan's count of operations: 58,000 tokens/s of the
+SmolLM2-135M recipe (benchmarks/results/smollm2_hybrid.json), and 6,700 tokens/s of an eager step of AFM-4.5B's shapes,
+4 rows of 2,048 tokens with gradient checkpointing. Between the two by the logarithm of the size; not beyond."""
+
+_CPU_TFLOPS = 0.2
+"""SmolLM2-135M on two cores: 730 tokens/s forward, in bf16."""
+
+
+def find_gpu(name: str) -> GPU:
+    """The accelerator of this name; `cpu` is this machine without one. Raises `UserError` for another."""
+    wanted = _plain(name)
+    if wanted == "cpu":
+        memory = 1.0 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return GPU("CPU", memory, _CPU_TFLOPS)
+    aliases = {"a100": "a10080gb", "a10040": "a10040gb", "a10080": "a10080gb", "h10080gb": "h100", "4090": "rtx4090"}
+    aliases |= {"3090": "rtx3090", "5090": "rtx5090", "a6000": "rtxa6000", "h100sxm": "h100"}
+    wanted = aliases.get(wanted, wanted)
+    for known, (memory, tflops) in _TABLE.items():
+        if _plain(known) == wanted:
+            return GPU(known, memory * GIB, tflops)
+    raise UserError(f"--gpu: {name!r} is not known; there is {', '.join(_TABLE)} and cpu")
+
+
+def seconds(flops: float, gpu: GPU, hidden_size: int) -> float:
+    """How long so many operations take, as far as that can be told before."""
+    return flops / (gpu.tflops * 1e12 * share_of_peak(gpu, hidden_size))
+
+
+def share_of_peak(gpu: GPU, hidden_size: int) -> float:
+    """The share of the peak that training reaches; narrow models reach less."""
+    if not gpu.cuda:
+        return 1.0
+    (narrow, low), (wide, high) = _SHARES
+    place = math.log(hidden_size / narrow) / math.log(wide / narrow)
+    return low + (high - low) * min(max(place, 0.0), 1.0)
+
+
+def _plain(name: str) -> str:
+    kept = "".join(letter for letter in name.lower() if letter.isalnum())
+    return kept.removeprefix("nvidia").removeprefix("geforce")

@@ -1,0 +1,172 @@
+"""`distillkit plan`: what a run would cost, from configurations and headers alone."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from distillkit.compression import build_codec
+from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.config.phases import Phase, phases_of
+from distillkit.planning.advice import about_phase, about_run, remedies
+from distillkit.planning.disk import disk_use
+from distillkit.planning.gpus import GPU, find_gpu, seconds
+from distillkit.planning.models import (
+    frozen_by,
+    parameter_groups,
+    read_config,
+    student_config,
+    student_model,
+    teacher_on_meta,
+)
+from distillkit.planning.result import PhasePlan, RunPlan
+from distillkit.planning.settings import Settings
+from distillkit.planning.step import CapturedWord, StepCost, reached_by, rehearse
+from distillkit.planning.tokens import schedule
+from distillkit.shards import read_manifest
+from distillkit.training.precision import cast_for_training
+
+
+def plan_run(config: RunConfig, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
+    """The plan of a run, with phases or without, on so many GPUs of one kind.
+
+    Raises `UserError` where a model's configuration cannot be read; what else is wrong is among the plan's errors.
+    """
+    device = find_gpu(gpu)
+    phases = phases_of(config) or [Phase("", config)]
+    first = phases[0].config
+    teacher = _teacher_config(first)
+    student = student_config(first, teacher)
+    makers = [_PhaseMaker(phase, student, device, gpus, index) for index, phase in enumerate(phases)]
+    made = [maker.plan(several=len(phases) > 1) for maker in makers]
+    run = RunPlan(
+        gpu=device,
+        gpus=gpus,
+        teacher=first.teacher.path if isinstance(first.teacher, HFTeacherConfig) else first.teacher.kind,
+        teacher_parameters=makers[0].teacher_parameters,
+        student_parameters=sum(total for total, _ in made[0].groups.values()),
+        phases=made,
+        untrained=makers[0].untrained if first.student is not None else 0,
+    )
+    errors, warnings = about_run(config, [phase.config for phase in phases], run, teacher, student)
+    for maker in makers:
+        errors = errors + maker.errors
+    warnings += _said_once([maker.warnings for maker in makers], bool(phases[0].name))
+    return replace(run, errors=errors, warnings=warnings)
+
+
+def _said_once(of_phases: list[list[str]], named: bool) -> list[str]:
+    """What is said of several phases is said of the top level."""
+    phases_of_line: dict[str, list[int]] = {}
+    for index, lines in enumerate(of_phases):
+        for line in lines:
+            phases_of_line.setdefault(line, []).append(index)
+    return [
+        f"phases[{indices[0]}].{line}" if named and len(indices) == 1 else line
+        for line, indices in phases_of_line.items()
+    ]
+
+
+def _teacher_config(config: RunConfig) -> PreTrainedConfig | None:
+    teacher = config.teacher
+    if not isinstance(teacher, HFTeacherConfig):
+        return None
+    return read_config(teacher.path, "teacher.path", teacher.kwargs, config.trust_remote_code)
+
+
+@dataclass
+class _PhaseMaker:
+    """Makes the plan of one phase, and notes what is doubtful on the way."""
+
+    phase: Phase
+    student_config: PreTrainedConfig
+    gpu: GPU
+    gpus: int
+    index: int
+
+    def __post_init__(self) -> None:
+        self.config = self.phase.config
+        self.settings = Settings.of(self.config)
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+        self.teacher_parameters: int | None = None
+        self.untrained = 0
+
+    def plan(self, *, several: bool) -> PhasePlan:
+        config, settings = self.config, self.settings
+        teacher_config = _teacher_config(config)
+        teacher = self._teacher(teacher_config)
+        student = student_model(config, self.student_config)
+        frozen_by(student, config.frozen_res, config.frozen_modules)
+        reached = reached_by(student, config)
+        groups = parameter_groups(student, reached)
+        trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
+        cast_for_training(student, settings.compute_dtype, trained_dtype)
+        if isinstance(teacher, PreTrainedModel):
+            self.teacher_parameters = sum(parameter.numel() for parameter in teacher.parameters())
+            self.untrained = sum(total for total, _ in groups.values()) * teacher.dtype.itemsize
+        timing = schedule(config, settings, self.gpus)
+        last = not several
+        disk = disk_use(student, settings, reached, masters=not last)
+        errors, warnings = about_phase(config, settings, timing, student, teacher_config, self.gpu, self.gpus)
+        cost = None if any(error.startswith("training_args") for error in errors) else self._rehearse(teacher, student)
+        made = PhasePlan(
+            name=self.phase.name,
+            sequence_length=config.sequence_length,
+            losses=[loss.function for loss in config.loss_functions],
+            schedule=timing,
+            trainable=sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad),
+            trained=sum(parameter.numel() for parameter in reached),
+            groups=groups,
+            cost=cost,
+            micro_batch=settings.batch_size * config.sequence_length,
+            seconds=None,
+            tokens_per_second=None,
+            disk=disk,
+        )
+        made = self._timed(made, student.config.hidden_size)
+        warnings += remedies(made, config, settings, self.gpu, self.teacher_parameters)
+        self.errors += map(self._named, errors)
+        self.warnings += warnings
+        return made
+
+    def _teacher(self, config: PreTrainedConfig | None) -> "PreTrainedModel | CapturedWord":
+        if isinstance(self.config.teacher, HFTeacherConfig):
+            assert config is not None
+            return teacher_on_meta(config, self.config.teacher, self.config.trust_remote_code)
+        return _captured(self.config, self.student_config.vocab_size)
+
+    def _rehearse(self, teacher: "PreTrainedModel | CapturedWord", student: PreTrainedModel) -> StepCost | None:
+        try:
+            return rehearse(self.config, self.settings, teacher, student, cuda=self.gpu.cuda, gpus=self.gpus)
+        except UserError as error:  # losses that these two models cannot have
+            self.errors.append(self._named(str(error)))
+            return None
+
+    def _timed(self, made: PhasePlan, hidden_size: int) -> PhasePlan:
+        if made.cost is None:
+            return made
+        per_batch = seconds(sum(made.cost.flops.values()), self.gpu, hidden_size)
+        speed = made.micro_batch * self.gpus / per_batch
+        tokens = made.schedule.tokens
+        return replace(made, seconds=None if tokens is None else tokens / speed, tokens_per_second=speed)
+
+    def _named(self, line: str) -> str:
+        return f"phases[{self.index}].{line}" if self.phase.name else line
+
+
+def _captured(config: RunConfig, vocabulary: int) -> CapturedWord:
+    """The word of a captured teacher, as its manifest or the YAML says."""
+    teacher = config.teacher
+    folder = config.dataset.train_dataset.disk_path
+    manifest = None if folder is None else read_manifest(Path(folder))
+    if manifest is not None:
+        codec = build_codec(manifest.codec_kind, manifest.codec_config)
+        return CapturedWord(codec.k, codec.vocabulary_size, codec.bytes_per_token)
+    for kind in ("logprob_compressor", "legacy_logit_compression"):
+        section = vars(teacher).get(kind)
+        if section is not None:
+            codec = build_codec(kind, section)
+            return CapturedWord(codec.k, codec.vocabulary_size, codec.bytes_per_token)
+    return CapturedWord(64, vars(teacher).get("vocab_size") or vocabulary, 64 * 8)

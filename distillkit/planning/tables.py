@@ -1,0 +1,159 @@
+"""A plan as a person reads it: one screen, numbers of three digits."""
+
+from collections.abc import Callable
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from distillkit.config.tokens import token_text
+from distillkit.planning.capture import CapturePlan
+from distillkit.planning.gpus import GIB
+from distillkit.planning.result import PhasePlan, RunPlan
+from distillkit.planning.step import BACKWARD, FORWARD, TEACHER
+
+KINDS = ("teacher weights", "student weights", "gradients", "optimizer states", "activations")
+
+
+def run_tables(plan: RunPlan) -> Group:
+    """Models, phases, disk, and what is doubtful."""
+    parts: list[RenderableType] = [_models(plan), _phases(plan), _sum(plan)]
+    parts += [_line("error", line, "red") for line in plan.errors]
+    parts += [_line("warning", line, "yellow") for line in plan.warnings]
+    return Group(*parts)
+
+
+def count(number: float) -> str:
+    """4.62 B, 135 M, 300 k, 12."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{_three_digits(number / size)} {unit}"
+    return f"{number:.0f}"
+
+
+def of_whole(number: float, whole: float) -> str:
+    """A part beside its whole: in the whole's unit, 0.89 B of 4.94 B, unless it is too small for that."""
+    return f"{number / 1e9:.2f} B" if whole >= 1e9 > number >= 1e7 else count(number)
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, or MiB where they are few."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """3.2 days, 5.1 h, 12 min, 40 s."""
+    for size, unit in ((86400 * 2, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            whole = 86400 if unit == "days" else size
+            return f"{seconds / whole:.3g} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:.0f}"
+
+
+def _models(plan: RunPlan) -> Table:
+    table = Table(title="Parameters, all and trained", title_justify="left")
+    table.add_column("")
+    table.add_column("all", justify="right")
+    for phase in plan.phases:
+        table.add_column(phase.name or "trained", justify="right")
+    if plan.teacher_parameters is not None:
+        table.add_row(f"teacher {escape(plan.teacher)}", count(plan.teacher_parameters), *["" for _ in plan.phases])
+    whole = plan.student_parameters
+    trained = [of_whole(phase.trained, whole) for phase in plan.phases]
+    table.add_row("student", count(plan.student_parameters), *trained, style="bold")
+    for group, (total, _) in plan.phases[0].groups.items():
+        shown = [of_whole(phase.groups[group][1], whole) for phase in plan.phases]
+        table.add_row(f"  {group}", of_whole(total, whole), *shown)
+    return table
+
+
+def _phases(plan: RunPlan) -> Table:
+    gpus = f"{plan.gpus} x {plan.gpu.name}" if plan.gpus > 1 else plan.gpu.name
+    table = Table(title=f"Estimate for {gpus}", title_justify="left")
+    table.add_column("")
+    for phase in plan.phases:
+        table.add_column(phase.name or "run", justify="right")
+    rows: list[tuple[str, Callable[[PhasePlan], str]]] = [
+        ("losses", lambda phase: ", ".join(phase.losses)),
+        ("tokens per row", lambda phase: f"{phase.sequence_length:,}"),
+        ("tokens per step", lambda phase: f"{phase.schedule.tokens_per_step:,}"),
+        ("steps", lambda phase: "not known" if phase.schedule.steps is None else f"{phase.schedule.steps:,}"),
+        ("tokens", _tokens),
+    ]
+    for name, value in rows:
+        table.add_row(name, *map(value, plan.phases))
+    table.add_section()
+    for kind in KINDS:
+        table.add_row(kind, *(_of(phase, kind) for phase in plan.phases))
+    table.add_row("CUDA, fragments", *(gib(phase.reserve) if phase.cost else "" for phase in plan.phases))
+    total = [_total(phase, plan) for phase in plan.phases]
+    table.add_row(f"of {gib(plan.gpu.memory)} per GPU", *total, style="bold")
+    table.add_row("most in the", *(phase.cost.moment if phase.cost else "" for phase in plan.phases))
+    table.add_section()
+    for moment in (TEACHER, FORWARD, BACKWARD):
+        per_token = [phase.gflops_per_token.get(moment, 0.0) for phase in plan.phases]
+        table.add_row(f"GFLOP/token, {moment}", *(f"{number:.3g}" if number else "" for number in per_token))
+    speeds = [phase.tokens_per_second for phase in plan.phases]
+    table.add_row("tokens/s", *("" if speed is None else count(speed) for speed in speeds))
+    times = [phase.seconds for phase in plan.phases]
+    table.add_row("time", *("not known" if time is None else duration(time) for time in times), style="bold")
+    table.add_section()
+    table.add_row("checkpoints on disk", *(gib(phase.disk.checkpoints) for phase in plan.phases))
+    table.add_row("student on disk", *(gib(phase.disk.student) for phase in plan.phases))
+    return table
+
+
+def _tokens(phase: PhasePlan) -> str:
+    schedule = phase.schedule
+    if schedule.tokens is None:
+        return "not known (data of the hub)"
+    guessed = "about " if schedule.available is not None and schedule.available.estimated else ""
+    passes = "" if schedule.passes is None else f", {guessed}{schedule.passes:.2g} x the data"
+    return f"{token_text(schedule.tokens)}{passes}"
+
+
+def _of(phase: PhasePlan, kind: str) -> str:
+    return "" if phase.cost is None else gib(phase.cost.memory.get(kind, 0))
+
+
+def _total(phase: PhasePlan, plan: RunPlan) -> Text:
+    if phase.memory is None:
+        return Text("not known")
+    fits = phase.memory <= plan.gpu.memory
+    return Text(f"{gib(phase.memory)}, {'fits' if fits else 'does not fit'}", style="green" if fits else "red")
+
+
+def _sum(plan: RunPlan) -> Text:
+    parts = [] if plan.seconds is None else [f"{duration(plan.seconds)} in all"]
+    parts.append(f"{gib(plan.disk)} on disk" + (f", {gib(plan.untrained)} of it untrained" if plan.untrained else ""))
+    ends = "Times are estimates from measured runs on an H100, to within a factor of two; memory to within 15 %."
+    return Text(f"{'; '.join(parts)}. {ends}")
+
+
+def _line(word: str, line: str, style: str) -> Text:
+    return Text.assemble((f"{word}: ", style), line)
+
+
+def capture_tables(plan: CapturePlan) -> Group:
+    """The plan of a capture in one table, and what is doubtful."""
+    table = Table(title=f"Estimate of a capture on {plan.gpu.name}", title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    guessed = "" if plan.available is None or not plan.available.estimated else "about "
+    tokens = "not known" if plan.available is None else f"{guessed}{token_text(plan.available.tokens)}"
+    fits = "fits" if plan.memory <= plan.gpu.memory else "does not fit"
+    table.add_row(f"teacher {escape(plan.teacher)}", count(plan.teacher_parameters))
+    table.add_row("tokens", tokens)
+    table.add_row("bytes per token", f"{plan.bytes_per_token:,}")
+    table.add_row("on disk", "not known" if plan.disk is None else gib(plan.disk))
+    table.add_row(f"of {gib(plan.gpu.memory)} per GPU", f"{gib(plan.memory)}, {fits}")
+    table.add_row("GFLOP/token", f"{plan.gflops_per_token:.3g}")
+    table.add_row("tokens/s", count(plan.tokens_per_second))
+    table.add_row("time", "not known" if plan.seconds is None else duration(plan.seconds))
+    errors = [_line("error", line, "red") for line in plan.errors]
+    return Group(table, *errors, *(_line("warning", line, "yellow") for line in plan.warnings))
