@@ -1,0 +1,82 @@
+"""The scores are those of lm-eval's own command; a student's do not depend on how many samples are read at once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distillkit.config.errors import UserError
+from distillkit.config.suites import BenchmarksConfig
+from distillkit.evaluation.benchmarks import run_benchmark
+from distillkit.pretrained import load_model, load_tokenizer
+
+from ..model.students import LAYOUTS, student
+from ..training.tiny import BYTES, save_llama
+from ..training.tiny import tokenizer as byte_tokenizer
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+@pytest.fixture(autouse=True)
+def without_network(monkeypatch):
+    """Whatever asks for the network fails at once, for lm-eval's command, too."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+def settings(**changes):
+    return BenchmarksConfig.parse({"tasks": ["distillkit_school"], "include_path": [str(TASKS)], **changes})
+
+
+def by_command(model, tmp_path, *options):
+    """What `lm_eval run` writes, by task."""
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model}"]
+    command += ["--tasks", "distillkit_school", "--include_path", str(TASKS), "--output_path", str(tmp_path / "out")]
+    command += ["--seed", "1234", "--batch_size", "8", "--device", "cpu", *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=tmp_path)
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    return json.loads(written.read_text())["results"]
+
+
+def test_scores_are_those_of_the_command(tmp_path):
+    folder = save_llama(tmp_path / "model", seed=0, max_position_embeddings=512)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    ours = run_benchmark(model, tokenizer, settings(num_fewshot=2), "distillkit_school")
+    theirs = by_command(folder, tmp_path, "--num_fewshot", "2")
+    assert set(ours) == {"distillkit_facts", "distillkit_sums"}
+    for task, scores in ours.items():
+        assert scores["samples"] == 40 and scores["version"] == 1.0
+        for metric, score in scores["metrics"].items():
+            assert score["value"] == theirs[task][f"{metric},none"]
+            assert score["standard_error"] == pytest.approx(theirs[task][f"{metric}_stderr,none"])
+            assert scores["higher_is_better"][metric] is True
+    assert ours["distillkit_facts"]["metrics"]["acc"]["standard_error"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_changes_no_score_of_a_student(layout):
+    """Right padding for log-likelihoods, left padding for what is generated."""
+    model = student(layout=layout, config_changes={"vocab_size": BYTES, "max_position_embeddings": 512})
+    scores = [run_benchmark(model, byte_tokenizer(), settings(batch_size=size), "distillkit_school") for size in (1, 8)]
+    assert scores[0] == scores[1]
+
+
+def test_a_task_by_itself_and_part_of_it():
+    model = student(config_changes={"vocab_size": BYTES, "max_position_embeddings": 512})
+    scores = run_benchmark(model, byte_tokenizer(), settings(), "distillkit_facts", limit=6)
+    assert list(scores) == ["distillkit_facts"] and scores["distillkit_facts"]["samples"] == 6
+
+
+def test_mistakes_are_told(tmp_path, monkeypatch):
+    model, tokenizer = student(), byte_tokenizer()
+    with pytest.raises(UserError, match=r"benchmarks\.tasks: lm-eval has no task 'helaswag'; did you mean 'hellaswag'"):
+        run_benchmark(model, tokenizer, settings(), "helaswag")
+    with pytest.raises(UserError, match=r"benchmarks\.include_path\[1\]: no such folder"):
+        run_benchmark(model, tokenizer, settings(include_path=[str(TASKS), str(tmp_path / "no")]), "distillkit_facts")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"benchmarks: lm-eval cannot be imported .* pip install 'distillkit\[eval\]'"):
+        run_benchmark(model, tokenizer, settings(), "distillkit_facts")

@@ -1,0 +1,142 @@
+"""Who copies the needle scores everything, who does not see it nothing; real models are asked as they would be."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from distillkit.config.errors import UserError
+from distillkit.config.suites import NeedlesConfig
+from distillkit.evaluation.haystack import TASKS
+from distillkit.evaluation.needles import measure_needles
+
+from ..smollm2 import needs_smollm2, smollm2_tokenizer
+from ..training.tiny import BYTES, llama
+from ..training.tiny import tokenizer as byte_tokenizer
+
+
+class Oracle(PreTrainedModel, GenerationMixin):
+    """Reads the text of its tokens and writes what stands beside the keys in the question.
+
+    Its cache is the tokens so far, so it sees a prompt that comes in pieces as any other model does.
+    """
+
+    config_class = LlamaConfig
+
+    def __init__(self, tokenizer, answer):
+        super().__init__(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id))
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.tokenizer, self.answer = tokenizer, answer
+        self.pieces = []
+
+    def forward(self, input_ids, past_key_values, use_cache, logits_to_keep):
+        assert use_cache and logits_to_keep == 1
+        self.pieces.append(input_ids.shape[1])
+        seen = SimpleNamespace(
+            tokens=[*(past_key_values.tokens if past_key_values else []), *input_ids[0].tolist()], answer=None
+        )
+        if past_key_values is not None and past_key_values.answer is not None:
+            past_key_values.tokens, seen = seen.tokens, past_key_values
+        text = self.tokenizer.decode(seen.tokens[-200:])
+        if seen.answer is None and re.search(r"mentioned in the provided text (is|are)$", text):
+            written = self.tokenizer(self.answer(self.tokenizer.decode(seen.tokens)), add_special_tokens=False)
+            seen.answer = iter([*written["input_ids"], self.tokenizer.eos_token_id])
+        logits = torch.zeros(1, 1, self.config.vocab_size)
+        logits[..., 0 if seen.answer is None else next(seen.answer)] = 1.0
+        return CausalLMOutputWithPast(logits=logits, past_key_values=seen)
+
+
+def asked(text):
+    keys = re.search(r"The special magic \w+ for (.*?) mentioned in the provided text (is|are)$", text).group(1)
+    return re.split(r", and |, ", keys)
+
+
+def copy_needles(text):
+    found = [re.findall(rf"for {re.escape(key)} is: (\S+)\.", text) for key in asked(text)]
+    return " " + ", ".join(value.upper() for values in found for value in values) + "."
+
+
+def see_nothing(text):
+    """The haystack and its distractors are read, the needles that are asked for are not."""
+    others = [value for key, value in re.findall(r"for (\S+) is: (\S+)\.", text) if key not in asked(text)]
+    return " " + ", ".join(others[:2] or ["1234567"])
+
+
+def settings(tmp_path, **changes):
+    path = tmp_path / "prose.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"This is page {i}. It says no more than that."}) for i in range(99)))
+    values = {"lengths": [1024], "depths": 5, "samples": 1, "haystack": {"disk_path": str(path)}, **changes}
+    return NeedlesConfig.parse(values)
+
+
+@needs_smollm2
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("answer", "share", "lengths"), [(copy_needles, 1, [512, 1024, 4096, 16384]), (see_nothing, 0, [512, 4096])]
+)
+def test_oracles_score_all_and_nothing(task, answer, share, lengths, tmp_path):
+    tokenizer = smollm2_tokenizer()
+    oracle = Oracle(tokenizer, answer)
+    rows = measure_needles(oracle, tokenizer, settings(tmp_path, lengths=lengths), task)
+    assert [(row["length"], row["depth"]) for row in rows] == [
+        (length, depth) for length in lengths for depth in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    assert all(row["correct"] == share and row["total"] == 1 for row in rows)
+    assert all(0.98 * row["length"] <= row["prompt_tokens_mean"] <= row["length"] for row in rows)
+
+
+@needs_smollm2
+@pytest.mark.parametrize("task", ["niah_multivalue", "niah_multiquery"])
+def test_half_of_the_values_is_half_a_score(task, tmp_path):
+    oracle = Oracle(smollm2_tokenizer(), lambda text: ",".join(copy_needles(text).split(",")[:2]))
+    rows = measure_needles(oracle, smollm2_tokenizer(), settings(tmp_path), task)
+    assert [row["correct"] for row in rows] == [0.5] * 5
+
+
+@needs_smollm2
+def test_the_prompt_comes_in_pieces_and_the_answer_ends_with_the_last_value(tmp_path):
+    tokenizer = smollm2_tokenizer()
+    oracle = Oracle(tokenizer, lambda text: copy_needles(text) + " and so on" * 50)
+    (row,) = measure_needles(oracle, tokenizer, settings(tmp_path, depths=1, prefill_tokens=300), "niah_single_1")
+    assert row["depth"] == 0.5 and row["correct"] == 1
+    prompt = int(row["prompt_tokens_mean"])
+    assert oracle.pieces[:4] == [300, 300, 300, prompt - 900]
+    assert set(oracle.pieces[4:]) == {1} and len(oracle.pieces) < 4 + 16
+
+
+@needs_smollm2
+def test_an_answer_ends_after_128_tokens(tmp_path):
+    oracle = Oracle(smollm2_tokenizer(), lambda text: " and so on" * 100 + copy_needles(text))
+    (row,) = measure_needles(oracle, smollm2_tokenizer(), settings(tmp_path, depths=1), "niah_single_1")
+    assert row["correct"] == 0
+    assert oracle.pieces.count(1) == 127  # the first token is the prompt's
+
+
+def test_a_model_that_runs_is_measured(tmp_path):
+    """A Llama of random weights finds nothing, within its budget and in the given number of samples."""
+    told = []
+    rows = measure_needles(
+        llama(0, vocab=BYTES),
+        byte_tokenizer(),
+        settings(tmp_path, lengths=[800, 1000], depths=2, samples=2, prefill_tokens=256),
+        "niah_single_1",
+        limit=1,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert [(row["correct"], row["total"]) for row in rows] == [(0, 1)] * 4
+    assert told[0] == (800, 3600) and told[-1] == (3600, 3600) and len(told) == 4
+
+
+def test_a_haystack_without_text_is_told(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"story": "once"}')
+    wrong = settings(tmp_path, haystack={"disk_path": str(tmp_path / "rows.jsonl")})
+    with pytest.raises(UserError, match=r"needles\.haystack: .* column text, and there is none; it has story"):
+        measure_needles(llama(0), byte_tokenizer(), wrong, "niah_single_2")
+    gone = settings(tmp_path, haystack={"disk_path": str(tmp_path / "nothing.jsonl")})
+    with pytest.raises(UserError, match=r"needles\.haystack\.disk_path: cannot read"):
+        measure_needles(llama(0), byte_tokenizer(), gone, "niah_single_2")
