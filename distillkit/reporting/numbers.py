@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Callable
 
-NOTHING = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
-TIMES = "\N{MULTIPLICATION SIGN}"
+NOTHING = "–"
+MINUS = "−"
+TIMES = "×"
 
 Form = Callable[[float], str]
 
