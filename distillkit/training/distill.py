@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
@@ -301,7 +302,9 @@ def _finish(
         samples = []
         if evaluation is not None:
             settings = evaluation.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
-            samples = generate_samples(models.student, models.tokenizer, evaluation.prompts, **settings)
+            dtype = trainer.weights_dtype  # float32 masters stand beside frozen 16-bit weights between phases
+            with torch.autocast(run.arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                samples = generate_samples(models.student, models.tokenizer, evaluation.prompts, **settings)
         results = write_results(run.config, folder, models.freezing, before, after, samples, run.arguments.device)
         print_results(run.console, results, before, after)
         say(run.console, f"the student is in {folder.path}")
