@@ -44,11 +44,12 @@ def measure_needles(
         UserError: there is no haystack and the task needs one, or a length is too short for it.
     """
     wanted = TASKS[task]
-    essay = _read_essay(settings.haystack, max(settings.lengths)) if wanted.haystack == "essay" else None
+    prose = _read(settings.haystack, max(settings.lengths)) if wanted.haystack == "essay" else ""
     samples = settings.samples if limit is None else min(settings.samples, limit)
     done, total = 0, sum(settings.lengths) * settings.depths * samples
     rows = []
     for length in settings.lengths:
+        essay = Essay(prose[: length * CHARACTERS_PER_TOKEN])
         for depth in _evenly(settings.depths):
             scores, tokens = [], 0
             for sample in range(samples):
@@ -85,10 +86,10 @@ def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: P
     return found / len(prompt.wanted)
 
 
-def _read_essay(source: DatasetSource | None, tokens: int) -> Essay | None:
-    """As much of the column `text` as a haystack of `tokens` may take."""
+def _read(source: DatasetSource | None, tokens: int) -> str:
+    """As much of the column `text` as a haystack of `tokens` may take; nothing where there is no source."""
     if source is None:
-        return None
+        return ""
     rows = load_source(source, "needles.haystack")
     if "text" not in rows.column_names:
         columns = ", ".join(rows.column_names)
@@ -100,4 +101,4 @@ def _read_essay(source: DatasetSource | None, tokens: int) -> Essay | None:
         missing -= len(texts[-1])
         if missing <= 0:
             break
-    return Essay(" ".join(texts)[: tokens * CHARACTERS_PER_TOKEN])
+    return " ".join(texts)
