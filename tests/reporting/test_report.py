@@ -12,7 +12,10 @@ import yaml
 
 from distillkit.config import RunConfig, UserError
 from distillkit.reporting import write_report
-from distillkit.reporting.reading import read_results
+from distillkit.reporting.comparison import comparison
+from distillkit.reporting.markdown import table
+from distillkit.reporting.models import merge_models
+from distillkit.reporting.reading import Evaluation, read_results
 from distillkit.reporting.report import build_report
 from tests.reporting.examples import (
     LENGTHS,
@@ -36,6 +39,19 @@ def report_of(tmp_path, *contents):
     folders = [write_evaluation(tmp_path / f"evaluation{index}", content) for index, content in enumerate(contents)]
     write_report(folders, tmp_path)
     return (tmp_path / "report.md").read_text()
+
+
+def table_of(*contents):
+    """The table teacher | students alone, which needs no pictures."""
+    return table(comparison(merge_models([Evaluation(Path("results.json"), content) for content in contents])))
+
+
+@pytest.fixture(scope="module")
+def standard(tmp_path_factory):
+    """The folder of the report of the example as it is."""
+    folder = tmp_path_factory.mktemp("standard")
+    report_of(folder, evaluation())
+    return folder
 
 
 def row(markdown, label, after=""):
@@ -76,9 +92,9 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
-def test_numbers_and_differences_are_those_of_the_file(tmp_path):
+def test_numbers_and_differences_are_those_of_the_file():
     content = evaluation()
-    markdown = report_of(tmp_path, content)
+    markdown = table_of(content)
     assert row(markdown, "KL(teacher‖student), nats per token") == ["0.0000", "0.6336 ± 0.0042", "1.0771 ± 0.0042"]
     assert row(markdown, "same likeliest token") == ["100.0%", "61.9% ± 0.2", "53.9% ± 0.2"]
     perplexity = content["divergence"]["hybrid"]["student_perplexity"]
@@ -96,9 +112,9 @@ def test_numbers_and_differences_are_those_of_the_file(tmp_path):
     assert row(markdown, "KV cache and state at 64k tokens")[1].endswith("(×0.236 better)")
 
 
-def test_needles_are_means_over_tasks_and_depths_at_each_length(tmp_path):
+def test_needles_are_means_over_tasks_and_depths_at_each_length():
     content = evaluation()
-    markdown = report_of(tmp_path, content)
+    markdown = table_of(content)
     for length in LENGTHS:
         found = [each for task in TASKS for each in content["needles"]["hybrid"][task] if each["length"] == length]
         share = sum(each["correct"] for each in found) / sum(each["total"] for each in found)
@@ -108,10 +124,10 @@ def test_needles_are_means_over_tasks_and_depths_at_each_length(tmp_path):
         assert cell.startswith(f"{100 * share:.1f}% ± {100 * error:.1f} (")
 
 
-def test_tasks_that_one_model_lacks_are_not_averaged_with_the_others(tmp_path):
+def test_tasks_that_one_model_lacks_are_not_averaged_with_the_others():
     content = evaluation(students=("hybrid",))
     del content["needles"]["hybrid"]["niah_single_1"]
-    assert "mean of 3 tasks" in report_of(tmp_path, content)
+    assert "mean of 3 tasks" in table_of(content)
 
 
 @pytest.mark.parametrize(
@@ -126,19 +142,19 @@ def test_tasks_that_one_model_lacks_are_not_averaged_with_the_others(tmp_path):
         (True, 0.50, "(0.0)"),
     ],
 )
-def test_direction_of_a_difference(tmp_path, higher_is_better, value, told):
+def test_direction_of_a_difference(higher_is_better, value, told):
     def task(share):
         metrics = {"acc,none": {"value": share, "standard_error": 0.01}}
         return {"mine": {"metrics": metrics, "samples": 2500, "version": 1, "higher_is_better": higher_is_better}}
 
     content = evaluation(students=("hybrid",), benchmarks={"SmolLM2-135M": task(0.5), "hybrid": task(value)})
-    assert row(report_of(tmp_path, content), "mine (acc)")[1] == f"{100 * value:.1f}% ± 1.0 {told}"
+    assert row(table_of(content), "mine (acc)")[1] == f"{100 * value:.1f}% ± 1.0 {told}"
 
 
-def test_a_difference_of_what_has_no_error_is_never_chance(tmp_path):
+def test_a_difference_of_what_has_no_error_is_never_chance():
     content = evaluation(students=("hybrid",))
     content["divergence"]["hybrid"]["student_perplexity"] = 16.40
-    assert row(report_of(tmp_path, content), "perplexity")[1] == "16.40 (−0.02 better)"
+    assert row(table_of(content), "perplexity")[1] == "16.40 (−0.02 better)"
 
 
 def test_only_sections_with_data(tmp_path):
@@ -166,19 +182,19 @@ def test_missing_parts_are_dashes(tmp_path):
 
 
 def test_perplexity_that_overflowed_is_said_so(tmp_path):
-    content = evaluation(students=("hybrid",))
+    content = evaluation(students=("hybrid",), needles={}, speed={})
     content["divergence"]["hybrid"]["student_perplexity"] = math.inf
     content["divergence"]["hybrid"]["positions"][0]["student_perplexity"] = math.inf
     assert row(report_of(tmp_path, content), "perplexity")[1] == "∞"
 
 
-def test_evaluations_are_merged_by_name_and_path(tmp_path):
+def test_evaluations_are_merged_by_name_and_path():
     first = evaluation(students=("hybrid",), needles={}, speed={}, benchmarks={})
     second = evaluation(students=("hybrid",), divergence={}, speed={}, benchmarks={})
     third = evaluation(students=("hybrid",), needles={}, speed={}, benchmarks={})
     third["models"]["hybrid"]["path"] = "elsewhere/other"
     third["divergence"]["hybrid"]["kl"] = 0.1
-    markdown = report_of(tmp_path, first, second, third)
+    markdown = table_of(first, second, third)
     assert "|  | SmolLM2-135M (teacher) | hybrid (hybrid) | hybrid (other) |" in markdown
     assert row(markdown, "KL(teacher‖student), nats per token")[1:] == ["0.6336 ± 0.0042", "0.1000 ± 0.0042"]
     needle = row(markdown, "at 2k tokens, mean of 4 tasks")
@@ -187,7 +203,7 @@ def test_evaluations_are_merged_by_name_and_path(tmp_path):
 
 
 def test_a_later_evaluation_replaces_what_it_measured_again(tmp_path):
-    first, second = evaluation(students=("hybrid",)), evaluation(students=("hybrid",), needles={})
+    first, second = (evaluation(students=("hybrid",), needles={}) for _ in range(2))
     second["divergence"]["hybrid"] = divergence(kl=0.25)
     second["speed"]["hybrid"] = speed(7, 0.5)[:2]
     markdown = report_of(tmp_path, first, second)
@@ -261,7 +277,7 @@ def test_configuration_in_the_report_is_the_run(tmp_path):
 def test_text_of_the_files_stays_text(tmp_path):
     name = "<script>alert(1)</script> | `x` *y* $\\frac{1}{2}$ ]]>"
     sample = {"prompt": "```\n<script>alert(2)</script>", "continuation": "</code></pre><img src=x onerror=alert(3)>"}
-    content = evaluation(students=(name,))
+    content = evaluation(students=(name,), speed={})
     content["failures"] = [{"model": name, "suite": "s", "task": "t", "error": "<b>\nsecond line | third"}]
     folders = [write_evaluation(tmp_path / "evaluation", content)]
     folders.append(
@@ -297,23 +313,22 @@ def test_page_is_whole_and_fetches_nothing(tmp_path):
     assert "#ab00" not in page  # no placeholder of a colour is left
 
 
-def test_pictures_of_the_markdown_are_there_in_both_themes(tmp_path):
-    markdown = report_of(tmp_path, evaluation())
+def test_pictures_of_the_markdown_are_there_in_both_themes(standard):
+    markdown = (standard / "report.md").read_text()
     named = set(re.findall(r'(?:src|srcset)="([^"]+)"', markdown))
     assert {path.split("/")[0] for path in named} == {"pictures"}
-    assert named == {f"pictures/{path.name}" for path in (tmp_path / "pictures").iterdir()}
+    assert named == {f"pictures/{path.name}" for path in (standard / "pictures").iterdir()}
     for path in named:
-        drawn = (tmp_path / path).read_text()
+        drawn = (standard / path).read_text()
         assert "#ab00" not in drawn
         assert ElementTree.fromstring(drawn).get("viewBox") == "0 0 400 250"
-    assert (tmp_path / "pictures/kl-by-position.svg").read_text() != (
-        tmp_path / "pictures/kl-by-position-dark.svg"
+    assert (standard / "pictures/kl-by-position.svg").read_text() != (
+        standard / "pictures/kl-by-position-dark.svg"
     ).read_text()
 
 
-def test_heat_map_shows_each_length_and_depth(tmp_path):
-    report_of(tmp_path, evaluation())
-    root = ElementTree.parse(tmp_path / "pictures/needles-niah-single-1-of-hybrid.svg").getroot()
+def test_heat_map_shows_each_length_and_depth(standard):
+    root = ElementTree.parse(standard / "pictures/needles-niah-single-1-of-hybrid.svg").getroot()
     written = [text.strip() for text in root.itertext() if text.strip()]
     rows = needles(0.95)["niah_single_1"]
     for length in LENGTHS:
@@ -325,8 +340,8 @@ def test_heat_map_shows_each_length_and_depth(tmp_path):
     assert "trained to 2k" in written
 
 
-def test_commands_and_provenance(tmp_path):
-    markdown = report_of(tmp_path, evaluation())
+def test_commands_and_provenance(standard):
+    markdown = (standard / "report.md").read_text()
     assert "```sh\ndistillkit evaluate evaluation.yaml\n```" in markdown
     assert row(markdown, "commit") == ["364fbb9c0ffee"]
     assert row(markdown, "device") == ["NVIDIA H100 80GB HBM3"]
@@ -335,7 +350,7 @@ def test_commands_and_provenance(tmp_path):
 
 def test_failures_are_told(tmp_path):
     failure = {"model": "hybrid", "suite": "benchmarks", "task": "gsm8k", "error": "OutOfMemoryError: 20 GiB\nat …"}
-    markdown = report_of(tmp_path, evaluation(failures=[failure]))
+    markdown = report_of(tmp_path, evaluation(failures=[failure], needles={}, speed={}, divergence={}))
     assert row(markdown, "hybrid", "## Failures") == ["benchmarks", "gsm8k", "OutOfMemoryError: 20 GiB at …"]
 
 
@@ -371,9 +386,9 @@ def test_benchmark_records_with_a_curve_are_runs(tmp_path):
     assert [section.title for section in report.sections] == ["Training", "Where the numbers come from"]
 
 
-def test_teachers_of_two_evaluations_are_not_compared_with(tmp_path):
+def test_teachers_of_two_evaluations_are_not_compared_with():
     first, second = evaluation(students=("hybrid",)), evaluation(students=("kda-only",))
     second["models"]["SmolLM2-135M"] = model("teacher", "another/teacher")
-    markdown = report_of(tmp_path, first, second)
+    markdown = table_of(first, second)
     assert markdown.count("SmolLM2-135M (teacher) 2") > 0
     assert row(markdown, "hellaswag (acc\\_norm)")[2] == "39.1% ± 0.5"
