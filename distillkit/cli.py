@@ -45,16 +45,16 @@ def distill(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_path.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only check that the run could start, and say what it would cost.")
+        bool, typer.Option("--dry-run", help="Only say what the run would cost, as distillkit plan does.")
     ] = False,
 ) -> None:
     """Run the distillation that a YAML file describes."""
     changes = [*(overrides or []), *(["resume=true"] if resume else [])]
     run = load_run_config(config, changes)
-    check_ready(run)
     if dry_run:
         _print_plan(run)
         return
+    check_ready(run)
     from distillkit.training import distill
 
     distill(run)
@@ -73,7 +73,8 @@ def plan(
 ) -> None:
     """Say what a run or a capture would cost, and what is wrong with it, without doing it.
 
-    Parameters, tokens, steps, memory, disk and time of each phase. Only configurations and headers are read.
+    Parameters, tokens, steps, memory, disk and time of each phase. Only configurations and headers are read. Exit code
+    1: it could not run as it is.
     """
     described: RunConfig | CaptureConfig
     if "compression" in read_yaml(config):
@@ -86,15 +87,23 @@ def plan(
 def _print_plan(
     described: RunConfig | CaptureConfig, *, gpu: str = "H100", gpus: int = 1, as_json: bool = False
 ) -> None:
+    if isinstance(described, CaptureConfig) and gpus > 1:
+        raise UserError("--gpus: a capture is planned on one GPU; n of them share it (--shard i/n) in 1/n of the time")
     from rich.console import Console
 
-    from distillkit.planning import plan_capture, plan_run
+    from distillkit.planning import CapturePlan, RunPlan, plan_capture, plan_run
 
-    plan = plan_run(described, gpu=gpu, gpus=gpus) if isinstance(described, RunConfig) else plan_capture(described)
+    plan: RunPlan | CapturePlan
+    if isinstance(described, RunConfig):
+        plan = plan_run(described, gpu=gpu, gpus=gpus)
+    else:
+        plan = plan_capture(described, gpu=gpu)
     if as_json:
         typer.echo(json.dumps(plan.as_dict(), indent=2, ensure_ascii=False))
     else:
         Console().print(plan)
+    if plan.errors:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -31,12 +31,14 @@ FILES = {"SEED": SEED, "CAPTURE": Path(__file__).parents[1] / "recipes" / "captu
         ("SEED training_args.fp16=true", "error: training_args.fp16: gradients of single tokens are too small"),
         ("SEED --resum", "error: No such option: --resum (Possible options: --resume)"),
         ("SEED teacher.path=./none", "error: teacher.path: no such file or folder: './none'"),
-        ("SEED --dry-run teacher.path=./none", "error: teacher.path: no such file or folder: './none'"),
+        ("SEED --dry-run teacher.path=./none", "error: teacher.path: no such folder: './none'"),
         ("plan", "error: Missing argument 'CONFIG.yaml'."),
         ("plan missing.yaml", "error: missing.yaml: no such file"),
         ("plan SEED sequence_length=-1", "error: sequence_length: must be > 0, got -1"),
         ("plan CAPTURE sequence_length=-1", "error: sequence_length: must be > 0, got -1"),
         ("plan SEED --gpus 0", "error: Invalid value for '--gpus': "),
+        ("plan SEED --gpu TPU", "error: --gpu: 'TPU' is not known; there is "),
+        ("plan CAPTURE --gpus 2", "error: --gpus: a capture is planned on one GPU; n of them share it"),
         ("schema runs", "error: Invalid value for 'KIND': Value error, 'runs' is not one of 'run', 'capture', 'eval"),
         ("convert teacher", "error: Missing argument 'out'."),
         ("convert ./none out", "error: TEACHER: no such file or folder: './none'"),
@@ -205,3 +207,57 @@ def test_convert_and_evaluate(
     assert "0.0000" in capsys.readouterr().out
     assert main(["convert", teacher, student]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> list[str]:
+    """A run whose teacher is a configuration without weights, and overrides that give it two phases."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaConfig(vocab_size=64, num_hidden_layers=4, dtype="bfloat16", **sizes).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("A text to be learnt from. " * 20)
+    return [
+        str(SEED),
+        "model=null",
+        "student={layout: hybrid}",
+        "sequence_length=32",
+        f"teacher.path={tmp_path / 'teacher'}",
+        f"dataset.train_dataset={{disk_path: {tmp_path / 'text.txt'}}}",
+        f"output_path={tmp_path / 'run'}",
+        "phases=[{name: short, tokens: 1k}, {name: long, tokens: 2k, sequence_length: 64}]",
+    ]
+
+
+def test_a_plan_needs_no_weights_and_leaves_nothing(
+    planned: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *planned, "--gpu", "A100-80GB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [(phase["name"], phase["sequence_length"]) for phase in plan["phases"]] == [("short", 32), ("long", 64)]
+    assert plan["gpu"]["name"] == "A100-80GB"
+    assert not (tmp_path / "run").exists()
+    assert main([*planned, "--dry-run"]) == 0
+    assert "short" in (dry := capsys.readouterr().out) and "H100" in dry
+    assert main(["plan", *planned]) == 0
+    assert capsys.readouterr().out == dry
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_what_could_not_run_says_so_with_its_exit_code(
+    planned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *planned, "dataset.train_dataset={disk_path: none.txt}", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["errors"] == [
+        "dataset.train_dataset.disk_path: no such file or folder: 'none.txt'"
+    ]
+
+
+def test_a_capture_is_planned_too(planned: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [
+        "sequence_length=32",
+        f"teacher={{path: {tmp_path / 'teacher'}}}",
+        f"dataset.train_dataset.disk_path={tmp_path / 'text.txt'}",
+        f"output_path={tmp_path / 'captured'}",
+        "compression={plain: {vocab_size: 64, k: 4}}",
+    ]
+    assert main(["plan", str(FILES["CAPTURE"]), *overrides, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes_per_token"] > 0
