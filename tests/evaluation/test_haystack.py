@@ -92,7 +92,7 @@ def test_a_haystack_of_needles_is_filled_with_less_than_another(task):
 
 
 def test_prompts_are_worded_as_rulers():
-    """Hsieh et al. 2024, appendix B."""
+    """Those of arXiv 2404.06654: scores can be compared only where questions are the same."""
     one, several = prompt("niah_single_1"), prompt("niah_multiquery", essay=SHORT_ESSAY)
     key = SENTENCE.search(one.text).group(2)
     noise = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
