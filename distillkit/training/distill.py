@@ -274,7 +274,12 @@ def _train(run: Run, models: Models, trainer: DistillationTrainer) -> None:
     checkpoint, techniques = run.folder.checkpoint, run.techniques
     if checkpoint is not None and checkpoint.reached_the_end():
         return
-    compiled = compiled_layers(models.student, techniques.torch_compile_backend, techniques.torch_compile_mode)
+    compiled = compiled_layers(
+        models.student,
+        techniques.torch_compile_backend,
+        techniques.torch_compile_mode,
+        trainer.model.objective.attention_layers,
+    )
     with compiled if techniques.torch_compile else nullcontext():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
 

@@ -12,7 +12,7 @@ the last forward pass used; float32 after a float32 run, so that nothing is roun
 measured on the student as saved. Checkpoints, from which a run goes on, keep the float32 masters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -62,17 +62,20 @@ def stays_float32(model: PreTrainedModel, name: str) -> bool:
 
 
 @contextmanager
-def compiled_layers(model: PreTrainedModel, backend: str, mode: str | None) -> Iterator[None]:
-    """Within, each decoder layer's forward is compiled.
+def compiled_layers(
+    model: PreTrainedModel, backend: str, mode: str | None, attention_layers: Iterable[int] = ()
+) -> Iterator[None]:
+    """Within, each decoder layer's forward is compiled, and that of the attention of `attention_layers` by itself.
 
     Layers only: one compiled graph serves all layers of a kind, hooks and gradient checkpointing stay outside of it,
-    and parameter names do not change.
+    and parameter names do not change. Attention alignment calls no layer, but its attention.
     """
     layers: nn.ModuleList = model.get_decoder().layers
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, backend=backend, mode=mode)
+    modules = [*layers, *(layers[index].self_attn for index in attention_layers)]
+    for module in modules:
+        module.forward = torch.compile(module.forward, backend=backend, mode=mode)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module in modules:
+            del module.forward

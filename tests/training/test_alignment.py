@@ -147,7 +147,7 @@ def test_gradient_checkpointing_and_compilation_change_nothing():
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(differentiated(checkpointed), expected)
     compiled = STUDENTS["hybrid"]().double()
-    with compiled_layers(compiled, "eager", None):
+    with compiled_layers(compiled, "aot_eager", None, [2]):
         forwards = [vars(layer)["forward"] for layer in compiled.model.layers]
         assert_same(differentiated(compiled), expected)
         assert [vars(layer)["forward"] for layer in compiled.model.layers] == forwards
