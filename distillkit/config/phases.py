@@ -117,6 +117,8 @@ def phases_of(run: "RunConfig") -> list[Phase]:
     """
     found: list[Phase] = []
     top = run.model_dump(exclude={"phases"})
+    if "use_flash_attention" not in run.model_fields_set:
+        del top["use_flash_attention"]  # nobody asked, so nobody is told where the package is missing
     for index, phase in enumerate(run.phases):
         data = _whole(top, phase, index, found[-1].config.output_path if found else None)
         try:
