@@ -159,6 +159,13 @@ def test_trackers_tell_phases_apart_and_the_hub_has_one_student() -> None:
     }
 
 
+def test_a_phase_asks_for_flash_attention_where_the_run_does() -> None:
+    """Who asked is told where it cannot be; who has the default is not."""
+    assert "use_flash_attention" not in phase_of({}).model_fields_set
+    assert "use_flash_attention" in phase_of({}, use_flash_attention=True).model_fields_set
+    assert not phase_of({}, use_flash_attention=False).use_flash_attention
+
+
 def test_phases_resume_as_the_run_does() -> None:
     assert phase_of({}, resume=True).resume
     assert not phase_of({}).resume

@@ -13,6 +13,7 @@ from distillkit.config.capture import CaptureConfig
 from distillkit.config.loading import apply_override, read_mapping
 from distillkit.config.phases import PhaseConfig
 from distillkit.config.schema import json_schema
+from distillkit.config.suites import EvaluateConfig
 
 SEED = Path(__file__).with_name("seed.yaml")
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
@@ -143,6 +144,37 @@ def test_a_file_that_extends_another_need_not_be_whole() -> None:
     assert problems("run", {"extends": "base.yaml", "dataset": {"sed": 1}}) != []
     assert problems("run", {"extends": 3}) != []
     assert problems("capture", {"extends": "base.yaml", "compression": {"logprob_compressor": {"k": 3}}}) == []
+
+
+EVALUATION: dict[str, Any] = {
+    "output_path": "out",
+    "teacher": {"path": "org/teacher", "kwargs": {"dtype": "bfloat16"}},
+    "students": {"hybrid": {"path": "runs/hybrid"}},
+    "divergence": {"dataset": {"disk_path": "valid.parquet"}},
+    "needles": {"tasks": ["niah_single_1"], "lengths": [1024, 2048]},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({}, None),
+        ({"speed": {}}, None),
+        ({"students": {"hybrid": {"pth": "x"}}}, "$.students.hybrid"),
+        ({"divergence": {"num_tokens": 9}}, "$.divergence"),
+        ({"needles": {"tasks": ["niah"], "lengths": [1024]}}, "$.needles"),
+        ({"outptu_path": "x"}, "$"),
+    ],
+)
+def test_evaluations_are_held_to_theirs(changes: dict[str, Any], where: str | None) -> None:
+    found = [problem.partition(": ")[0] for problem in problems("evaluate", EVALUATION | changes)]
+    if where is None:
+        EvaluateConfig.parse(EVALUATION | changes)
+        assert found == []
+    else:
+        with pytest.raises(UserError):
+            EvaluateConfig.parse(EVALUATION | changes)
+        assert found and all(each.startswith(where) for each in found)
 
 
 def definitions(kind: Any) -> list[tuple[str, dict[str, Any]]]:
