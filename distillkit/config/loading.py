@@ -107,6 +107,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path or "" in path.split("."):
         raise UserError(f"override {override!r}: must be key=value, such as training_args.learning_rate=3e-4")
+    if path == "extends":
+        raise UserError(f"override {override!r}: what a file extends stands in the file itself; write it there")
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:

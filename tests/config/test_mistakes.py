@@ -118,6 +118,7 @@ SEED = Path(__file__).with_name("seed.yaml")
         # the override itself
         ("sequence_length", "override 'sequence_length': must be key=value, such as training_args.learning_rate=3e-4"),
         ("teacher.=x", "override 'teacher.=x': must be key=value, such as training_args.learning_rate=3e-4"),
+        ("extends=x.yaml", "override 'extends=x.yaml': what a file extends stands in the file itself; write it there"),
         ("layer_mapping=[[1", "override 'layer_mapping=[[1': the value is no YAML: line 1: expected ',' or ']'"),
         (
             "loss_functions.7.weight=1",
