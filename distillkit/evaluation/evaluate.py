@@ -56,7 +56,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         say(console, "interrupted; what was measured is kept, and the same command goes on")
         raise SystemExit(INTERRUPTED) from None
     finally:
-        results = write_results(folder, about, config, evaluation.found, evaluation.failures, evaluation.device)
+        found = evaluation.found_in_order()
+        results = write_results(folder, about, config, found, evaluation.failures, evaluation.device)
     print_results(console, results, folder)
     return results
 
@@ -66,9 +67,10 @@ class _Evaluation:
 
     def __init__(self, config: EvaluateConfig, folder: Path, console: Console) -> None:
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        self.found: dict[Unit, Any] = {}
         self.failures: dict[Unit, str] = {}
         self._config = config
+        self._units = list(units_of(config, self.device))
+        self._found: dict[Unit, Any] = {}
         self._kept = UnitResults(folder / UNITS)
         self._log = folder / FAILURES
         self._console = console
@@ -85,7 +87,7 @@ class _Evaluation:
     def run(self) -> None:
         """Find what is there, measure what is not."""
         self._log.unlink(missing_ok=True)
-        for unit in units_of(self._config, self.device):
+        for unit in self._units:
             try:
                 result = self._kept.read(unit, self._state(unit))
             except Exception as error:  # a hub that does not answer, a file that cannot be read
@@ -94,14 +96,18 @@ class _Evaluation:
             if result is None:
                 self._missing.append(unit)
             else:
-                self.found[unit] = result
-        if known := sum(unit.suite != "model" for unit in self.found):
+                self._found[unit] = result
+        if known := sum(unit.suite != "model" for unit in self._found):
             say(self._console, f"{known} results are there already")
         count = sum(unit.suite != "model" for unit in self._missing)
         with EvaluationProgress(self._console, count) as self._progress:
             for subject in self._subjects.values():
                 if units := [unit for unit in self._missing if unit.model == subject.name]:
                     self._measure_model(subject, units)
+
+    def found_in_order(self) -> dict[Unit, Any]:
+        """What is measured by now, as the YAML has it in order."""
+        return {unit: self._found[unit] for unit in self._units if unit in self._found}
 
     def _measure_model(self, subject: Subject, units: list[Unit]) -> None:
         try:
@@ -133,7 +139,7 @@ class _Evaluation:
             return
         seconds = time.perf_counter() - start
         self._kept.write(unit, self._state(unit), result, seconds)
-        self.found[unit] = self._kept.read(unit, self._state(unit))
+        self._found[unit] = self._kept.read(unit, self._state(unit))
         if unit.suite != "model":
             self._progress.end(str(unit), seconds)
 
