@@ -87,8 +87,12 @@ class Run:
     place: Place
 
 
-def distill_once(config: RunConfig, console: Console, place: Place) -> None:
+def distill_once(
+    config: RunConfig, console: Console, place: Place, check: Callable[[PreTrainedModel], None] | None = None
+) -> None:
     """Run one distillation, whose student is then in `output_path`. A run that is finished already is left alone.
+
+    check: is given the student before it is trained, and may raise UserError.
 
     Raises:
         UserError: something in the configuration cannot be; the line names the key.
@@ -99,6 +103,8 @@ def distill_once(config: RunConfig, console: Console, place: Place) -> None:
     if run.folder.finished:
         return
     models = load_models(config, run.folder, run.arguments, run.techniques, run.console)
+    if check is not None:
+        check(models.student)
     train_rows, held_out = load_text(config, run.folder, run.arguments, models)
     note_origins(config, run.folder)
     measure = _measurement(run, models, held_out)

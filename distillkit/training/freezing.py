@@ -50,6 +50,13 @@ def freeze(model: nn.Module, frozen_res: Sequence[str] = (), frozen_modules: Seq
     return Freezing(trainable=trainable, frozen=total - trainable, shared_with_frozen=shared)
 
 
+def check_frozen(model: nn.Module, frozen_res: Sequence[str], frozen_modules: Sequence[str]) -> None:
+    """Raises `UserError` as `freeze` would for patterns and names that match nothing; nothing is frozen."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    _matched_by_expression(names, frozen_res)
+    _matched_by_module(model, names, frozen_modules)
+
+
 def freeze_all_but(model: nn.Module, reached: Iterable[nn.Parameter]) -> list[str]:
     """Freeze what no gradient reaches; the names of what would have been trained."""
     kept = {id(parameter) for parameter in reached}

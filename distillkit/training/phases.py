@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.state import GradientState, PartialState
 from rich.console import Console
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from distillkit.config import RunConfig, UserError
 from distillkit.config.phases import Phase, phases_of
@@ -26,6 +26,7 @@ from distillkit.shards.files import remove_leftovers
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.checkpoints import complete_checkpoints
 from distillkit.training.distill import Place, distill_once
+from distillkit.training.freezing import check_frozen
 from distillkit.training.interruption import EXIT_CODE
 from distillkit.training.processes import first_process_first
 from distillkit.training.progress import say
@@ -71,6 +72,7 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
 def _distill_phases(config: RunConfig, phases: Sequence[Phase], console: Console) -> None:
     """All phases that are left, and then the results of the whole."""
     folder = Path(config.output_path)
+    float32 = torch.backends.fp32_precision  # type: ignore[attr-defined]  # set from C, so no stub has it
     arguments = _check_arguments(config, phases)
     main_process = arguments.process_index == 0
     finished = first_process_first(arguments, lambda: _open(config, phases, main_process))
@@ -80,13 +82,10 @@ def _distill_phases(config: RunConfig, phases: Sequence[Phase], console: Console
         if main_process and not (folder / HTML).exists():  # it was killed meanwhile
             say(console, write_run_report(folder))
         return
-    for index, phase in enumerate(phases):
-        resume = config.resume and (Path(phase.config.output_path) / RUN).exists()
-        place = Place(index + 1, len(phases), phase.name)
-        try:
-            distill_once(phase.config.model_copy(update={"resume": resume}), console, place)
-        except UserError as error:
-            raise _in_phase(config, index, error) from None
+    for index in range(len(phases)):
+        # training_args.tf32 is of the phase that names it.
+        torch.backends.fp32_precision = float32  # type: ignore[attr-defined]
+        _distill_phase(config, phases, index, console)
         _forget()
     if main_process:
         last = Path(phases[-1].config.output_path)
@@ -96,6 +95,29 @@ def _distill_phases(config: RunConfig, phases: Sequence[Phase], console: Console
         say(console, f"the student is in {folder}")
         say(console, write_run_report(folder))
     PartialState().wait_for_everyone()
+
+
+def _distill_phase(config: RunConfig, phases: Sequence[Phase], index: int, console: Console) -> None:
+    phase, place = phases[index].config, Place(index + 1, len(phases), phases[index].name)
+    resume = config.resume and (Path(phase.output_path) / RUN).exists()
+    try:
+        distill_once(
+            phase.model_copy(update={"resume": resume}),
+            console,
+            place,
+            check=lambda student: _check_later(config, phases, index, student),
+        )
+    except UserError as error:
+        raise error if str(error).startswith("phases[") else _in_phase(config, index, error) from None
+
+
+def _check_later(config: RunConfig, phases: Sequence[Phase], index: int, student: PreTrainedModel) -> None:
+    """Raises `UserError` where a later phase freezes what the student does not have: now, not when its turn comes."""
+    for later, phase in list(enumerate(phases))[index + 1 :]:
+        try:
+            check_frozen(student, phase.config.frozen_res, phase.config.frozen_modules)
+        except UserError as error:
+            raise _in_phase(config, later, error) from None
 
 
 def _check_arguments(config: RunConfig, phases: Sequence[Phase]) -> TrainingArguments:
