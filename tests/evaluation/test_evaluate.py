@@ -1,41 +1,326 @@
-"""`distillkit evaluate` measures what a run measures, and says it."""
+"""An evaluation measures each model once, goes on where it was stopped, and survives what cannot be measured."""
 
+import gc
 import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
-from distillkit.config import DatasetSource, UserError
+from distillkit.cli import main
+from distillkit.config import DatasetSource
+from distillkit.config.suites import EvaluateConfig
 from distillkit.data import build_dataset
 from distillkit.evaluation import evaluate, measure_divergence
-from distillkit.evaluation.evaluate import held_out_batches
+from distillkit.evaluation.held_out import held_out_batches
+from distillkit.evaluation.models import Subject
 from distillkit.pretrained import load_model
-from tests.training.tiny import BYTES, llama, save_llama, save_text, tokenizer
+from tests.training.tiny import BYTES, llama, row, save_llama, save_text, tokenizer
 
 
-def test_it_measures_two_folders_on_a_file(tmp_path):
-    teacher, student = save_llama(tmp_path / "teacher", 0), save_llama(tmp_path / "student", 1)
-    source = DatasetSource(disk_path=save_text(tmp_path / "held_out.jsonl"))
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A teacher, a student near it, one that is not, and a text."""
+    folder = tmp_path_factory.mktemp("models")
+    save_llama(folder / "teacher", 0, max_position_embeddings=512)
+    save_llama(folder / "far", 1)
+    shutil.copytree(folder / "teacher", folder / "near")
+    weights = load_file(folder / "near" / "model.safetensors")
+    noise = torch.Generator().manual_seed(0)
+    noisy = {name: each + 0.02 * torch.randn(each.shape, generator=noise) for name, each in weights.items()}
+    save_file(noisy, folder / "near" / "model.safetensors", metadata={"format": "pt"})
+    save_text(folder / "text.jsonl")
+    return folder
+
+
+def described(places, out, *students, **changes):
+    config = {
+        "output_path": str(out),
+        "teacher": {"path": str(places / "teacher")},
+        "students": {name: {"path": str(places / name)} for name in students},
+        "divergence": {
+            "dataset": {"disk_path": str(places / "text.jsonl")},
+            "num_tokens": 300,
+            "sequence_length": 32,
+            "position_buckets": [0, 8],
+        },
+        "speed": {"contexts": [4, 8], "decode_tokens": 2, "repeats": 1},
+    }
+    return EvaluateConfig.parse({**config, **changes})
+
+
+def run(config):
+    """(results, what was said)"""
     said = io.StringIO()
-    measured = evaluate(
-        teacher, student, source, num_tokens=300, sequence_length=32, console=Console(file=said, width=120)
-    )
-    rows = build_dataset(source, tokenizer(), 32)
-    expected = measure_divergence(load_model(teacher), load_model(student), held_out_batches(rows, 3), num_tokens=300)
-    assert measured.as_metrics() == pytest.approx(expected.as_metrics(), rel=1e-5)
-    assert measured.tokens == 300
-    assert f"{measured.kl:.4f}" in said.getvalue()
+    return evaluate(config, Console(file=said, width=150)), said.getvalue()
 
 
-def test_text_is_read_with_the_students_tokenizer_and_held_to_what_both_know(tmp_path):
+def unit_files(out):
+    """Result files by path, and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in Path(out).glob("units/*/*.json")}
+
+
+@pytest.fixture(scope="module")
+def whole(places, tmp_path_factory):
+    """One evaluation of three students: its folder, results and what was said. Not to be changed."""
+    shutil.copytree(places / "teacher", places / "same")
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, *run(described(places, out, "same", "near", "far"))
+
+
+def test_it_measures_what_a_run_measures(places, whole):
+    _, results, said = whole
+    source = DatasetSource(disk_path=str(places / "text.jsonl"))
+    rows = build_dataset(source, tokenizer(), 32, seed=42)
+    teacher, far = (load_model(places / name) for name in ("teacher", "far"))
+    expected = measure_divergence(teacher, far, held_out_batches(rows, 3), num_tokens=300).as_metrics()
+    measured = results["divergence"]["far"]
+    assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert f"{measured['kl']:.4f}" in said
+
+
+def test_a_teacher_beside_itself_and_the_order_of_students(whole):
+    same, near, far = (whole[1]["divergence"][name] for name in ("same", "near", "far"))
+    assert (same["kl"], same["agreement"]) == (0, 1)
+    assert same["kl"] < near["kl"] < far["kl"]
+    assert same["agreement"] > near["agreement"] > far["agreement"]
+    assert same["layers"][1]["cosine"] > near["layers"][1]["cosine"] > far["layers"][1]["cosine"]
+
+
+def test_the_result_file(places, whole):
+    out, results, _ = whole
+    assert json.loads((out / "results.json").read_text()) == results
+    assert (results["kind"], results["format"], results["failures"]) == ("distillkit-evaluation", 1, [])
+    assert results["command"] == f"distillkit evaluate {out / 'config.yaml'}"
+    assert results["config"]["divergence"]["num_tokens"] == 300
+    assert {"versions", "commit", "machine", "started", "finished"} <= set(results)
+    parameters = sum(each.numel() for each in llama(0, vocab=BYTES).parameters())
+    assert results["models"]["teacher"] == {
+        "role": "teacher",
+        "path": str(places / "teacher"),
+        "parameters": parameters,
+        "model_type": "llama",
+        "layers": None,
+        "trained_length": 512,
+    }
+    assert [name for name, model in results["models"].items() if model["role"] == "student"] == ["same", "near", "far"]
+    assert {name: [row["context"] for row in rows] for name, rows in results["speed"].items()} == {
+        name: [4, 8] for name in results["models"]
+    }
+
+
+def test_a_second_time_nothing_is_measured_nor_loaded(places, whole, monkeypatch):
+    out, results, _ = whole
+    before = unit_files(out)
+    monkeypatch.setattr(Subject, "load", lambda *args: pytest.fail("a model is loaded"))
+    again, said = run(described(places, out, "same", "near", "far"))
+    assert unit_files(out) == before
+    assert "11 results are there already" in said
+    assert {**again, "started": 0, "finished": 0} == {**results, "started": 0, "finished": 0}
+
+
+def test_what_is_new_is_added(places, tmp_path):
+    out = tmp_path / "out"
+    run(described(places, out, "near"))
+    before = unit_files(out)
+    settings = {"contexts": [4, 6, 8], "decode_tokens": 2, "repeats": 1}
+    results, _ = run(described(places, out, "near", "far", speed=settings))
+    after = unit_files(out)
+    assert before.items() <= after.items()
+    # Of far: itself, its divergence and three contexts; of the others one context each.
+    assert len(after) - len(before) == 5 + 2
+    assert [row["context"] for row in results["speed"]["near"]] == [4, 6, 8]
+
+
+def test_changed_weights_and_settings_are_measured_again(places, tmp_path):
+    shutil.copytree(places / "near", tmp_path / "student")
+    students = {"student": {"path": str(tmp_path / "student")}, "far": {"path": str(places / "far")}}
+    out = tmp_path / "out"
+    first, _ = run(described(places, out, students=students))
+    before = unit_files(out)
+    shutil.copy(places / "far" / "model.safetensors", tmp_path / "student")
+    second, _ = run(described(places, out, students=students))
+    added = set(unit_files(out)) - set(before)
+    assert {path.parent.name for path in added} == {"student"} and len(added) == 4
+    assert second["divergence"]["student"] == second["divergence"]["far"] != first["divergence"]["student"]
+
+    divergence = first["config"]["divergence"]
+    third, _ = run(described(places, out, students=students, divergence={**divergence, "num_tokens": 200}))
+    assert third["divergence"]["far"]["tokens"] == 200
+    text = places / "text.jsonl"
+    os.utime(text, ns=(0, 0))  # as if it had been written anew
+    before = unit_files(out)
+    run(described(places, out, students=students))
+    assert sorted(path.name.split("-")[0] for path in set(unit_files(out)) - set(before)) == ["divergence"] * 2
+
+
+def test_killed_it_goes_on(places, tmp_path):
+    out = tmp_path / "out"
+    config = described(places, out, "near", "far")
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json")))  # JSON is YAML
+    process = subprocess.Popen([sys.executable, "-m", "distillkit", "evaluate", str(file)], stdout=subprocess.DEVNULL)
+    while not list(out.glob("units/near/divergence-*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = unit_files(out)
+    assert kept and not (out / "results.json").exists()
+    results, said = run(config)
+    assert kept.items() <= unit_files(out).items()
+    assert "results are there already" in said
+    assert results["failures"] == []
+    assert set(results["divergence"]) == {"near", "far"}
+
+
+def test_what_fails_does_not_take_others_with_it(places, tmp_path, capsys):
+    shutil.copytree(places / "near", tmp_path / "broken")
+    os.truncate(tmp_path / "broken" / "model.safetensors", 1000)
+    out = tmp_path / "out"
+    needles = {"tasks": ["niah_single_1"], "lengths": [8, 512], "depths": 1, "samples": 1}
+    students = {"broken": {"path": str(tmp_path / "broken")}, "near": {"path": str(places / "near")}}
+    config = described(places, out, students=students, needles=needles)
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    assert main(["evaluate", str(file)]) == 1
+    said = capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    failed = [(each["model"], each["suite"], each["task"]) for each in results["failures"]]
+    of_the_broken = [(each["suite"], each["task"]) for each in results["failures"] if each["model"] == "broken"]
+    assert of_the_broken == [
+        ("divergence", ""),
+        ("needles", "niah_single_1@8"),
+        ("needles", "niah_single_1@512"),
+        ("speed", "4"),
+        ("speed", "8"),
+    ]
+    assert [each for each in failed if each[0] != "broken"] == [
+        (name, "needles", "niah_single_1@8") for name in ("teacher", "near")
+    ]
+    error = results["failures"][-1]["error"]
+    assert error.startswith("needles.lengths: ") and "\n" not in error
+    assert "failed: near needles niah_single_1@8: needles.lengths: " in said
+    assert set(results["divergence"]) == {"near"}
+    assert [row["length"] for row in results["needles"]["near"]["niah_single_1"]] == [512]
+    assert results["models"]["broken"]["parameters"] is None
+    log = (out / "failures.log").read_text()
+    assert log.count("Traceback (most recent call last):") >= len(failed)
+
+    shutil.copy(places / "near" / "model.safetensors", tmp_path / "broken")
+    mended, _ = run(config)
+    assert [each["task"] for each in mended["failures"]] == ["niah_single_1@8"] * 3
+
+
+def test_students_that_cannot_be_compared_are_measured_by_themselves(places, tmp_path):
+    """Their tokenizer numbers other tokens than the teacher's."""
+    other = tokenizer()
+    tokens = list(other.get_vocab())
+    state = json.loads(other.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary[tokens[50]], vocabulary[tokens[51]] = vocabulary[tokens[51]], vocabulary[tokens[50]]
+    shutil.copytree(places / "near", tmp_path / "stranger")
+    (tmp_path / "stranger" / "tokenizer.json").write_text(json.dumps(state))
+    students = {"stranger": {"path": str(tmp_path / "stranger")}}
+    results, _ = run(described(places, tmp_path / "out", students=students))
+    (failure,) = results["failures"]
+    assert failure["error"].startswith("teacher.path: its tokenizer is not the student's")
+    assert len(results["speed"]["stranger"]) == 2
+
+
+def test_a_student_without_a_tokenizer_has_the_teachers(places, tmp_path):
+    llama(1, vocab=BYTES).save_pretrained(tmp_path / "bare")
+    students = {"bare": {"path": str(tmp_path / "bare")}, "far": {"path": str(places / "far")}}
+    results, _ = run(described(places, tmp_path / "out", students=students, speed=None))
+    assert results["divergence"]["bare"] == results["divergence"]["far"]
+
+
+def test_text_is_read_with_the_students_tokenizer_and_held_to_what_both_know(places, tmp_path):
     """As in a run: here a token of the student's own, which the teacher's tokenizer would read as seven bytes."""
-    teacher, student = save_llama(tmp_path / "teacher", 0), str(tmp_path / "student")
-    llama(1, vocab=BYTES + 1).save_pretrained(student)
+    llama(1, vocab=BYTES + 1).save_pretrained(tmp_path / "student")
     more = tokenizer()
     more.add_special_tokens({"additional_special_tokens": ["<think>"]})
-    more.save_pretrained(student)
-    text = tmp_path / "held_out.txt"
-    text.write_text("One is known to both, <think>and one is not.")
-    line = rf"^data: holds token {BYTES} \('<think>'\), which the teacher and the student do not both know"
-    with pytest.raises(UserError, match=line):
-        evaluate(teacher, student, DatasetSource(disk_path=str(text)))
+    more.save_pretrained(tmp_path / "student")
+    (tmp_path / "text.txt").write_text("One is known to both, <think>and one is not.")
+    divergence = {"dataset": {"disk_path": str(tmp_path / "text.txt")}}
+    students = {"student": {"path": str(tmp_path / "student")}}
+    config = described(places, tmp_path / "out", students=students, divergence=divergence, speed=None)
+    (failure,) = run(config)[0]["failures"]
+    expected = (
+        f"divergence.dataset: holds token {BYTES} ('<think>'), which the teacher and the student do not both know"
+    )
+    assert failure["error"].startswith(expected)
+
+
+def test_packed_rows_stay_as_they_are(places, tmp_path):
+    rows = [row([9, 4, 11], seed=1), row([24], seed=2)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "packed")
+    divergence = {"dataset": {"disk_path": str(tmp_path / "packed")}, "sequence_length": 32}
+    results, _ = run(described(places, tmp_path / "out", "near", divergence=divergence, speed=None))
+    assert results["divergence"]["near"]["tokens"] == 8 + 3 + 10 + 23
+    assert results["divergence"]["near"]["documents"] == 4
+
+
+def test_smoke_tries_everything_apart_from_the_real_results(places, tmp_path):
+    out = tmp_path / "out"
+    needles = {"tasks": ["niah_single_1"], "lengths": [512, 10**6]}
+    results, _ = run(described(places, out, "near", needles=needles, smoke=True))
+    assert list(out.iterdir()) == [out / "smoke"]
+    assert results["failures"] == []
+    assert results["divergence"]["near"]["tokens"] <= 2 * 31
+    assert [(row["length"], row["total"]) for row in results["needles"]["near"]["niah_single_1"]] == [(512, 2)]
+    assert [row["context"] for row in results["speed"]["near"]] == [4]
+    assert results["config"]["smoke"] and results["config"]["output_path"] == str(out)
+
+
+def test_no_more_than_the_teacher_and_one_student_are_in_memory(places, tmp_path, monkeypatch):
+    alive, at_load = {}, {}
+    load = Subject.load
+
+    def watched(subject, device):
+        gc.collect()
+        at_load[subject.name] = sorted(name for name, model in alive.items() if model() is not None)
+        loaded = load(subject, device)
+        alive[subject.name] = weakref.ref(loaded.model)
+        return loaded
+
+    monkeypatch.setattr(Subject, "load", watched)
+    run(described(places, tmp_path / "out", "near", "far"))
+    assert at_load == {"teacher": [], "near": ["teacher"], "far": ["teacher"]}
+    alive.clear()
+    at_load.clear()
+    run(described(places, tmp_path / "alone", "near", "far", divergence=None))
+    assert at_load == {"teacher": [], "near": [], "far": []}
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "expected"),
+    [
+        ("run", None, 24),
+        ("run/checkpoint-4", None, 24),
+        ("phased", None, 96),
+        ("run/untrained", None, 2048),
+        ("run", 777, 777),
+    ],
+)
+def test_the_trained_length_is_that_of_the_run(tmp_path, named, given, expected):
+    for folder in ("run", "run/checkpoint-4", "run/untrained", "phased"):
+        save_llama(tmp_path / folder, 0, max_position_embeddings=2048)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"sequence_length": 24}}))
+    phases = [{"name": "a"}, {"name": "b", "sequence_length": 96}]
+    (tmp_path / "phased" / "run.json").write_text(json.dumps({"config": {"sequence_length": 24, "phases": phases}}))
+    student = {"path": str(tmp_path / named), "trained_length": given}
+    speed = {"contexts": [2], "decode_tokens": 1, "repeats": 1}
+    config = EvaluateConfig.parse({"output_path": str(tmp_path / "out"), "students": {"s": student}, "speed": speed})
+    assert run(config)[0]["models"]["s"]["trained_length"] == expected
