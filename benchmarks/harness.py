@@ -55,12 +55,13 @@ def by_command(model: Path, folder: Path) -> dict[str, Any]:
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     (written,) = folder.rglob("results_*.json")
     rows = json.loads(written.read_text())["results"]
-    return {
-        f"{task} {key.removesuffix(',none')}": [value, row[key.replace(",", "_stderr,")]]
-        for task, row in rows.items()
-        for key, value in row.items()
-        if key.endswith(",none") and "_stderr" not in key
-    }
+    scores = {}
+    for task, row in rows.items():
+        for key, value in row.items():
+            metric, separator, filtered = key.partition(",")
+            if separator and not metric.endswith("_stderr"):
+                scores[f"{task} {key.removesuffix(',none')}"] = [value, row[f"{metric}_stderr,{filtered}"]]
+    return scores
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def run_benchmark(
         limit: samples of each task; all by default.
 
     Returns: by name, `metrics` (by name, and filter where there are several: `value`, `standard_error` or None),
-        `samples`, `version`, and `higher_is_better` by metric.
+        `samples`, `version`, and `higher_is_better` by the same names as `metrics` (None where the task does not say).
 
     Raises:
         UserError: lm-eval is not installed, a folder of `include_path` does not exist, or there is no such task.
@@ -75,22 +75,24 @@ def _scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Of lm-eval's results what a report needs, for everything that has a score."""
     scores = {}
     for name, row in results["results"].items():
-        metrics = {}
+        metrics, better = {}, {}
         for key, value in row.items():
             metric, separator, filtered = key.partition(",")
             if not separator or metric.endswith("_stderr"):
                 continue
             error = row.get(f"{metric}_stderr,{filtered}")
-            metrics[metric if filtered == "none" else key] = {
+            shown = metric if filtered == "none" else key
+            metrics[shown] = {
                 "value": float(value),
                 "standard_error": None if error is None or isinstance(error, str) else float(error),
             }
+            better[shown] = results["higher_is_better"].get(name, {}).get(metric)
         if metrics:
             scores[name] = {
                 "metrics": metrics,
                 "samples": sum(results["n-samples"][task]["effective"] for task in _tasks_of(name, results)),
                 "version": results["versions"].get(name),
-                "higher_is_better": results["higher_is_better"].get(name, {}),
+                "higher_is_better": better,
             }
     return scores
 
