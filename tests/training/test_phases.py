@@ -327,6 +327,18 @@ def test_a_signal_ends_the_run_and_it_goes_on_in_the_same_phase_or_the_next(fini
     assert_equal(weights(tmp_path / "run"), weights(finished[0]))
 
 
+def test_ctrl_c_while_models_are_loaded_ends_the_run_in_one_line(inputs, tmp_path, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_load_teacher", interrupted)
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as exit_code:
+        distill(configuration(inputs, tmp_path / "run"), Console(file=said, width=200))
+    assert exit_code.value.code == 130
+    assert said.getvalue().endswith("interrupted; go on with --resume\n")
+
+
 def test_rows_added_to_embeddings_mean_no_token_in_any_phase(inputs, tmp_path):
     phases = [{"name": "one"}, {"name": "two"}]
     grown = {"resize_embeddings_to_multiple_of": 64, "evaluation": None}
