@@ -287,7 +287,7 @@ class CapturedWord:
             def of_chunk(chunk: slice) -> Distribution:
                 count = len(rows[chunk]) if stored is not None else 0
                 ids = torch.empty(count, self.k).long()
-                return SparseDistribution(ids, torch.empty(count, self.k))
+                return SparseDistribution(ids, torch.empty(count, self.k), torch.empty(self.vocabulary_size))
 
             return of_chunk
 
