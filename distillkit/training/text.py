@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
@@ -15,7 +16,7 @@ from distillkit.teacher.opening import manifest_of, open_held_out, refuse_damage
 from distillkit.teacher.vocabulary import check_known_tokens
 from distillkit.training.models import Models
 from distillkit.training.processes import first_process_first
-from distillkit.training.run_folder import RunFolder
+from distillkit.training.run_folder import RUN, RunFolder, read_json
 
 PREPARED = "_prepared"
 """In a run's folder: the rows that its processes share, until it ends. What begins with _ is not pushed to the hub.
@@ -53,9 +54,9 @@ def load_text(
         judge: PreTrainedModel | CapturedTeacher | None = models.teacher
         if captured is not None:
             if folder.main_process:
-                _verify(folder, config.dataset.train_dataset, "dataset.train_dataset")
+                _verify(folder, config.model, config.dataset.train_dataset, "dataset.train_dataset")
                 if source is not None:
-                    _verify(folder, source, key)
+                    _verify(folder, config.model, source, key)
             judge = None
             if source is not None:
                 judge = open_held_out(captured, config.dataset.train_dataset, models.tokenizer, source, key)
@@ -79,18 +80,23 @@ def load_text(
     return train_rows, held_out
 
 
-def _verify(folder: RunFolder, source: DatasetSource, key: str) -> None:
+def _verify(folder: RunFolder, model: str | None, source: DatasetSource, key: str) -> None:
     """Hold a captured dataset to its manifest, unless its files are those that were held to it when the run started.
 
     They are taken for the same by their sizes and times of change: there may be terabytes of them.
+
+    model: where the student comes from; what the run that trained it, as the phase before did, has held need not be.
     """
     if manifest_of(source) is None:
         return
     files = hashlib.sha256(json.dumps(file_states(source.disk_path or "")).encode()).hexdigest()
     verified = folder.noted("verified") or {}
-    if verified.get(key) != files:
+    if verified.get(key) == files:
+        return
+    before = {} if model is None else read_json(Path(model) / RUN).get("verified", {})
+    if before.get(key) != files:
         refuse_damage(source, key)
-        folder.note("verified", {**verified, key: files})
+    folder.note("verified", {**verified, key: files})
 
 
 def _held_out_source(config: RunConfig) -> tuple[DatasetSource | None, str]:
