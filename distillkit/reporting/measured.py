@@ -73,7 +73,7 @@ def _positions(models: Sequence[Model], students: Sequence[Model]) -> list[Pictu
             lines.insert(0, _over_positions(students[0], teachers_key, "teacher", "teacher"))
         ends = sorted({edge for model in students for edge in _edges(model)})
         ticks = [edge for edge in ends if edge > 0]
-        x = Axis("position in the row, tokens", numbers.length, log2=True, ticks=ticks)
+        x = Axis("position in the document, tokens", numbers.length, log2=True, ticks=ticks)
         inside = [mark for mark in marks if mark.x < ticks[-1]]
         return line_chart(numbers.slug(title), title, lines, x, y, inside)
 
