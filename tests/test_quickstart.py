@@ -32,11 +32,17 @@ def test_quickstart_converts_distils_measures_and_writes(tmp_path):
     assert "The theory of relativity states that" in printed
 
     student = tmp_path / "runs/quickstart/student"
+    assert "report: runs/quickstart/student/report.html and report.md" in printed
+    assert "model card: runs/quickstart/student/README.md" in printed
     results = json.loads((student / "results.json").read_text())
     before, after = results["divergence"]["before"], results["divergence"]["after"]
     assert before["tokens"] == after["tokens"] == 256
     assert before["teacher_perplexity"] == pytest.approx(after["teacher_perplexity"])
     assert 1 < before["kl"] < 8  # a fresh conversion is far from its teacher, and nearer than chance (ln 49152 = 10.8)
+    told = f"| KL(teacher‖student), nats per token | {before['kl']:.4f} | {after['kl']:.4f} |"
+    for written in ("report.md", "README.md"):
+        assert told in (student / written).read_text()
+    assert "<svg" in (student / "report.html").read_text()
     model = AutoModelForCausalLM.from_pretrained(student)
     assert model.config.layer_types.count("full_attention") == 7
     untrained = AutoModelForCausalLM.from_pretrained(student / "untrained", dtype=model.dtype)

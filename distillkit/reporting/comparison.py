@@ -67,7 +67,7 @@ def comparison(models: Sequence[Model]) -> Table | None:
         body += [[Cell(title)], *lines] if lines else []
     if not body:
         return None
-    header = ["", *(f"{model.name} (teacher)" if model.is_teacher else model.name for model in models)]
+    header = ["", *(model.name if _tells_its_role(model) else f"{model.name} (teacher)" for model in models)]
     about = [line for line in (_row(measure, models, None) for measure in _about()) if line is not None]
     return Table(header, [*about, [Cell("layers"), *(Cell(layers_of(model)) for model in models)], *body])
 
@@ -95,6 +95,10 @@ def layers_of(model: Model) -> str:
     linear = sum(kind == "linear_attention" for kind in kinds)
     parts = [(linear, "KDA"), (len(kinds) - linear, "full attention")]
     return ", ".join(f"{how_many} {kind}" for how_many, kind in parts if how_many)
+
+
+def _tells_its_role(model: Model) -> bool:
+    return not model.is_teacher or "teacher" in model.name
 
 
 def main_metric(result: Json) -> str | None:

@@ -67,7 +67,9 @@ def _title(models: Sequence[Model], runs: Sequence[Run]) -> str:
     students = [model.name for model in models if not model.is_teacher]
     names = students or run_names(runs) or ["nothing"]
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{listed} beside {teacher.name}" if teacher is not None and students else f"Distillation: {listed}"
+    if teacher is None or not students:
+        return f"Distillation: {listed}"
+    return f"{listed} beside {teacher.name if teacher.name != 'teacher' else 'the teacher'}"
 
 
 def _about_run(run: Run, name: str) -> str:
