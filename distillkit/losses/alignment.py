@@ -66,15 +66,14 @@ class _AlignedLayer(torch.autograd.Function):
         with torch.set_grad_enabled(work.wants_gradient):
             output = work.layer.attend()
             with torch.autocast(output.device.type, enabled=False):
-                sums = torch.stack([_sum(term, output, work) for term in work.terms])
-                weights = torch.tensor([term.weight for term in work.terms], dtype=sums.dtype, device=sums.device)
-                loss = weights @ sums
+                sums = [_sum(term, output, work) for term in work.terms]
+                loss = torch.stack([term.weight * total for term, total in zip(work.terms, sums, strict=True)]).sum()
                 if work.wants_gradient:
                     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
                     ctx.save_for_backward(*gradients)
-        sums = sums.detach()
-        ctx.mark_non_differentiable(sums)
-        return loss.detach(), sums
+        totals = torch.stack(sums).detach()
+        ctx.mark_non_differentiable(totals)
+        return loss.detach(), totals
 
     @staticmethod
     @once_differentiable
