@@ -1,0 +1,168 @@
+"""What a plan says, from configurations and headers alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from distillkit.config import UserError
+from distillkit.config.capture import CaptureConfig
+from distillkit.planning import plan_capture, plan_run
+from tests.planning.small import ATTENTION, DISTRIBUTION, FROZEN, HIDDEN, run, teacher_folder, text_file
+
+AFM = str(Path(__file__).parent.parent / "shapes" / "afm-4.5b")
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return teacher_folder(tmp_path / "teacher")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = text_file(tmp_path)
+    Path(f"{path}.held-out").write_text("held out")
+    return path
+
+
+def printed(plan):
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(plan)
+    return console.export_text()
+
+
+def test_afm_recipe_has_the_published_sizes(text):
+    """4.62 B, 4.94 B and 0.89 B trainable without MLPs; the step of 4 rows of 2,048 fits on an H100."""
+    arguments = {"per_device_train_batch_size": 4, "gradient_checkpointing": True}
+    config = run(AFM, text, losses=DISTRIBUTION, sequence_length=2048, arguments=arguments, frozen_res=FROZEN)
+    plan = plan_run(config)
+    text = printed(plan)
+    assert plan.teacher_parameters == 4_619_189_760
+    assert all(number in text for number in ("4.62 B", "4.94 B", "0.89 B"))
+    assert plan.fits
+    assert 30 < plan.phases[0].memory / 2**30 < 45
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_phases_have_plans_of_their_own(teacher, text):
+    """Each with its losses, its length and what it trains; the student of a later phase does not exist yet."""
+    phases = [
+        {"name": "alignment", "tokens": 51_200, "loss_functions": ATTENTION},
+        {"name": "distillation", "tokens": 102_400, "sequence_length": 512},
+    ]
+    config = run(teacher, text, frozen_res=["embed_tokens"], phases=phases)
+    plan = plan_run(config)
+    first, second = plan.phases
+    assert (first.schedule.steps, second.schedule.steps) == (100, 100)
+    assert (first.sequence_length, second.sequence_length) == (256, 512)
+    assert first.trained == sum(total for group, (total, _) in first.groups.items() if group.startswith("attention"))
+    assert second.trained > first.trained
+    data = json.loads(json.dumps(plan.as_dict()))
+    assert data["phases"][1]["schedule"]["tokens"] == 102_400
+    assert data["phases"][0]["memory"] > 0
+
+
+def test_tokens_are_those_of_the_budget_or_guessed_from_the_size_of_the_text(teacher, text):
+    config = run(teacher, text, arguments={"max_steps": -1, "num_train_epochs": 2})
+    schedule = plan_run(config).phases[0].schedule
+    assert schedule.available.estimated
+    assert schedule.available.tokens == pytest.approx(10_000, rel=0.05)
+    assert schedule.tokens == pytest.approx(20_000, rel=0.1)
+    hub = run(
+        teacher, text, dataset={"train_dataset": {"repo_id": "some/text"}}, arguments={"max_steps": -1}, evaluation=None
+    )
+    assert plan_run(hub).phases[0].schedule.steps is None
+
+
+def warned(config, **options):
+    plan = plan_run(config, **options)
+    return "\n".join([*plan.errors, *plan.warnings])
+
+
+SAID = {
+    "budget": (
+        {
+            "frozen_res": ["mpl"],
+            "arguments": {"gradient_accumulation_steps": 6, "max_steps": 60, "warmup_steps": 60, "push_to_hub": True},
+        },
+        {"gpus": 4},
+        [
+            "frozen_res[0]: 'mpl' matches no parameter",
+            "gradient_accumulation_steps: 6 micro-batches cannot be divided over 4 GPUs",
+            "training_args.max_steps: reads the data about",
+            "60 steps of warmup are all of 60 steps",
+            "training_args.hub_model_id: is missing",
+            "NoPE layers see at most 256 tokens",
+        ],
+    ),
+    "precision": (
+        {
+            "trained_weights": "bfloat16",
+            "arguments": {"learning_rate": 1e-6, "gradient_accumulation_steps": 32},
+            "sequence_length": 2048,
+        },
+        {"gpus": 4},
+        [
+            "learning_rate: 1e-06 is small for trained_weights: bfloat16",
+            "the gradients of 32 micro-batches are added up in bfloat16",
+            "use 8 to keep that one",
+            "the teacher was trained for 1,024",
+        ],
+    ),
+    "layers": (
+        {"layer_mapping": [[9, 9]], "losses": HIDDEN, "arguments": {"bf16": False}},
+        {},
+        ["layer_mapping[0]: the student has no hidden state 9", "set bf16: true"],
+    ),
+    "memory": (
+        {"arguments": {"per_device_train_batch_size": 30_000}},
+        {"gpu": "L4"},
+        ["do not fit into L4's 22.0 GiB", "per_device_train_batch_size: 15000", "gradient_checkpointing: true"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_careful_colleague_would_say(teacher, text, case):
+    keys, options, expected = SAID[case]
+    said = warned(run(teacher, text, **keys), **options)
+    assert [line for line in expected if line not in said] == []
+
+
+def test_alignment_after_training_and_a_used_folder_are_noticed(teacher, text, tmp_path):
+    phases = [
+        {"name": "distillation", "tokens": 10_240},
+        {"name": "alignment", "tokens": 10_240, "loss_functions": ATTENTION},
+    ]
+    lines = warned(run(teacher, text, phases=phases, output_path=str(tmp_path)))
+    assert "phases[1].loss_functions: aligns attention after" in lines
+    assert "exists and is not empty" in lines
+
+
+def test_a_folder_without_weights_is_enough_and_a_hub_that_does_not_answer_is_told(text, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"teacher\.path: .*name a local folder that has the config\.json"):
+        plan_run(run("nobody/nothing", text))
+
+
+def test_unknown_gpu_lists_those_that_are_known(teacher, text):
+    with pytest.raises(UserError, match="--gpu: 'H900' is not known; there is A100-40GB"):
+        plan_run(run(teacher, text), gpu="H900")
+
+
+def test_a_capture_is_planned_from_its_codec(teacher, text, tmp_path):
+    config = CaptureConfig.parse(
+        {
+            "teacher": {"path": teacher, "kwargs": {"dtype": "bfloat16"}},
+            "sequence_length": 256,
+            "dataset": {"train_dataset": {"disk_path": text}},
+            "compression": {"plain": {"k": 8, "vocab_size": 500}},
+            "output_path": str(tmp_path / "captured"),
+        }
+    )
+    plan = plan_capture(config)
+    assert plan.disk == plan.available.tokens * (plan.bytes_per_token + 4) + 4 * 512
+    assert "use 512" in plan.errors[0]
+    assert "bytes per token" in printed(plan)
+    json.dumps(plan.as_dict())
