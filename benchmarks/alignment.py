@@ -37,6 +37,7 @@ from transformers import ArceeConfig, AutoModelForCausalLM, LlamaConfig, PreTrai
 
 from distillkit.config import DatasetSource, LossConfig, RunConfig, StudentConfig
 from distillkit.conversion import student_on_meta
+from distillkit.conversion.convert import convert
 from distillkit.data import build_dataset
 from distillkit.losses import ModelShape, Objective
 from distillkit.pretrained import load_tokenizer
@@ -231,7 +232,7 @@ def measure_quality(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def configuration(work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What all runs have in common, on rows that are tokenised and packed once."""
+    """What all runs have in common: rows that are tokenised and packed once, a student that is converted once."""
     where = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     tokenizer = load_tokenizer(args.teacher, **where)
     for name, path, number in (("train", args.data, args.documents), ("eval", args.eval, args.eval_documents)):
@@ -245,9 +246,10 @@ def configuration(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         )
         rows.save_to_disk(work / name)
         print(f"{name}: {len(rows)} rows", flush=True)
+    convert(args.teacher, work / "student", StudentConfig(), dtype=torch.bfloat16, **where)
     return {
         "teacher": {"kind": "hf", "path": args.teacher, "kwargs": {"dtype": "bfloat16", **where}},
-        "student": {"layout": "hybrid"},
+        "model": str(work / "student"),
         "sequence_length": args.sequence_length,
         "frozen_res": FROZEN,
         "layer_mapping": "all",
