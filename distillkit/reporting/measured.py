@@ -66,7 +66,7 @@ def _positions(models: Sequence[Model], students: Sequence[Model]) -> list[Pictu
 
     def chart(title: str, key: str, y: Axis, teachers_key: str | None = None) -> Picture | None:
         lines = [_over_positions(model, key, model.colour, model.name) for model in students]
-        lines = [line for line in lines if line.x]
+        lines = [line for line in lines if len(line.x) > 1]
         if not lines:
             return None
         if teachers_key is not None:
