@@ -166,6 +166,23 @@ def test_beside_other_losses_it_is_a_weighted_sum(top_k):
         torch.testing.assert_close(gradient, 0.75 * of_attention + 0.25 * parts[1][2][name], msg=name)
 
 
+def test_beside_other_losses_it_shares_the_weights_that_autocast_has_cast():
+    def gradients(losses):
+        model = STUDENTS["hybrid"]()
+        distiller, teacher = distiller_of(model, llama(0, layers=4), losses)
+        packed = batch(row(LENGTHS, seed=3))
+        with torch.autocast("cpu", torch.bfloat16):
+            output = distiller(**packed, normalizer=torch.tensor(100.0), signal=teacher.signal(packed))
+        output["loss"].backward()
+        return {name: each.grad for name, each in model.named_parameters()}
+
+    aligned = LossConfig(function="attn_mse", weight=1.0)
+    both, one, other = (gradients(losses) for losses in ([aligned, KL], [aligned], [KL]))
+    for name, gradient in both.items():
+        expected = 0.5 * other[name] + (0 if one[name] is None else 0.5 * one[name])
+        assert (gradient - expected).norm() <= 0.02 * expected.norm(), name
+
+
 def test_frozen_attention_is_neither_recorded_nor_compared():
     model = STUDENTS["hybrid"]()
     freeze(model, [r"layers\.[013]\.self_attn"])
