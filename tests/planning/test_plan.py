@@ -116,9 +116,9 @@ SAID = {
         ["layer_mapping[0]: the student has no hidden state 9", "set bf16: true"],
     ),
     "memory": (
-        {"arguments": {"per_device_train_batch_size": 30_000}},
+        {"sequence_length": 32768, "arguments": {"per_device_train_batch_size": 128}},
         {"gpu": "L4"},
-        ["do not fit into L4's 22.0 GiB", "per_device_train_batch_size: 15000", "gradient_checkpointing: true"],
+        ["do not fit into L4's 22.0 GiB", "per_device_train_batch_size: 64", "gradient_checkpointing: true"],
     ),
 }
 
@@ -141,7 +141,7 @@ def test_alignment_after_training_and_a_used_folder_are_noticed(teacher, text, t
 
 
 def test_a_folder_without_weights_is_enough_and_a_hub_that_does_not_answer_is_told(text, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"teacher\.path: .*name a local folder that has the config\.json"):
         plan_run(run("nobody/nothing", text))
 
