@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             whole = 86400 if unit == "days" else size
             return f"{seconds / whole:.3g} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{max(seconds, 1):.0f} s"
 
 
 def _three_digits(number: float) -> str:
@@ -92,19 +92,19 @@ def _phases(plan: RunPlan) -> Table:
         table.add_row(kind, *(_of(phase, kind) for phase in plan.phases))
     table.add_row("CUDA, fragments", *(gib(phase.reserve) if phase.cost else "" for phase in plan.phases))
     total = [_total(phase, plan) for phase in plan.phases]
-    table.add_row(f"of {gib(plan.gpu.memory)} per GPU", *total, style="bold")
+    table.add_row(f"of {gib(plan.gpu.memory)}", *total, style="bold")
     table.add_row("most in the", *(phase.cost.moment if phase.cost else "" for phase in plan.phases))
     table.add_section()
-    for moment in (TEACHER, FORWARD, BACKWARD):
+    for name, moment in (("teacher", TEACHER), ("forward", FORWARD), ("backward", BACKWARD)):
         per_token = [phase.gflops_per_token.get(moment, 0.0) for phase in plan.phases]
-        table.add_row(f"GFLOP/token, {moment}", *(f"{number:.3g}" if number else "" for number in per_token))
+        table.add_row(f"GFLOP/token, {name}", *(f"{number:.3g}" if number else "" for number in per_token))
     speeds = [phase.tokens_per_second for phase in plan.phases]
     table.add_row("tokens/s", *("" if speed is None else count(speed) for speed in speeds))
     times = [phase.seconds for phase in plan.phases]
     table.add_row("time", *("not known" if time is None else duration(time) for time in times), style="bold")
     table.add_section()
-    table.add_row("checkpoints on disk", *(gib(phase.disk.checkpoints) for phase in plan.phases))
-    table.add_row("student on disk", *(gib(phase.disk.student) for phase in plan.phases))
+    table.add_row("checkpoints", *(gib(phase.disk.checkpoints) for phase in plan.phases))
+    table.add_row("saved student", *(gib(phase.disk.student) for phase in plan.phases))
     return table
 
 
@@ -113,7 +113,7 @@ def _tokens(phase: PhasePlan) -> str:
     if schedule.tokens is None:
         return "not known (data of the hub)"
     guessed = "about " if schedule.available is not None and schedule.available.estimated else ""
-    passes = "" if schedule.passes is None else f", {guessed}{schedule.passes:.2g} x the data"
+    passes = "" if schedule.passes is None or schedule.passes < 0.01 else f", {guessed}{schedule.passes:.2g} x the data"
     return f"{token_text(schedule.tokens)}{passes}"
 
 
