@@ -1,4 +1,4 @@
-"""Each recipe is accepted as it is, and runs from beginning to end on tiny models of its teacher's family.
+"""Each recipe is accepted as it is, and is planned and run to its end on tiny models of its teacher's family.
 
 Only paths, sizes and budgets are overridden: layouts, losses, freezing, precision and phases are the recipe's own.
 """
@@ -13,10 +13,11 @@ from rich.console import Console
 from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distillkit.capture.capture import capture
-from distillkit.config import load_run_config, phases_of
-from distillkit.config.capture import load_capture_config
+from distillkit.config import RunConfig, StudentConfig, load_run_config, phases_of
+from distillkit.config.capture import CaptureConfig, load_capture_config
 from distillkit.config.loading import read_yaml
 from distillkit.conversion.convert import convert
+from distillkit.planning import plan_capture, plan_run
 from distillkit.training import distill
 from tests.training.tiny import BYTES, save_text, tokenizer
 
@@ -25,17 +26,19 @@ ALL = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"))
 CAPTURES = [name for name in ALL if "compression" in read_yaml(RECIPES / name)]
 OFFLINE = "smollm2/offline.yaml"
 ONLINE = [name for name in ALL if name not in (*CAPTURES, OFFLINE)]
+VARIANTS = [name for name in ALL if "\nextends: " in "\n" + (RECIPES / name).read_text()]
 
-LAYERS = 20
-FULL_ATTENTION = {"hybrid": [3, 7, 11, 15, 19], "front_loaded": [0, 1, 2, 3, 19], "kda_only": []}
+LAYERS = 8
+FULL_ATTENTION = {"hybrid": [3, 7], "front_loaded": [0, 1], "kda_only": []}
 STEPS = 2
 ROWS = 2
 QUIET = Console(quiet=True)
+Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A teacher of each family as deep as layouts need, and text."""
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of each family, in bf16 as the published ones are, and text."""
     folder = tmp_path_factory.mktemp("inputs")
     shape = {
         "vocab_size": BYTES,
@@ -55,41 +58,31 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "afm-4.5b": ArceeForCausalLM(ArceeConfig(**shape, tie_word_embeddings=False)),
     }
     for family, model in families.items():
-        model.save_pretrained(folder / family)
+        model.bfloat16().save_pretrained(folder / family)
         tokenizer().save_pretrained(folder / family)
-    return {
-        **{family: str(folder / family) for family in families},
-        "train": save_text(folder / "train.jsonl", documents=60),
-        "valid": save_text(folder / "valid.jsonl", documents=30),
-    }
+    save_text(folder / "train.jsonl", documents=60)
+    save_text(folder / "valid.jsonl", documents=30)
+    return folder
 
 
-def family_of(name: str) -> str:
-    return "afm-4.5b" if name.startswith("afm-4.5b") else "smollm2"
-
-
-def small(name: str, inputs: dict[str, str], folder: Path) -> list[str]:
+def small(name: str, teacher: Path, train: Path, held_out: Path, output: Path) -> list[str]:
     """Overrides that make a recipe's run tiny."""
     recipe = read_yaml(RECIPES / name)
     overrides = [
-        f"output_path={folder}",
-        f"teacher.path={inputs[family_of(name)]}",
-        f"dataset.train_dataset={{disk_path: {inputs['train']}}}",
-        f"dataset.eval_dataset={{disk_path: {inputs['valid']}}}",
+        f"output_path={output}",
+        f"dataset.train_dataset={{disk_path: {train}}}",
+        f"dataset.eval_dataset={{disk_path: {held_out}}}",
         "evaluation.num_tokens=128",
         "evaluation.max_new_tokens=2",
     ]
+    if recipe["teacher"]["kind"] == "hf":
+        overrides.append(f"teacher.path={teacher}")
     if "gguf_file" in recipe["teacher"].get("kwargs", {}):
-        overrides.append("teacher.kwargs={dtype: bfloat16}")
-    return (
-        overrides
-        + small_training(recipe, "", 64)
-        + [
-            override
-            for index, phase in enumerate(recipe.get("phases", []))
-            for override in small_training(phase, f"phases.{index}.", 128 if "sequence_length" in phase else 64)
-        ]
-    )
+        overrides.append(f"teacher.kwargs={{dtype: {recipe['teacher']['kwargs']['dtype']}}}")
+    overrides += small_training(recipe, "", 64)
+    for index, phase in enumerate(recipe.get("phases", [])):
+        overrides += small_training(phase, f"phases.{index}.", 128 if "sequence_length" in phase else 64)
+    return overrides
 
 
 def small_training(section: dict[str, Any], prefix: str, sequence_length: int) -> list[str]:
@@ -101,10 +94,23 @@ def small_training(section: dict[str, Any], prefix: str, sequence_length: int) -
     if "gradient_accumulation_steps" in arguments:
         overrides.append(f"{prefix}training_args.gradient_accumulation_steps=1")
     if "tokens" in section:
-        overrides.append(f"{prefix}tokens={int((STEPS - 0.5) * ROWS * sequence_length)}")
+        overrides.append(f"{prefix}tokens={STEPS * ROWS * sequence_length}")
     elif "max_steps" in arguments or "num_train_epochs" in arguments:
         overrides.append(f"{prefix}training_args.max_steps={STEPS}")
     return overrides
+
+
+def capture_config(name: str, inputs: Path, text: str, output: Path) -> CaptureConfig:
+    overrides = [
+        f"output_path={output}",
+        f"teacher.path={inputs / 'smollm2'}",
+        "teacher.kwargs={dtype: bfloat16}",
+        f"dataset.train_dataset={{disk_path: {inputs / text}.jsonl}}",
+        "sequence_length=64",
+        f"compression.logprob_compressor.d={BYTES}",
+        "rows_per_shard=8",
+    ]
+    return load_capture_config(RECIPES / name, overrides)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -112,9 +118,28 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def weights(folder: Path | str) -> dict[str, torch.Tensor]:
-    """As they lie in the folder, in float32."""
+def weights(folder: Path) -> Weights:
+    """In float32, which holds those of any dtype as they are."""
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+
+
+def check_layers(folder: Path, layout: str) -> None:
+    """The student loads, and its layers are what the layout promises."""
+    types = AutoModelForCausalLM.from_pretrained(folder).config.layer_types
+    full = [index for index, kind in enumerate(types) if kind == "full_attention"]
+    assert (len(types), full) == (LAYERS, FULL_ATTENTION[layout])
+
+
+def check_what_trained(run: RunConfig, before: Weights, after: Weights, teacher: Weights) -> None:
+    """Attention trained; the rest did where nothing is frozen, and is the teacher's bit for bit where it is."""
+    changed = {name for name, each in after.items() if not torch.equal(each, before[name])}
+    assert any(name.endswith("self_attn.q_proj.weight") for name in changed)
+    rest = [name for name in after if ".self_attn." not in name]
+    if run.frozen_res or all(loss.function.startswith("attn_") for loss in run.loss_functions):
+        assert all(torch.equal(after[name], teacher[name]) for name in rest)
+    else:
+        assert any(".mlp." in name for name in changed)
+        assert "model.embed_tokens.weight" in changed
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -123,7 +148,62 @@ def test_a_recipe_is_accepted(name: str) -> None:
     load(RECIPES / name)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if "extends" in (RECIPES / name).read_text()])
-def test_a_variant_writes_elsewhere_than_what_it_extends(name: str) -> None:
-    paths = [load_run_config(RECIPES / each).output_path for each in ALL if each not in CAPTURES]
-    assert paths.count(load_run_config(RECIPES / name).output_path) == 1
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_writes_elsewhere_than_all_other_recipes(name: str) -> None:
+    paths = [read_yaml(RECIPES / each)["output_path"] for each in ALL]
+    assert paths.count(read_yaml(RECIPES / name)["output_path"]) == 1
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_recipe_is_planned_and_runs(name: str, inputs: Path, tmp_path: Path) -> None:
+    layout = read_yaml(RECIPES / name)["student"]["layout"]
+    teacher = inputs / ("afm-4.5b" if name.startswith("afm-4.5b") else "smollm2")
+    overrides = small(name, teacher, inputs / "train.jsonl", inputs / "valid.jsonl", tmp_path / "run")
+    config = load_run_config(RECIPES / name, overrides)
+    runs = [phase.config for phase in phases_of(config)] or [config]
+    plan = plan_run(config)
+    assert plan.errors == []
+
+    folder = distill(config, QUIET)
+    results = read(folder / "results.json")
+    whole = {**results["training"], "steps": results["training"]["step"], "folder": "."}
+    parts = results.get("phases", [whole])
+    before = weights(Path(runs[0].output_path) / "untrained")
+    for run, planned, part in zip(runs, plan.phases, parts, strict=True):
+        most = STEPS * ROWS * run.sequence_length
+        assert planned.schedule.steps == part["steps"] == STEPS
+        assert 0.7 * most < part["tokens"] <= most  # rows are not quite full
+        check_layers(folder / part["folder"], layout)
+        after = weights(folder / part["folder"])
+        check_what_trained(run, before, after, weights(teacher))
+        before = after
+    assert all(torch.equal(each, before[name]) for name, each in weights(folder).items())
+
+
+@pytest.mark.parametrize("name", CAPTURES)
+def test_a_capture_is_planned_and_made(name: str, inputs: Path, tmp_path: Path) -> None:
+    config = capture_config(name, inputs, "train", tmp_path / "captured")
+    assert plan_capture(config).errors == []
+    summary = capture(config, None, QUIET)
+    assert summary.shards == summary.shards_planned > 1
+
+
+def test_a_student_learns_from_what_the_recipe_of_the_capture_writes(inputs: Path, tmp_path: Path) -> None:
+    """The commands at the head of the recipe, in their order."""
+    recipe, described = load_run_config(RECIPES / OFFLINE), load_capture_config(RECIPES / "smollm2/capture.yaml")
+    assert recipe.dataset.train_dataset.disk_path == described.output_path
+    assert recipe.sequence_length == described.sequence_length
+    teacher, untrained = inputs / "smollm2", tmp_path / "untrained"
+    convert(teacher, untrained, StudentConfig(), dtype="bfloat16")
+    for text in ("train", "valid"):
+        capture(capture_config("smollm2/capture.yaml", inputs, text, tmp_path / text), None, QUIET)
+
+    overrides = small(OFFLINE, teacher, tmp_path / "train", tmp_path / "valid", tmp_path / "run")
+    config = load_run_config(RECIPES / OFFLINE, [*overrides, f"model={untrained}"])
+    assert plan_run(config).errors == []
+    folder = distill(config, QUIET)
+    results = read(folder / "results.json")
+    assert results["training"]["step"] == STEPS
+    assert results["divergence"]["before"]["kl"] != results["divergence"]["after"]["kl"]
+    check_layers(folder, "hybrid")
+    check_what_trained(config, weights(untrained), weights(folder), weights(teacher))
