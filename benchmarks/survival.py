@@ -30,6 +30,7 @@ from measuring import RESULTS, provenance
 from distillkit.config.loading import load_run_config
 from distillkit.config.phases import phases_of
 from distillkit.shards.files import sha256
+from distillkit.training.checkpoints import complete_checkpoints
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("radlads", "one_phase")
@@ -55,7 +56,7 @@ class State:
         return {"phase": phase, "steps_logged": self.steps}
 
 
-def prepare(work: Path, recipe: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+def prepare(recipe: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The recipe with a log line per step and a checkpoint every few, and the folders of its phases."""
     config = load_run_config(ROOT / "recipes" / "miniature" / f"{recipe}.yaml")
     described = config.model_dump(mode="json")
@@ -120,12 +121,13 @@ def killed(
             break  # a moment of the last second, and this life was shorter
         process.send_signal(signal.SIGKILL)
         process.wait()
-        checkpoints = sorted(path.parent.name for path in folder.glob("phases/*/checkpoint-*/complete"))
+        state = State.of(folder, phases)
+        current = folder / phases[min(state.finished, len(phases) - 1)]
         kills.append(
             {
-                **State.of(folder, phases).told(phases),
+                **state.told(phases),
+                "checkpoint_at_step": max((each.step for each in complete_checkpoints(current)), default=None),
                 "seconds_after_start": round(time.monotonic() - began, 1),
-                "complete_checkpoints": checkpoints,
             }
         )
         print(json.dumps(kills[-1]), flush=True)
@@ -134,7 +136,7 @@ def killed(
 
 
 def measure(work: Path, recipe: str, kills: int, options: argparse.Namespace, chance: random.Random) -> dict[str, Any]:
-    described, phases = prepare(work, recipe, options)
+    described, phases = prepare(recipe, options)
     whole, broken = work / f"{recipe}-undisturbed", work / f"{recipe}-killed"
     timeline = undisturbed(work, described, whole, phases)
     print(f"{recipe}: undisturbed in {timeline[-1][0]:.0f} s", flush=True)
