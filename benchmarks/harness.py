@@ -83,6 +83,8 @@ def main() -> None:
     }
     (RESULTS / args.output).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+    if ours != theirs:
+        raise SystemExit("the scores differ")
 
 
 if __name__ == "__main__":
