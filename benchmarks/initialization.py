@@ -40,7 +40,7 @@ from distillkit.pretrained import load_model, load_tokenizer
 from distillkit.teacher.online import OnlineTeacher
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze
-from distillkit.training.precision import autocast, cast_for_training
+from distillkit.training.precision import cast_for_training
 
 INPUTS = Path("runs/quickstart/inputs")
 FROZEN = ["embed_tokens", r"norm\.weight", r"\.mlp\."]
@@ -134,7 +134,8 @@ def train(student: KDAHybridForCausalLM, teacher: PreTrainedModel, batches: list
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * schedule(step, len(batches))
         signal = online.signal(batch)
-        with autocast(batch["input_ids"].device, args.dtype):
+        enabled = args.dtype != torch.float32
+        with torch.autocast(batch["input_ids"].device.type, args.dtype, enabled=enabled):
             output = distiller(**batch, normalizer=torch.tensor(len(counted_rows(batch["labels"]))), signal=signal)
         output["loss"].backward()
         nn.utils.clip_grad_norm_(trained, 0.5)

@@ -5,11 +5,12 @@ import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from distillkit.provenance import commit, versions
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -36,8 +37,8 @@ def free_memory() -> int:
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """Machine, versions (of torch, transformers and ``packages``) and commit."""
-    return {"machine": _machine(), "versions": _versions(*packages), "commit": _commit()}
+    """Machine, versions (of what always computes, and of ``packages``) and commit."""
+    return {"machine": _machine(), "versions": versions(*packages), "commit": commit()}
 
 
 def _machine() -> dict[str, Any]:
@@ -50,21 +51,3 @@ def _machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return machine
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", *packages):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-def _commit() -> str | None:
-    """The commit that is checked out, and whether files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return f"{commit} with changes" if changed else commit or None

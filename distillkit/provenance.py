@@ -12,10 +12,10 @@ import torch
 PACKAGES = ("distillkit", "torch", "transformers", "accelerate", "datasets", "flash-linear-attention", "lm_eval")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes; packages that are not installed are left out."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of what computes, and of other packages; those that are not installed are left out."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *others):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
