@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 # Where a hub id has no safetensors, transformers would ask a service for a conversion and load what it answers.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
+WHERE = ("gguf_file", "revision", "subfolder")
+"""Keyword arguments for loading a model that say where it is: its configuration and tokenizer are there, too."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -53,7 +56,7 @@ def load_model(
     """
     if kwargs.pop("use_safetensors", None) is False:
         raise UserError(f"{key}: use_safetensors cannot be false: weights are read from safetensors or GGUF only")
-    location, gguf_file = _locate(path, kwargs.pop("gguf_file", None), key)
+    location, gguf_file = _locate(path, kwargs, key)
     loader = getattr(transformers, auto_class, None)
     if not auto_class.startswith("AutoModel") or loader is None:
         raise UserError(f"{key}: {auto_class!r} is no auto class of transformers; AutoModelForCausalLM is one")
@@ -74,7 +77,7 @@ def load_tokenizer(
     path: str | os.PathLike[str], *, key: str = "model", trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model named as for `load_model`. Raises `UserError` where there is none."""
-    location, gguf_file = _locate(path, kwargs.pop("gguf_file", None), key)
+    location, gguf_file = _locate(path, kwargs, key)
     with _told_in_one_line(location, key, "the tokenizer of "), _gguf_parsed_once():
         return AutoTokenizer.from_pretrained(
             location, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **kwargs
@@ -85,11 +88,16 @@ def load_pretrained_config(
     path: str | os.PathLike[str], *, key: str = "model", trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedConfig:
     """The configuration of a model named as for `load_model`, without its weights."""
-    location, gguf_file = _locate(path, kwargs.pop("gguf_file", None), key)
+    location, gguf_file = _locate(path, kwargs, key)
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
     with _told_in_one_line(location, key, "the configuration of "), _gguf_parsed_once():
         return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def where(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments for loading a model, those that load its configuration and tokenizer as well."""
+    return {name: kwargs[name] for name in WHERE if kwargs.get(name) is not None}
 
 
 def weights_sha256(path: str, kwargs: Mapping[str, Any]) -> str | None:
@@ -99,8 +107,7 @@ def weights_sha256(path: str, kwargs: Mapping[str, Any]) -> str | None:
         return None
     if "gguf_file" in kwargs:
         place /= kwargs["gguf_file"]
-    folder = place / kwargs.get("subfolder", "")
-    return files_sha256([place] if place.is_file() else [folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    return files_sha256([place] if place.is_file() else [place / "config.json", *sorted(place.glob("*.safetensors"))])
 
 
 def files_sha256(files: Sequence[Path]) -> str:
@@ -115,9 +122,13 @@ def files_sha256(files: Sequence[Path]) -> str:
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
-def _locate(path: str | os.PathLike[str], gguf_file: str | None, key: str) -> tuple[str, str | None]:
-    """The folder or hub id, and the name of the GGUF file in it if it is one that is wanted."""
+def _locate(path: str | os.PathLike[str], kwargs: dict[str, Any], key: str) -> tuple[str, str | None]:
+    """The folder or hub id, and the name of the GGUF file in it if it is one that is wanted, taken out of kwargs."""
     text = os.path.expanduser(path)
+    gguf_file: str | None = kwargs.pop("gguf_file", None)
+    if kwargs.get("subfolder") and os.path.exists(text):
+        inner = os.path.join(text, kwargs["subfolder"])
+        raise UserError(f"{key}: subfolder is for hub ids; {text!r} is here, so name the folder itself: {inner!r}")
     if text.endswith(".gguf") and gguf_file is None:
         if not os.path.isfile(text):
             raise UserError(f"{key}: no such GGUF file: {text!r}")

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from distillkit import pretrained
 from distillkit.config.errors import UserError
-from distillkit.pretrained import load_model, load_pretrained_config, load_tokenizer
+from distillkit.config.phases import WHERE_THE_ORIGINAL_IS
+from distillkit.pretrained import WHERE, load_model, load_pretrained_config, load_tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, pad_token_id=None
@@ -193,6 +194,9 @@ def test_gguf_files_that_are_not_there_or_not_gguf(tmp_path):
 
 
 def test_arguments_that_mean_nothing(folder):
+    assert f"subfolder is for hub ids; {str(folder.parent)!r} is here, so name the folder itself: {str(folder)!r}" in (
+        error(folder.parent, subfolder=folder.name)
+    )
     assert "dtype: no dtype 'bf16'; use bfloat16, float16, float32 or auto" in error(folder, dtype="bf16")
     assert "'AutoTokenizer' is no auto class" in error(folder, auto_class="AutoTokenizer")
     assert "unexpected keyword argument 'colour'" in error(folder, colour="red")
@@ -209,3 +213,7 @@ def test_nothing_of_transformers_is_reported_as_deprecated(folder, caplog):
     caplog.set_level(logging.WARNING)
     load_model(folder, torch_dtype="bfloat16")
     assert caplog.messages == []
+
+
+def test_a_phase_takes_over_no_argument_that_says_where_the_first_student_was():
+    assert set(WHERE) < set(WHERE_THE_ORIGINAL_IS)

@@ -28,7 +28,7 @@ from distillkit.compression import Codec, build_codec
 from distillkit.config import UserError
 from distillkit.data import tokenizer_hash
 from distillkit.distribution import SparseDistribution
-from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.pretrained import WHERE, load_model, load_tokenizer, where
 from distillkit.shards import Manifest, read_background, read_manifest, signal_tensor, verify_shards
 from distillkit.teacher.decoder import check_head
 from distillkit.teacher.tokenizer import read_tokenizer
@@ -90,8 +90,7 @@ def inspect_dataset(
     teacher_kwargs = _as_captured(manifest, teacher) | {
         name: value for name, value in teacher_kwargs.items() if value is not None
     }
-    options = {name: value for name, value in teacher_kwargs.items() if name in ("gguf_file", "revision")}
-    options["trust_remote_code"] = trust_remote_code
+    options = {"trust_remote_code": trust_remote_code, **where(teacher_kwargs)}
     tokenizer = _tokenizer(folder, manifest, teacher, options)
     if tokens and manifest.tokens:
         _print_tokens(console, next(stored_rows(folder, manifest, codec)), tokens, tokenizer)
@@ -210,7 +209,7 @@ def _as_captured(manifest: Manifest, teacher: str | None) -> dict[str, Any]:
     captured = str(manifest.teacher.get("path", ""))
     if teacher is None or os.path.abspath(teacher) != os.path.abspath(captured):
         return {}
-    kept = ("dtype", "torch_dtype", "gguf_file", "revision")
+    kept = ("dtype", "torch_dtype", *WHERE)
     return {name: value for name, value in manifest.teacher.get("kwargs", {}).items() if name in kept}
 
 

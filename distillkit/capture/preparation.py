@@ -17,14 +17,11 @@ from distillkit.compression import Codec, build_codec
 from distillkit.config.capture import CaptureConfig, check_shard_size
 from distillkit.config.errors import UserError
 from distillkit.data import build_datasets
-from distillkit.pretrained import load_pretrained_config, load_tokenizer, weights_sha256
+from distillkit.pretrained import load_pretrained_config, load_tokenizer, weights_sha256, where
 from distillkit.shards import ShardRecord, read_record
 from distillkit.shards.background import background_is_of
 
 logger = logging.getLogger(__name__)
-
-WHERE = ("gguf_file", "revision")
-"""Keyword arguments for loading a teacher that say where its configuration and tokenizer are, too."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,12 @@ def prepare(config: CaptureConfig) -> Capture:
     codec = build_codec(config.compression.kind, config.compression.config)
     check_shard_size(config, codec.bytes_per_token)
     teacher = config.teacher
-    where = {name: teacher.kwargs[name] for name in WHERE if name in teacher.kwargs}
-    where |= {"key": "teacher.path", "trust_remote_code": config.trust_remote_code}
-    pretrained = load_pretrained_config(teacher.path, **where)
+    options = {"key": "teacher.path", "trust_remote_code": config.trust_remote_code, **where(teacher.kwargs)}
+    pretrained = load_pretrained_config(teacher.path, **options)
     text = pretrained.get_text_config()
     check_vocabulary(config, text.vocab_size)
     _warn_of_long_rows(config, text)
-    tokenizer = load_tokenizer(teacher.path, **where)
+    tokenizer = load_tokenizer(teacher.path, **options)
     kept = {"prepared_dataset_path": config.dataset.prepared_dataset_path or str(_prepared_beside(config))}
     rows, _ = build_datasets(config.dataset.model_copy(update=kept), tokenizer, config.sequence_length)
     weights = weights_sha256(teacher.path, teacher.kwargs)

@@ -27,7 +27,7 @@ MERGED = ("training_args", "dataset", "evaluation")
 
 _NAME = re.compile(r"[a-z0-9_-]+")
 
-_WHERE_THE_ORIGINAL_IS = ("gguf_file", "revision", "code_revision", "subfolder", "variant")
+WHERE_THE_ORIGINAL_IS = ("gguf_file", "revision", "code_revision", "subfolder", "variant")
 """Keyword arguments of `from_pretrained` that make no sense for a student saved by the phase before."""
 
 
@@ -146,7 +146,7 @@ def _whole(top: dict[str, Any], phase: PhaseConfig, index: int, before: str | No
     whole = merged(inherited, changes)
     whole["output_path"] = str(Path(top["output_path"]) / "phases" / f"{index + 1}-{phase.name}")
     if before is not None:
-        kwargs = {name: each for name, each in top["model_kwargs"].items() if name not in _WHERE_THE_ORIGINAL_IS}
+        kwargs = {name: each for name, each in top["model_kwargs"].items() if name not in WHERE_THE_ORIGINAL_IS}
         whole |= {"model": before, "student": None, "model_kwargs": kwargs}
     whole["training_args"] = _arguments(whole, top, phase)
     if isinstance(whole["dataset"], Mapping):

@@ -26,7 +26,7 @@ from distillkit.conversion.initialize import (
 from distillkit.conversion.layouts import layer_types
 from distillkit.conversion.summary import ConversionSummary, summarize
 from distillkit.model import KDAHybridConfig, KDAHybridForCausalLM
-from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.pretrained import load_model, load_tokenizer, where
 from distillkit.teacher.decoder import check_head
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -54,8 +54,8 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{os.fspath(output_path)!r} exists already; name a new folder, or remove it first")
     teacher = load_model(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs)
-    which = {name: value for name, value in teacher_kwargs.items() if name in ("gguf_file", "revision")}
-    tokenizer = load_tokenizer(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **which)
+    places = where(teacher_kwargs)
+    tokenizer = load_tokenizer(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **places)
     model = build_student(teacher, student)
     with _whole_or_not_at_all(output) as folder:
         model.save_pretrained(folder)

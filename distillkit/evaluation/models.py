@@ -13,11 +13,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config.suites import TEACHER, ModelConfig
-from distillkit.pretrained import files_sha256, load_model, load_pretrained_config, load_tokenizer, weights_sha256
+from distillkit.pretrained import (
+    files_sha256,
+    load_model,
+    load_pretrained_config,
+    load_tokenizer,
+    weights_sha256,
+    where,
+)
 from distillkit.teacher.vocabulary import TOKENIZER_FILES, has_tokenizer
 
-_WHERE = ("gguf_file", "revision", "subfolder")
-"""Keyword arguments for loading a model that say where its tokenizer and configuration are, too."""
 _OTHER_FILES = ("chat_template*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "*.py")
 
 
@@ -37,10 +42,9 @@ class Subject:
         return "teacher.path" if self.name == TEACHER else f"students.{self.name}.path"
 
     @property
-    def where(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Arguments for loading anything of this model."""
-        places = {name: self.config.kwargs[name] for name in _WHERE if name in self.config.kwargs}
-        return {"key": self.key, "trust_remote_code": self.trust_remote_code, **places}
+        return {"key": self.key, "trust_remote_code": self.trust_remote_code, **where(self.config.kwargs)}
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -49,7 +53,7 @@ class Subject:
         weights = weights_sha256(self.config.path, self.config.kwargs)
         found: dict[str, Any] = {"weights": weights, "kwargs": self.config.kwargs}
         if weights is None:
-            commit = vars(load_pretrained_config(self.config.path, **self.where)).get("_commit_hash")
+            commit = vars(load_pretrained_config(self.config.path, **self.options)).get("_commit_hash")
             return {**found, "path": self.config.path, "commit": commit}
         if path.is_dir():
             patterns = (*TOKENIZER_FILES, *_OTHER_FILES)
@@ -63,7 +67,7 @@ class Subject:
         """Its own; the teacher's where a folder has none. Raises `UserError` where there is none at all."""
         if not self._has_tokenizer() and self.teacher is not None:
             return self.teacher.load_tokenizer()
-        return load_tokenizer(self.config.path, **self.where)
+        return load_tokenizer(self.config.path, **self.options)
 
     def _has_tokenizer(self) -> bool:
         folder = Path(self.config.path)

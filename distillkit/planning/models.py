@@ -16,16 +16,13 @@ from transformers.utils import logging as transformers_logging
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.conversion.convert import check_teacher, student_on_meta
 from distillkit.model import KimiDeltaAttention
-from distillkit.pretrained import load_pretrained_config
-
-_OF_THE_CONFIGURATION = ("gguf_file", "revision", "subfolder")
+from distillkit.pretrained import load_pretrained_config, where
 
 
 def read_config(path: str, key: str, kwargs: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     """A model's configuration. Raises `UserError` where it cannot be read, and says what would do instead."""
-    where = {name: kwargs[name] for name in _OF_THE_CONFIGURATION if kwargs.get(name) is not None}
     try:
-        return load_pretrained_config(path, key=key, trust_remote_code=trust_remote_code, **where)
+        return load_pretrained_config(path, key=key, trust_remote_code=trust_remote_code, **where(kwargs))
     except UserError as error:
         if os.path.isdir(os.path.expanduser(path)):
             raise

@@ -14,9 +14,10 @@ from transformers.utils import is_flash_attn_2_available
 
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.config.losses import ATTENTION_FUNCTIONS
+from distillkit.config.phases import WHERE_THE_ORIGINAL_IS
 from distillkit.config.teacher import DatasetTeacherConfig
 from distillkit.conversion.convert import convert
-from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.pretrained import load_model, load_tokenizer, where
 from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import check_head
@@ -31,7 +32,7 @@ from distillkit.training.progress import say
 from distillkit.training.run_folder import RUN, RunFolder, read_json
 from distillkit.varlen_attention import use_varlen_attention
 
-OF_THE_ORIGINAL_ALONE = ("revision", "gguf_file", "subfolder", "torch_dtype", "dtype")
+OF_THE_ORIGINAL_ALONE = (*WHERE_THE_ORIGINAL_IS, "torch_dtype", "dtype")
 """Keyword arguments for loading a student that say where it is, or in which dtype: not for a checkpoint of it."""
 
 
@@ -191,18 +192,16 @@ def _load_teacher(config: RunConfig, teacher: HFTeacherConfig, arguments: Traini
 
 
 def _load_students_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    where = {name: config.model_kwargs[name] for name in ("gguf_file", "revision") if name in config.model_kwargs}
-    return load_tokenizer(str(config.model), key="model", trust_remote_code=config.trust_remote_code, **where)
+    options = {"trust_remote_code": config.trust_remote_code, **where(config.model_kwargs)}
+    return load_tokenizer(str(config.model), key="model", **options)
 
 
 def _load_tokenizers(
     config: RunConfig, teacher: HFTeacherConfig, origin: str
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The student's tokenizer (the teacher's where the student comes without), which reads the text; the teacher's."""
-    where = {name: teacher.kwargs[name] for name in ("gguf_file", "revision") if name in teacher.kwargs}
     options = {"trust_remote_code": config.trust_remote_code}
-    teachers = load_tokenizer(teacher.path, key="teacher.path", **options, **where)
+    teachers = load_tokenizer(teacher.path, key="teacher.path", **options, **where(teacher.kwargs))
     if config.model is None:
         return teachers, teachers
-    where = {name: config.model_kwargs[name] for name in ("gguf_file", "revision") if name in config.model_kwargs}
-    return load_students_tokenizer(origin, teachers, "model", **options, **where), teachers
+    return load_students_tokenizer(origin, teachers, "model", **options, **where(config.model_kwargs)), teachers
