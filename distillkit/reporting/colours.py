@@ -10,6 +10,8 @@ from typing import Literal
 
 Theme = Literal["light", "dark", "page"]
 SERIES = 6
+LINES = 2 * SERIES
+"""Lines that differ: the colours again, dotted."""
 HEAT_LEVELS = 11
 
 
@@ -47,6 +49,8 @@ def _palette() -> dict[str, tuple[str, str]]:
     }
     light = _ramp("#eef3f8", "#79afdd", "#08488c")
     dark = _ramp("#20272f", "#2f6da6", "#9dd2fb")
+    for index in range(SERIES, LINES):
+        palette[f"series{index + 1}"] = palette[f"series{index - SERIES + 1}"]
     for level in range(HEAT_LEVELS):
         palette[f"heat{level}"] = (light[level], dark[level])
         palette[f"on_heat{level}"] = ("#1c2126" if level <= 5 else "#ffffff", "#e8eaed" if level <= 6 else "#10151b")
@@ -64,8 +68,13 @@ def placeholder(name: str) -> str:
 
 
 def series(index: int) -> str:
-    """The name of the colour of the student at `index`; after six they begin again."""
-    return f"series{index % SERIES + 1}"
+    """The name of the colour of the student at `index`; after twelve they begin again."""
+    return f"series{index % LINES + 1}"
+
+
+def is_dotted(name: str) -> bool:
+    """Whether a line of this colour is told by its dots from one that looks the same."""
+    return name in {series(index) for index in range(SERIES, LINES)}
 
 
 def paint(svg: str, theme: Theme) -> str:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distillkit.reporting import numbers
-from distillkit.reporting.document import Cell, Table
+from distillkit.reporting.document import Cell, Table, Tone
 from distillkit.reporting.models import Model, the_teacher
-from distillkit.reporting.needles import common_tasks, lengths, score
+from distillkit.reporting.needles import SURE, common_tasks, lengths, score
 from distillkit.reporting.numbers import NOTHING, Form
 from distillkit.reporting.reading import Json, number
 
 Better = Literal["higher", "lower"] | None
-SURE = 1.96
 
 LEGEND = (
     f"In brackets: the difference from the teacher; {numbers.TIMES} is a multiple of it. ± is one standard error; "
@@ -30,11 +29,12 @@ MAIN_METRICS = ("acc_norm", "acc", "exact_match")
 
 @dataclass(frozen=True)
 class Measured:
-    """A number of a model, its standard error, and the teacher's number to hold it to, where they go together."""
+    """A number of a model, its standard error, and the teacher's of the same to hold it to, where they go together."""
 
     value: float | None = None
     error: float | None = None
     reference: float | None = None
+    reference_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,12 @@ def _cell(measure: Measure, found: Measured, teacher: Measured | None) -> Cell:
     text = numbers.shown(found.value, measure.form)
     if found.value is not None and found.error:
         text += f" ± {measure.form(found.error).removesuffix('%')}"
-    base = found.reference if found.reference is not None or teacher is None else teacher.value
+    base, of_base = found.reference, found.reference_error
+    if base is None and teacher is not None:
+        base, of_base = teacher.value, teacher.error
     if not measure.compared or found.value is None or base is None or not math.isfinite(found.value - base):
         return Cell(text)
-    error = math.hypot(found.error or 0, 0 if teacher is None else teacher.error or 0)
-    return _compared(measure, text, found.value, base, error)
+    return _compared(measure, text, found.value, base, math.hypot(found.error or 0, of_base or 0))
 
 
 def _compared(measure: Measure, text: str, value: float, base: float, error: float) -> Cell:
@@ -145,11 +146,12 @@ def _compared(measure: Measure, text: str, value: float, base: float, error: flo
     else:
         told = numbers.signed(difference, measure.form).removesuffix("%")
     if measure.better is None or difference == 0:
-        return Cell(f"{text} ({told})")
+        return Cell(text, note=f"({told})")
     if abs(difference) <= SURE * error:
-        return Cell(f"{text} ({told} ≈)")
+        return Cell(text, note=f"({told} ≈)")
     good = (difference > 0) == (measure.better == "higher")
-    return Cell(f"{text} ({told} {'better' if good else 'worse'})", "better" if good else "worse")
+    word: Tone = "better" if good else "worse"
+    return Cell(text, word, f"({told}, {word})" if told.endswith("less") else f"({told} {word})")
 
 
 def _about() -> Iterator[Measure]:
@@ -162,13 +164,16 @@ def _about() -> Iterator[Measure]:
 def _divergence(models: Sequence[Model]) -> Iterator[Measure]:
     students = [model.divergence for model in models if model.divergence]
 
+    def error(content: Json, key: str) -> float | None:
+        return number(content, "standard_errors", key)
+
     def apart(key: str, of_itself: float) -> Callable[[Model], Measured]:
         """How far from the teacher; its own distance from itself is known without measuring."""
 
         def of(model: Model) -> Measured:
             if model.is_teacher and not model.divergence:
                 return Measured(of_itself) if any(number(each, key) is not None for each in students) else Measured()
-            return Measured(number(model.divergence, key), number(model.divergence, "standard_errors", key))
+            return Measured(number(model.divergence, key), error(model.divergence, key))
 
         return of
 
@@ -176,13 +181,18 @@ def _divergence(models: Sequence[Model]) -> Iterator[Measure]:
         """What is known of both models, on the same tokens; the teacher's column is empty where students had others."""
 
         def of(model: Model) -> Measured:
-            teachers = f"teacher_{name}"
+            teachers, students_own = f"teacher_{name}", f"student_{name}"
             if model.is_teacher and not model.divergence:
-                found = [value for each in students if (value := number(each, teachers)) is not None]
-                same = bool(found) and math.isclose(min(found), max(found), rel_tol=1e-6)
-                return Measured(found[0]) if same else Measured()
-            error = number(model.divergence, "standard_errors", f"student_{name}")
-            return Measured(number(model.divergence, f"student_{name}"), error, number(model.divergence, teachers))
+                found = [(value, each) for each in students if (value := number(each, teachers)) is not None]
+                values = [value for value, _ in found]
+                same = bool(found) and math.isclose(min(values), max(values), rel_tol=1e-6)
+                return Measured(values[0], error(found[0][1], teachers)) if same else Measured()
+            return Measured(
+                number(model.divergence, students_own),
+                error(model.divergence, students_own),
+                number(model.divergence, teachers),
+                error(model.divergence, teachers),
+            )
 
         return of
 
@@ -197,12 +207,10 @@ def _divergence(models: Sequence[Model]) -> Iterator[Measure]:
 
 def _benchmarks(models: Sequence[Model]) -> Iterator[Measure]:
     """Whole tasks, not the subtasks of a group."""
-    tasks = dict.fromkeys(task for model in models for task in model.benchmarks)
-    for task in tasks:
+    for task in dict.fromkeys(task for model in models for task in model.whole_tasks):
         about = next(model.benchmarks[task] for model in models if task in model.benchmarks)
         metric = main_metric(about)
-        parents = [other for other in tasks if other != task and task.startswith(f"{other}_")]
-        if metric is not None and not parents:
+        if metric is not None:
             yield _metric(models, task, metric, f"{task} ({metric.split(',')[0]})")
 
 

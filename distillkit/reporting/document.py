@@ -11,10 +11,11 @@ Tone = Literal["", "better", "worse"]
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table, and whether it is good news."""
+    """A cell of a table, whether it is good news, and a note that may stand below it where there is little room."""
 
     text: str
     tone: Tone = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

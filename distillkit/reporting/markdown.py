@@ -19,6 +19,7 @@ from distillkit.reporting.document import (
     Section,
     Table,
 )
+from distillkit.reporting.plots import OPENING
 
 PICTURES = "pictures"
 
@@ -58,7 +59,10 @@ def code(content: Code) -> str:
 
 
 def write_pictures(report: Report, folder: Path) -> None:
-    """`pictures/NAME.svg` and `NAME-dark.svg` for every picture of the report."""
+    """`pictures/NAME.svg` and `NAME-dark.svg` for every picture of the report, in place of those of an earlier one."""
+    for path in (folder / PICTURES).glob("*.svg"):
+        if path.read_text(encoding="utf-8", errors="replace").startswith(OPENING):
+            path.unlink()
     for section in report.sections:
         for picture in _pictures(section):
             (folder / PICTURES).mkdir(exist_ok=True)
@@ -102,7 +106,7 @@ def _pictures(section: Section) -> Iterator[Picture]:
 
 
 def _texts(row: list[Cell]) -> list[str]:
-    return [text(cell.text) for cell in row]
+    return [text(f"{cell.text} {cell.note}") for cell in row]
 
 
 def _row(texts: list[str]) -> str:

@@ -1,6 +1,7 @@
 """The sections about divergence, benchmarks, and speed and memory: pictures, and the numbers in full."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from distillkit.reporting import numbers
 from distillkit.reporting.comparison import benchmark_table, cache_and_state
@@ -8,7 +9,7 @@ from distillkit.reporting.document import Details, Gallery, Paragraph, Part, Pic
 from distillkit.reporting.models import Model
 from distillkit.reporting.needles import trained_length_marks
 from distillkit.reporting.numbers import Form
-from distillkit.reporting.plots import Axis, Series, line_chart
+from distillkit.reporting.plots import Axis, Series, line_chart, wide
 from distillkit.reporting.reading import Json, number, rows
 
 
@@ -75,6 +76,7 @@ def _positions(models: Sequence[Model], students: Sequence[Model]) -> list[Pictu
         ticks = [edge for edge in ends if edge > 0]
         x = Axis("position in the document, tokens", numbers.length, log2=True, ticks=ticks)
         inside = [mark for mark in marks if mark.x < ticks[-1]]
+        y = replace(y, log10=True) if teachers_key is not None and wide(lines) else y
         return line_chart(numbers.slug(title), title, lines, x, y, inside)
 
     charts = [

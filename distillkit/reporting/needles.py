@@ -11,6 +11,9 @@ from distillkit.reporting.models import Model
 from distillkit.reporting.plots import Axis, Mark, Series, heat_map, line_chart, short
 from distillkit.reporting.reading import Json, number
 
+SURE = 1.96
+"""Standard errors that a difference of chance stays within in 95 of 100 cases."""
+
 
 def common_tasks(models: Sequence[Model]) -> list[str]:
     """The tasks that every model with needles was given: only over those are means comparable."""
@@ -27,14 +30,17 @@ def score(model: Model, tasks: Sequence[str], length: int, depth: float | None =
     """Mean score at a length (and depth) over samples of the tasks, and its standard error at most; None if unmeasured.
 
     A sample's score is a share, of which only sums are known. Of scores between 0 and 1 with mean p the variance is
-    p (1 - p) at most.
+    p (1 - p) at most. So that a mean of 0 or 1 is not beyond doubt, the error is that of Agresti and Coull (1998), as
+    if there were 1.96² more samples, half of them right.
     """
     found = [row for row in _rows(model, tasks) if row["length"] == length and (depth is None or row["depth"] == depth)]
     total = sum(row["total"] for row in found)
     if not total:
         return None
-    mean = sum(row["correct"] for row in found) / total
-    return mean, math.sqrt(max(mean * (1 - mean), 0) / total)
+    correct = sum(row["correct"] for row in found)
+    samples = total + SURE**2
+    share = (correct + SURE**2 / 2) / samples
+    return correct / total, math.sqrt(max(share * (1 - share), 0) / samples)
 
 
 def needle_section(models: Sequence[Model]) -> Section | None:
@@ -118,7 +124,7 @@ def _heat_maps(models: Sequence[Model], tasks: Sequence[str], title: str) -> lis
         mark = None
         if trained is not None and 0 < (inside := sum(length <= trained for length in columns)) < len(columns):
             mark = (inside, f"trained to {numbers.length(trained)}")
-        name = numbers.slug("needles", title, "of", model.name)
+        name = f"{numbers.slug('needles', title)}-of-{model.slug}"
         across = [numbers.length(length) for length in columns]
         down = [f"{100 * depth:.0f} %" for depth in depths]
         pictures.append(heat_map(name, f"{model.name}: {title}", across, down, shares, mark))

@@ -25,7 +25,7 @@ def nats(value: float) -> str:
 
 
 def decimals(value: float) -> str:
-    return f"{value:.2f}"
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def count(value: float) -> str:
@@ -89,7 +89,9 @@ def signed(value: float, form: Form) -> str:
 
 
 def ratio(value: float) -> str:
-    """How many times as much."""
+    """How many times as much; of little, how many times less."""
+    if 0 < value < 0.1:
+        return f"{1 / value:.3g} times less" if value > 0.001 else f"{1 / value:,.0f} times less"
     return f"{TIMES}{value:.3g}" if value < 1000 else f"{TIMES}{value:,.0f}"
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from distillkit.reporting.colours import HEAT_LEVELS, placeholder
+from distillkit.reporting.colours import HEAT_LEVELS, is_dotted, placeholder
 from distillkit.reporting.document import Picture
 from distillkit.reporting.numbers import NOTHING, Form, amount, whole
 
@@ -23,6 +23,13 @@ CHARACTER, BOLD = 5.9, 7.6
 """Units that a character takes on average in the widest of usual fonts: of size SMALL, and in bold."""
 LONGEST_LABEL = 14
 FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+
+
+OPENING = (
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+    'role="img"'
+)
+"""What a picture of ours begins with."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,16 @@ class Axis:
     label: str
     form: Form = amount
     log2: bool = False
+    log10: bool = False
     from_zero: bool = False
     limits: tuple[float, float] | None = None
     ticks: list[float] | None = None
+
+
+def wide(series: Sequence[Series]) -> bool:
+    """Whether most of the lines would lie flat on an axis that is not logarithmic."""
+    values = [y for line in series for y in line.y if math.isfinite(y) and y > 0]
+    return bool(values) and max(values) > 10 * min(values)
 
 
 def short(name: str, limit: int = LONGEST_LABEL) -> str:
@@ -82,7 +96,7 @@ def line_chart(
             line.y,
             color=placeholder(line.colour),
             linewidth=1.8,
-            linestyle=(0, (4, 2)) if line.dashed else "-",
+            linestyle=(0, (4, 2)) if line.dashed else (0, (1, 1.2)) if is_dotted(line.colour) else "-",
             marker="o" if len(line.x) <= 12 else None,
             markersize=4,
             solid_capstyle="round",
@@ -206,6 +220,8 @@ def _scale(axis: Any, set_scale: Any, set_limits: Any, described: Axis, values: 
         positive = [value for value in values if value > 0]
         if described.ticks is None and positive and max(positive) < 4 * min(positive):
             set_limits(min(positive) / 1.6, max(positive) * 1.6)
+    if described.log10:
+        set_scale("log", base=10)
     if described.limits is not None:
         set_limits(*described.limits)
     elif described.from_zero and not described.log2:
@@ -214,6 +230,9 @@ def _scale(axis: Any, set_scale: Any, set_limits: Any, described: Axis, values: 
         axis.set_major_locator(FixedLocator(_thinned(described.ticks, described.form)))
     elif described.log2:
         axis.set_major_locator(LogLocator(base=2, numticks=6))
+    elif described.log10:
+        span = max(values) / min(value for value in values if value > 0)
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if span < 200 else (1,), numticks=6))
     else:
         axis.set_major_locator(MaxNLocator(5, integer=described.form is whole))
     axis.set_minor_locator(NullLocator())
@@ -330,8 +349,5 @@ def _clean(svg: str, name: str, alt: str) -> str:
     svg = re.sub(r"font-family: [^;\"]*", f"font-family: {FAMILY}", svg)
     svg = svg.replace('xlink:href="#', 'href="#').replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'role="img" aria-label="{escape(alt)}" stroke-linejoin="round">'
-    )
+    opening = f'{OPENING} aria-label="{escape(alt)}" stroke-linejoin="round">'
     return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1).strip() + "\n"

@@ -20,7 +20,7 @@ from distillkit.reporting.document import (
     cells,
 )
 from distillkit.reporting.numbers import Form
-from distillkit.reporting.plots import Axis, Mark, Series, line_chart
+from distillkit.reporting.plots import Axis, Mark, Series, line_chart, wide
 from distillkit.reporting.reading import Json, Phase, Run, number, rows, section
 
 NOT_LOSSES = ("step", "epoch", "tokens", "tokens_per_second", "seconds", "grad_norm", "learning_rate")
@@ -29,8 +29,8 @@ UNITS = {
     "loss": "weighted mean of the losses",
     "agreement": "share of tokens",
     "student_perplexity": "perplexity",
-    "hs_cosine": "1 - cosine",
-    "attn_cosine": "1 - cosine",
+    "hs_cosine": f"1 {numbers.MINUS} cosine",
+    "attn_cosine": f"1 {numbers.MINUS} cosine",
     "learning_rate": "per step",
     "grad_norm": "before clipping",
     **dict.fromkeys(("kl", "reverse_kl", "jsd", "cross_entropy"), "nats per token"),
@@ -157,16 +157,18 @@ def losses_of(phase: Phase) -> str:
 
 def _took(run: Run) -> str:
     if not run.results:
-        steps = [numbers.shown(number(training_of(phase), "step"), numbers.count) for phase in run.phases]
-        return f"Not finished: {' + '.join(steps)} steps until now."
+        steps = [step for phase in run.phases if (step := number(training_of(phase), "step"))]
+        return f"Not finished: {' + '.join(map(numbers.count, steps)) or 'no'} steps until now."
     training, parameters = section(run.results, "training"), section(run.results, "parameters")
     seconds, tokens = number(training, "seconds"), number(training, "tokens")
     told = [
         f"{numbers.shown(number(parameters, 'trained'), numbers.count)} parameters trained, "
-        f"{numbers.shown(number(parameters, 'frozen'), numbers.count)} frozen",
-        f"{numbers.shown(tokens, numbers.count)} tokens in {numbers.shown(seconds, numbers.seconds)}",
+        f"{numbers.shown(number(parameters, 'frozen'), numbers.count)} frozen"
     ]
-    if tokens and seconds:
+    if not tokens:
+        return f"{told[0]}; nothing was trained."
+    told.append(f"{numbers.count(tokens)} tokens in {numbers.shown(seconds, numbers.seconds)}")
+    if seconds:
         told.append(f"{numbers.rate(tokens / seconds)} tokens/s, teacher included")
     return f"{'; '.join(told)}."
 
@@ -196,12 +198,9 @@ def _loss_curves(runs: Sequence[Run], names: Sequence[str]) -> list[Picture]:
             marks = found[0][1] if len(runs) == 1 and len(found[0][1]) > 1 else []
             title = OTHER_CURVES.get(key, f"Held-out {key[5:]}" if key.startswith("eval_") else f"Loss: {key}")
             title = "Loss" if key == "loss" else title
-            form: Form = numbers.figures
-            pictures.append(
-                line_chart(
-                    numbers.slug("curve", key), title, drawn, Axis("tokens"), Axis(_unit(key), form), marks, spans=True
-                )
-            )
+            y = Axis(_unit(key), numbers.figures, log10="perplexity" in key and wide(drawn))
+            name = numbers.slug("curve", key)
+            pictures.append(line_chart(name, title, drawn, Axis("tokens"), y, marks, spans=True))
     return pictures
 
 

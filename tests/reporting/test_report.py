@@ -15,6 +15,7 @@ from distillkit.reporting import write_report
 from distillkit.reporting.comparison import comparison
 from distillkit.reporting.markdown import table
 from distillkit.reporting.models import merge_models
+from distillkit.reporting.needles import score
 from distillkit.reporting.reading import Evaluation, read_results
 from distillkit.reporting.report import build_report
 from tests.reporting.examples import (
@@ -27,6 +28,7 @@ from tests.reporting.examples import (
     needles,
     results,
     run_config,
+    scored,
     speed,
     write_evaluation,
     write_phases,
@@ -118,7 +120,9 @@ def test_needles_are_means_over_tasks_and_depths_at_each_length():
     for length in LENGTHS:
         found = [each for task in TASKS for each in content["needles"]["hybrid"][task] if each["length"] == length]
         share = sum(each["correct"] for each in found) / sum(each["total"] for each in found)
-        error = math.sqrt(share * (1 - share) / sum(each["total"] for each in found))
+        samples = sum(each["total"] for each in found) + 1.96**2
+        doubted = (sum(each["correct"] for each in found) + 1.96**2 / 2) / samples
+        error = math.sqrt(doubted * (1 - doubted) / samples)
         label = f"at {length // 1024}k tokens" if length >= 1024 else f"at {length} tokens"
         cell = row(markdown, f"{label}, mean of 4 tasks")[1]
         assert cell.startswith(f"{100 * share:.1f}% ± {100 * error:.1f} (")
@@ -210,6 +214,64 @@ def test_a_later_evaluation_replaces_what_it_measured_again(tmp_path):
     assert row(markdown, "KL(teacher‖student), nats per token")[1] == "0.2500 ± 0.0042"
     assert row(markdown, "hybrid, 64k")[1] == f"{first['speed']['hybrid'][-1]['decode_tokens_per_second']:.1f}"
     assert row(markdown, "hybrid, 256")[1] == f"{second['speed']['hybrid'][0]['decode_tokens_per_second']:.1f}"
+
+
+def test_a_later_evaluation_adds_lengths_and_depths_to_needles():
+    first, second = evaluation(students=("hybrid",)), evaluation(students=("hybrid",))
+    second["needles"] = {
+        name: {"niah_single_1": [{"length": 512, "depth": 0.5, "correct": 0, "total": 8}]} for name in first["needles"]
+    }
+    before = merge_models([Evaluation(Path("results.json"), first)])
+    after = merge_models([Evaluation(Path("results.json"), each) for each in (first, second)])
+    for earlier, later in zip(before, after, strict=True):
+        assert score(later, ["niah_single_1"], 512, 0.5)[0] == 0
+        assert score(later, ["niah_single_1"], 512, 0.25) == score(earlier, ["niah_single_1"], 512, 0.25)
+        assert score(later, TASKS, 4096) == score(earlier, TASKS, 4096)
+
+
+def test_a_mean_of_all_or_nothing_is_not_beyond_doubt():
+    content = evaluation(students=("hybrid",))
+    for name, correct in (("SmolLM2-135M", 2), ("hybrid", 1)):
+        content["needles"][name] = {"niah_single_1": [{"length": 512, "depth": 0, "correct": correct, "total": 2}]}
+    teacher, student = row(table_of(content), "at 512 tokens, niah\\_single\\_1")
+    assert not teacher.endswith("± 0.0")
+    assert student.endswith("(−50.0 ≈)")
+
+
+def test_the_teachers_error_counts_too():
+    content = evaluation(students=("hybrid",))
+    content["divergence"]["hybrid"] |= {"student_perplexity": 16.6, "teacher_perplexity": 16.4}
+    content["divergence"]["hybrid"]["standard_errors"] |= {"student_perplexity": 0.08, "teacher_perplexity": 0.08}
+    assert row(table_of(content), "perplexity") == ["16.40 ± 0.08", "16.60 ± 0.08 (+0.20 ≈)"]
+
+
+def test_tasks_that_were_asked_for_are_shown_and_subtasks_are_not():
+    tasks = {name: scored(0.5, 0.5) for name in ("mmlu", "mmlu_history", "mmlu_pro", "gsm8k", "gsm8k_cot")}
+    content = evaluation(students=("hybrid",), benchmarks={"hybrid": tasks})
+    content["config"]["benchmarks"]["tasks"] = ["mmlu", "mmlu_pro", "gsm8k", "gsm8k_cot"]
+    markdown = table_of(content)
+    shown = [name.replace("\\", "") for name in re.findall(r"^\| (\S+) \(acc", markdown, re.MULTILINE)]
+    assert shown == ["mmlu", "mmlu_pro", "gsm8k", "gsm8k_cot"]
+    content["config"]["benchmarks"]["tasks"] = ["a_tag"]
+    assert "mmlu\\_history" in table_of(content)
+
+
+def test_models_with_almost_the_same_name_have_pictures_of_their_own(tmp_path):
+    report_of(tmp_path, evaluation(students=("run-1", "run_1", "学生"), speed={}, divergence={}, benchmarks={}))
+    markdown = (tmp_path / "report.md").read_text()
+    named = re.findall(r'srcset="(pictures/needles-mean-of-4-tasks-of-[^"]*)"', markdown)
+    assert len(named) == len(set(named)) == 4
+    drawn = [ElementTree.parse(tmp_path / name).getroot().get("aria-label").split(":")[0] for name in named]
+    assert drawn == ["SmolLM2-135M", "run-1", "run_1", "学生"]
+
+
+def test_pictures_of_an_earlier_report_go_and_those_of_others_stay(tmp_path):
+    report_of(tmp_path, evaluation())
+    (tmp_path / "pictures/mine.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    report_of(tmp_path, evaluation(needles={}, divergence={}, benchmarks={}))
+    left = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert "mine.svg" in left
+    assert {name.split("-")[0] for name in left} == {"mine.svg", "speed"}
 
 
 def test_run_before_and_after(tmp_path):
