@@ -15,6 +15,7 @@ from distillkit.config.capture import CaptureConfig, check_capture_ready, check_
 from distillkit.planning.gpus import CONTEXT, GPU, find_gpu, seconds
 from distillkit.planning.ledger import Ledger, without_data
 from distillkit.planning.models import read_config, teacher_on_meta
+from distillkit.planning.tables import capture_tables
 from distillkit.planning.tokens import Amount, amount
 from distillkit.teacher.decoder import head
 from distillkit.varlen_attention import VARLEN
@@ -46,8 +47,6 @@ class CapturePlan:
         return asdict(self) | {"fits": self.memory <= self.gpu.memory, "estimate": True}
 
     def __rich__(self) -> Group:
-        from distillkit.planning.tables import capture_tables
-
         return capture_tables(self)
 
 

@@ -8,6 +8,7 @@ from rich.console import Group
 from distillkit.planning.disk import DiskUse
 from distillkit.planning.gpus import CONTEXT, FRAGMENTS, GPU
 from distillkit.planning.step import StepCost
+from distillkit.planning.tables import run_tables
 from distillkit.planning.tokens import Schedule
 
 
@@ -101,6 +102,4 @@ class RunPlan:
         return data | {"fits": self.fits, "disk": self.disk, "seconds": self.seconds, "estimate": True}
 
     def __rich__(self) -> Group:
-        from distillkit.planning.tables import run_tables
-
         return run_tables(self)

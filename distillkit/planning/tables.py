@@ -1,6 +1,9 @@
 """A plan as a person reads it: one screen, numbers of three digits."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -8,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from distillkit.config.tokens import token_text
-from distillkit.planning.capture import CapturePlan
 from distillkit.planning.gpus import GIB
-from distillkit.planning.result import PhasePlan, RunPlan
 from distillkit.planning.step import BACKWARD, FORWARD, TEACHER
+
+if TYPE_CHECKING:  # they print themselves with what is here
+    from distillkit.planning.capture import CapturePlan
+    from distillkit.planning.result import PhasePlan, RunPlan
 
 KINDS = ("teacher weights", "student weights", "gradients", "optimizer states", "activations")
 
