@@ -23,13 +23,14 @@ from torch import Tensor
 
 from distillkit.capture.engines import Engine, Row
 from distillkit.capture.preparation import Capture, check_vocabulary, prepare, remove_prepared
-from distillkit.capture.progress import CaptureProgress, say
+from distillkit.capture.progress import CaptureProgress
 from distillkit.capture.sharing import Share, find_share
 from distillkit.capture.summary import CaptureSummary, measure_fidelity, print_summary
 from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError
+from distillkit.console import say
 from distillkit.pretrained import load_model
 from distillkit.shards import (
     fitted_background,

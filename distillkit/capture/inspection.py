@@ -22,10 +22,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from distillkit.capture.fidelity import Fidelity, FidelityMeter
-from distillkit.capture.progress import say
 from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.compression import Codec, build_codec
 from distillkit.config import UserError
+from distillkit.console import say
 from distillkit.data import tokenizer_hash
 from distillkit.distribution import SparseDistribution
 from distillkit.pretrained import WHERE, load_model, load_tokenizer, where

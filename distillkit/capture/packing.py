@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import track
 from trl.data_utils import pack_dataset
 
-from distillkit.capture.progress import say
 from distillkit.compression import SIGNAL_COLUMNS
 from distillkit.config import DatasetSource, UserError
+from distillkit.console import say
 from distillkit.data.packing import document_lengths, piece_lengths
 from distillkit.data.prepared import file_states
 from distillkit.data.rows import running_sums

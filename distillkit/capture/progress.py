@@ -7,12 +7,9 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from distillkit.console import clock, say
+
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-def say(console: Console, line: str) -> None:
-    """One line as it is: no colours, no markup, not wrapped."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class CaptureProgress:
@@ -60,9 +57,8 @@ class CaptureProgress:
             self._bar.update(self._task, completed=self.tokens, description=self._figures())
         elif time.perf_counter() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.perf_counter()
-            left = round((self._total - self.tokens) / self.rate)
-            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            say(self._console, f"captured {self._figures()}  left {clock}")
+            left = clock((self._total - self.tokens) / self.rate)
+            say(self._console, f"captured {self._figures()}  left {left}")
 
     def _figures(self) -> str:
         return f"{self.tokens:,}/{self._total:,} tokens  {self.rate:,.0f} tokens/s"

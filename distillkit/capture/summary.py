@@ -12,8 +12,8 @@ from rich.console import Console
 from distillkit.capture.engines import Row
 from distillkit.capture.fidelity import Fidelity, FidelityMeter
 from distillkit.capture.preparation import Capture
-from distillkit.capture.progress import say
 from distillkit.capture.transformers_engine import TransformersEngine
+from distillkit.console import say
 from distillkit.distribution import SparseDistribution
 from distillkit.shards import read_background, read_manifest, shard_name, signal_tensor
 

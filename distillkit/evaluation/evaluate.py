@@ -21,8 +21,9 @@ from rich.console import Console
 
 from distillkit.config.errors import UserError
 from distillkit.config.suites import TEACHER, EvaluateConfig
+from distillkit.console import say
 from distillkit.evaluation.models import Loaded, Subject, release_memory
-from distillkit.evaluation.progress import EvaluationProgress, say
+from distillkit.evaluation.progress import EvaluationProgress
 from distillkit.evaluation.results import FAILURES, print_results, write_results
 from distillkit.evaluation.suites import measure
 from distillkit.evaluation.units import Unit, UnitResults, shortened, units_of

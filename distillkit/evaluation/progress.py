@@ -7,12 +7,9 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from distillkit.console import clock, say
+
 _SECONDS_BETWEEN_LINES = 30.0
-
-
-def say(console: Console, line: str) -> None:
-    """One line as it is: no colours, no markup, not wrapped."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class EvaluationProgress:
@@ -78,5 +75,4 @@ class EvaluationProgress:
         done = self._done + part
         if done == 0:
             return "-:--:--"
-        seconds = round((time.perf_counter() - self._start) / done * (self._total - done))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return clock((time.perf_counter() - self._start) / done * (self._total - done))

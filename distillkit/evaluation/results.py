@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distillkit.config.suites import TEACHER, EvaluateConfig, ModelConfig
+from distillkit.console import say
 from distillkit.evaluation.models import trained_length
-from distillkit.evaluation.progress import say
 from distillkit.evaluation.units import Unit
 from distillkit.provenance import commit, machine, versions
 from distillkit.shards import write_whole

@@ -17,8 +17,8 @@ from rich.console import Console
 from transformers import Trainer
 
 from distillkit.config.tokens import token_text
+from distillkit.console import say
 from distillkit.data.signals import list_lengths
-from distillkit.training.progress import say
 from distillkit.training.run_folder import RunFolder
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from distillkit.config import EvaluationConfig, RunConfig, UserError
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
+from distillkit.console import say
 from distillkit.data.signals import TensorRows
 from distillkit.evaluation import Divergence, generate_samples, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
@@ -49,7 +50,7 @@ from distillkit.training.optimizers import OptimizerLine
 from distillkit.training.origins import note_origins
 from distillkit.training.precision import cast_for_saving, compiled_layers, compute_dtype
 from distillkit.training.processes import first_process_first
-from distillkit.training.progress import MetricsFile, ProgressDisplay, finish_trackers, say
+from distillkit.training.progress import MetricsFile, ProgressDisplay, finish_trackers
 from distillkit.training.results import print_results, write_results
 from distillkit.training.run_folder import RunFolder, open_run_folder
 from distillkit.training.saving import save_student

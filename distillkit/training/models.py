@@ -16,6 +16,7 @@ from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.config.losses import ATTENTION_FUNCTIONS
 from distillkit.config.phases import WHERE_THE_ORIGINAL_IS
 from distillkit.config.teacher import DatasetTeacherConfig
+from distillkit.console import say
 from distillkit.conversion.convert import convert
 from distillkit.pretrained import load_model, load_tokenizer, where
 from distillkit.teacher.attention import trained_attention
@@ -28,7 +29,6 @@ from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_but
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.processes import first_process_first
-from distillkit.training.progress import say
 from distillkit.training.run_folder import RUN, RunFolder, read_json
 from distillkit.varlen_attention import use_varlen_attention
 

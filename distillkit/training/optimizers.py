@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from distillkit.config import UserError
 from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS
-from distillkit.training.progress import say
+from distillkit.console import say
 
 SLICE = 2**24
 """Weights that `StochasticAdamW` updates at a time: what it computes in float32 for them is all it needs besides."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from distillkit.config import RunConfig, UserError
 from distillkit.config.phases import Phase, phases_of
+from distillkit.console import say
 from distillkit.reporting import write_run_report
 from distillkit.reporting.model_card import CARD
 from distillkit.reporting.report import HTML, MARKDOWN
@@ -29,7 +30,6 @@ from distillkit.training.distill import Place, distill_once
 from distillkit.training.freezing import check_frozen
 from distillkit.training.interruption import EXIT_CODE
 from distillkit.training.processes import first_process_first
-from distillkit.training.progress import say
 from distillkit.training.results import print_results_of_phases, write_results_of_phases
 from distillkit.training.run_folder import (
     METRICS,

@@ -11,15 +11,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from distillkit.console import clock, say
 from distillkit.shards.files import write_whole
 from distillkit.training.run_folder import METRICS
 
 NOT_LOSSES = ("step", "epoch", "tokens", "tokens_per_second", "seconds", "grad_norm", "learning_rate")
-
-
-def say(console: Console, line: str) -> None:
-    """One line as it is: no colours, no markup, not wrapped."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class MetricsFile(TrainerCallback):
@@ -132,7 +128,7 @@ class ProgressDisplay(TrainerCallback):
         if self._bar is not None and "loss" in logs:
             self._bar.update(self._task, figures=figures(logs))
             return
-        left = f"  left {_clock(self._seconds_left(state))}" if "loss" in logs else ""
+        left = f"  left {clock(self._seconds_left(state))}" if "loss" in logs else ""
         say(self._console, f"step {state.global_step}/{state.max_steps}  {figures(logs)}{left}")
 
     def on_train_end(
@@ -170,14 +166,9 @@ def figures(logs: dict[str, Any]) -> str:
 
 class _TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(_clock(task.fields["left"]) if "left" in task.fields else "-:--:--")
+        return Text(clock(task.fields["left"]) if "left" in task.fields else "-:--:--")
 
 
 class _Figures(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(task.fields["figures"])
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -11,11 +11,12 @@ from rich.text import Text
 
 from distillkit.config import RunConfig
 from distillkit.config.phases import Phase
+from distillkit.console import say
 from distillkit.evaluation import Divergence, Sample
 from distillkit.evaluation.divergence import divergence_table
 from distillkit.provenance import commit, machine, versions
 from distillkit.training.freezing import Freezing
-from distillkit.training.progress import NOT_LOSSES, read_metrics, say
+from distillkit.training.progress import NOT_LOSSES, read_metrics
 from distillkit.training.run_folder import METRICS, PHASES, RESULTS, RunFolder, read_json, write_json
 
 
