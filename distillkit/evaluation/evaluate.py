@@ -26,7 +26,8 @@ from distillkit.evaluation.models import Loaded, Subject, release_memory
 from distillkit.evaluation.progress import EvaluationProgress
 from distillkit.evaluation.results import FAILURES, print_results, write_results
 from distillkit.evaluation.suites import measure
-from distillkit.evaluation.units import Unit, UnitResults, shortened, units_of
+from distillkit.evaluation.units import Measured, Unit, UnitResults, shortened, units_of
+from distillkit.provenance import commit, machine, versions
 
 CONFIG, UNITS = "config.yaml", "units"
 INTERRUPTED = 130
@@ -57,8 +58,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         say(console, "interrupted; what was measured is kept, and the same command goes on")
         raise SystemExit(INTERRUPTED) from None
     finally:
-        found = evaluation.found_in_order()
-        results = write_results(folder, about, config, found, evaluation.failures, evaluation.device)
+        found, missing = evaluation.found_in_order(), evaluation.missing()
+        results = write_results(folder, about, config, found, evaluation.failures, missing, evaluation.made_with)
     print_results(console, results, folder)
     return results
 
@@ -68,10 +69,11 @@ class _Evaluation:
 
     def __init__(self, config: EvaluateConfig, folder: Path, console: Console) -> None:
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.made_with = {"versions": versions(), "commit": commit(), "machine": machine(self.device)}
         self.failures: dict[Unit, str] = {}
         self._config = config
         self._units = list(units_of(config, self.device))
-        self._found: dict[Unit, Any] = {}
+        self._found: dict[Unit, Measured] = {}
         self._kept = UnitResults(folder / UNITS)
         self._log = folder / FAILURES
         self._console = console
@@ -90,15 +92,15 @@ class _Evaluation:
         self._log.unlink(missing_ok=True)
         for unit in self._units:
             try:
-                result = self._kept.read(unit, self._state(unit))
+                measured = self._kept.read(unit, self._state(unit))
             except Exception as error:  # a hub that does not answer, a file that cannot be read
                 if unit.suite != "model":
                     self._fail(unit, error)
                 continue
-            if result is None:
+            if measured is None:
                 self._missing.append(unit)
             else:
-                self._found[unit] = result
+                self._found[unit] = measured
         if known := sum(unit.suite != "model" for unit in self._found):
             say(self._console, f"{known} results are there already")
         count = sum(unit.suite != "model" for unit in self._missing)
@@ -107,7 +109,12 @@ class _Evaluation:
                 if units := [unit for unit in self._missing if unit.model == subject.name]:
                     self._measure_model(subject, units)
 
-    def found_in_order(self) -> dict[Unit, Any]:
+    def missing(self) -> list[Unit]:
+        """What is neither measured nor failed by now; nothing, once `run` is through."""
+        known = self._found.keys() | self.failures.keys()
+        return [unit for unit in self._units if unit.suite != "model" and unit not in known]
+
+    def found_in_order(self) -> dict[Unit, Measured]:
         """What is measured by now, as the YAML has it in order."""
         return {unit: self._found[unit] for unit in self._units if unit in self._found}
 
@@ -137,11 +144,14 @@ class _Evaluation:
             result = measure(unit, loaded, self._awake_teacher, self._config, self._progress.reach)
         except Exception as error:
             self._fail(unit, error)
+        else:
+            self._keep(unit, Measured(result, self.made_with), time.perf_counter() - start)
+        if unit in self.failures:  # only now does nobody hold what the traceback held
             release_memory()
-            return
-        seconds = time.perf_counter() - start
-        self._kept.write(unit, self._state(unit), result, seconds)
-        self._found[unit] = self._kept.read(unit, self._state(unit))
+
+    def _keep(self, unit: Unit, measured: Measured, seconds: float) -> None:
+        self._kept.write(unit, self._state(unit), measured, seconds)
+        self._found[unit] = measured
         if unit.suite != "model":
             self._progress.end(str(unit), seconds)
 

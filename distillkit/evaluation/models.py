@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distillkit.config.errors import UserError
 from distillkit.config.suites import TEACHER, ModelConfig
 from distillkit.pretrained import (
     files_sha256,
@@ -48,6 +49,10 @@ class Subject:
 
     @cached_property
     def state(self) -> dict[str, Any]:
+        """What decides what the model answers, as it was when it was first asked for."""
+        return self.state_now()
+
+    def state_now(self) -> dict[str, Any]:
         """What decides what the model answers: digests of its files, or the commit of a hub id."""
         path = Path(self.config.path)
         weights = weights_sha256(self.config.path, self.config.kwargs)
@@ -74,9 +79,14 @@ class Subject:
         return not folder.is_dir() or "gguf_file" in self.config.kwargs or has_tokenizer(folder)
 
     def load(self, device: torch.device) -> Loaded:
-        """The model on the device, in evaluation mode, in the dtype of its checkpoint unless `kwargs` say otherwise."""
+        """The model on the device, in evaluation mode, in the dtype of its checkpoint unless `kwargs` say otherwise.
+
+        Raises `UserError` where its files are no longer those of `state`, under which its results would be kept.
+        """
         options = {"trust_remote_code": self.trust_remote_code, **self.config.kwargs}
         model = load_model(self.config.path, key=self.key, **options)
+        if self.state_now() != self.state:
+            raise UserError(f"{self.key}: its files have changed since the evaluation began; the same command goes on")
         placed = "device_map" in self.config.kwargs
         return Loaded(self, model if placed else model.to(device), self.load_tokenizer(), device, placed)
 
@@ -121,9 +131,12 @@ def trained_length(config: ModelConfig, longest: int | None) -> int | None:
     folder = Path(config.path)
     for record in (folder / "run.json", folder.parent / "run.json"):
         if record.exists() and (record.parent == folder or folder.name.startswith("checkpoint-")):
-            run = json.loads(record.read_text(encoding="utf-8"))["config"]
-            phases = run.get("phases") or [{}]
-            return int(phases[-1].get("sequence_length", run["sequence_length"]))
+            try:
+                run = json.loads(record.read_text(encoding="utf-8"))["config"]
+                phases = run.get("phases") or [{}]
+                return int(phases[-1].get("sequence_length", run["sequence_length"]))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # a run.json that is damaged, or not one of distillkit's
     return longest
 
 

@@ -2,19 +2,17 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from distillkit.config.suites import TEACHER, EvaluateConfig, ModelConfig
 from distillkit.console import say
 from distillkit.evaluation.models import trained_length
-from distillkit.evaluation.units import Unit
-from distillkit.provenance import commit, machine, versions
+from distillkit.evaluation.units import Measured, Unit
 from distillkit.shards import write_whole
 
 KIND, FORMAT = "distillkit-evaluation", 1
@@ -27,17 +25,21 @@ def write_results(
     folder: Path,
     about: Mapping[str, Any],
     config: EvaluateConfig,
-    found: Mapping[Unit, Any],
+    found: Mapping[Unit, Measured],
     failures: Mapping[Unit, str],
-    device: torch.device,
+    missing: Sequence[Unit],
+    made_with: Json,
 ) -> Json:
     """Write `results.json`: what was measured, of what, with what, and what could not be measured.
 
-    about: when the evaluation started, its command and configuration.
+    Args:
+        about: when the evaluation started, its command and configuration.
+        missing: what was not tried, because the evaluation was interrupted; it has not finished then.
+        made_with: versions, commit and machine of this process; results that others have made are listed.
     """
     suites: dict[str, Json] = {name: {} for name in ("model", "divergence", "benchmarks", "needles", "speed")}
-    for unit, result in found.items():
-        of_suite = suites[unit.suite]
+    for unit, measured in found.items():
+        of_suite, result = suites[unit.suite], measured.result
         if unit.suite in ("model", "divergence"):
             of_suite[unit.model] = result
         elif unit.suite == "speed":
@@ -53,17 +55,18 @@ def write_results(
         "kind": KIND,
         "format": FORMAT,
         "started": about["started"],
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "finished": None if missing else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": about["command"],
-        "versions": versions(),
-        "commit": commit(),
-        "machine": machine(device),
+        **made_with,
         "config": about["config"],
         "models": models,
         **suites,
-        "failures": [
-            {"model": unit.model, "suite": unit.suite, "task": unit.task, "error": error}
-            for unit, error in failures.items()
+        "failures": [{**_named(unit), "error": error} for unit, error in failures.items()],
+        "missing": [_named(unit) for unit in missing],
+        "measured_elsewhere": [
+            {**_named(unit), **measured.made_with}
+            for unit, measured in found.items()
+            if unit.suite != "model" and measured.made_with != made_with
         ],
     }
     write_whole(folder / RESULTS, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
@@ -83,9 +86,15 @@ def print_results(console: Console, results: Json, folder: Path) -> None:
     for failure in results["failures"]:
         unit = " ".join(part for part in (failure["model"], failure["suite"], failure["task"]) if part)
         say(console, f"failed: {unit}: {failure['error']}")
+    if elsewhere := len(results["measured_elsewhere"]):
+        say(console, f"{elsewhere} results are of another commit, version or machine; {RESULTS} tells which")
     if results["failures"]:
         say(console, f"tracebacks are in {folder / FAILURES}; the same command tries again what failed")
     say(console, f"results are in {folder / RESULTS}; distillkit report {folder} makes a report of them")
+
+
+def _named(unit: Unit) -> Json:
+    return {"model": unit.model, "suite": unit.suite, "task": unit.task}
 
 
 def _models(config: EvaluateConfig) -> Iterator[tuple[str, ModelConfig]]:

@@ -21,8 +21,11 @@ from distillkit.config.suites import ESSAY_TASKS, TEACHER, EvaluateConfig
 from distillkit.data.prepared import file_states
 from distillkit.shards.files import write_whole
 
-VERSIONS = {"model": 1, "divergence": 1, "benchmarks": 1, "needles": 1, "speed": 1}
+VERSIONS = {"model": 2, "divergence": 2, "benchmarks": 1, "needles": 1, "speed": 2}
 """Of each suite's own maths; to be counted up when the same models and settings give other numbers than before."""
+
+LIBRARIES = ("torch", "transformers", "flash-linear-attention")
+"""Those whose version decides what a model answers, and how fast."""
 
 SMOKE_SAMPLES, SMOKE_LENGTH = 2, 256
 
@@ -42,22 +45,34 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A result, and what it was measured with."""
+
+    result: Any
+    made_with: dict[str, Any]
+    """`versions`, `commit` and `machine` of the process that measured it."""
+
+
+@dataclass(frozen=True)
 class UnitResults:
     """The results that are there, in files that are whole or not there."""
 
     folder: Path
 
-    def read(self, unit: Unit, state: Any) -> Any:
+    def read(self, unit: Unit, state: Any) -> Measured | None:
         """What was measured of a unit while the models were in `state`; None if nothing was."""
         path = self._path(unit, state)
-        return json.loads(path.read_bytes())["result"] if path.exists() else None
+        if not path.exists():
+            return None
+        content = json.loads(path.read_bytes())
+        return Measured(content["result"], content["made_with"])
 
-    def write(self, unit: Unit, state: Any, result: Any, seconds: float) -> None:
+    def write(self, unit: Unit, state: Any, measured: Measured, seconds: float) -> None:
         """Keep what was measured."""
         path = self._path(unit, state)
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"suite": unit.suite, "task": unit.task, "settings": unit.settings, "models": state}
-        content = {**about, "seconds": round(seconds, 3), "result": result}
+        content = {**about, "made_with": measured.made_with, "seconds": round(seconds, 3), "result": measured.result}
         write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def _path(self, unit: Unit, state: Any) -> Path:
@@ -70,18 +85,21 @@ class UnitResults:
 def units_of(config: EvaluateConfig, device: torch.device) -> Iterator[Unit]:
     """All units, model by model, the teacher first; of a student what needs the teacher, too, comes before the rest."""
     teacher = [] if config.teacher is None else [TEACHER]
+    libraries = _libraries()
     for model in [*teacher, *config.students]:
         yield Unit(model, "model", "", {})
         if config.divergence is not None and model != TEACHER:
             text = _files(config.divergence.dataset)
             settings = {**config.divergence.model_dump(mode="json"), "files": text, "limit": config.limit}
-            yield Unit(model, "divergence", "", settings)
+            yield Unit(model, "divergence", "", {**settings, **libraries})
         yield from _benchmarks(model, config)
         yield from _needles(model, config)
         if config.speed is not None:
+            threads = torch.get_num_threads() if device.type == "cpu" else None
             settings = config.speed.model_dump(mode="json", exclude={"contexts"})
+            settings = {**settings, **libraries, "device": _name(device), "threads": threads}
             for context in config.speed.contexts:
-                yield Unit(model, "speed", str(context), {**settings, "device": _name(device)})
+                yield Unit(model, "speed", str(context), settings)
 
 
 def shortened(config: EvaluateConfig) -> EvaluateConfig:
@@ -103,22 +121,27 @@ def _benchmarks(model: str, config: EvaluateConfig) -> Iterator[Unit]:
         return
     settings = config.benchmarks.model_dump(mode="json", exclude={"tasks", "include_path"})
     tasks = [[str(file), *_state(file)] for folder in config.benchmarks.include_path for file in _task_files(folder)]
+    decided_by = {**_libraries(), "limit": config.limit, "lm_eval": _version("lm_eval")}
     for task in config.benchmarks.tasks:
-        decided_by = {"files": tasks, "limit": config.limit, "lm_eval": _version("lm_eval")}
-        yield Unit(model, "benchmarks", task, {**settings, **decided_by})
+        own = [[str(file), *_state(file)] for file in _files_beside(task)]
+        yield Unit(model, "benchmarks", task, {**settings, **decided_by, "files": [*tasks, *own]})
 
 
 def _needles(model: str, config: EvaluateConfig) -> Iterator[Unit]:
     """One unit per task and length: what is long fails first, and takes nothing else with it."""
     if config.needles is None:
         return
-    settings = config.needles.model_dump(mode="json", exclude={"tasks", "lengths", "haystack"})
+    settings = {
+        **config.needles.model_dump(mode="json", exclude={"tasks", "lengths", "haystack"}),
+        **_libraries(),
+        "limit": config.limit,
+    }
     for task in config.needles.tasks:
         haystack = {}
         if task in ESSAY_TASKS and (source := config.needles.haystack) is not None:
             haystack = {"haystack": source.model_dump(mode="json"), "files": _files(source)}
         for length in config.needles.lengths:
-            yield Unit(model, "needles", f"{task}@{length}", {**settings, **haystack, "limit": config.limit})
+            yield Unit(model, "needles", f"{task}@{length}", {**settings, **haystack})
 
 
 def _files(source: DatasetSource) -> list[list[Any]]:
@@ -128,6 +151,15 @@ def _files(source: DatasetSource) -> list[list[Any]]:
 
 def _task_files(folder: str) -> list[Path]:
     return sorted(path for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+def _files_beside(task: str) -> list[Path]:
+    """Of a task that is a file: itself and what it may read, the other files of its folder. Of a name: none."""
+    return sorted(file for file in Path(task).parent.iterdir() if file.is_file()) if Path(task).is_file() else []
+
+
+def _libraries() -> dict[str, Any]:
+    return {"libraries": {name: _version(name) for name in LIBRARIES}}
 
 
 def _state(file: Path) -> tuple[int, int]:

@@ -38,6 +38,7 @@ def provenance_section(results: Results) -> Section:
         parts += [
             Heading(name.capitalize()),
             Paragraph(_what_it_gives(evaluation.content)),
+            *_elsewhere(evaluation.content),
             *_command(evaluation.content, "evaluate.yaml", "evaluate "),
         ]
     for run, name in zip(results.runs, run_names(results.runs), strict=True):
@@ -55,7 +56,23 @@ def configuration_yaml(config: Json) -> str:
 def _what_it_gives(content: Json) -> str:
     suites = [suite for suite in SUITES if content.get(suite)]
     told = ", ".join(section(content, "models"))
-    return f"Gives {', '.join(suites) or 'nothing'} of {told or 'no model'}."
+    missing = len(rows(content, "missing"))
+    interrupted = f" It was interrupted: {missing} results are missing, which the same command adds." if missing else ""
+    return f"Gives {', '.join(suites) or 'nothing'} of {told or 'no model'}.{interrupted}"
+
+
+def _elsewhere(content: Json) -> list[Part]:
+    """The results that an evaluation had already, where they were made with something else than the rest."""
+    facts = _facts(content)
+    body = [
+        cells(
+            *(str(row.get(key, numbers.NOTHING)) for key in ("model", "suite", "task")),
+            ", ".join(f"{label} {value}" for label, value in _facts(row) if (label, value) not in facts),
+        )
+        for row in rows(content, "measured_elsewhere")
+    ]
+    note = Paragraph("These were measured before, with something else than the table at the end says:")
+    return [note, Table(["model", "suite", "task", "with"], body, words=True)] if body else []
 
 
 def _what_a_run_gives(run: Run) -> str:

@@ -1,6 +1,7 @@
 """An evaluation measures each model once, goes on where it was stopped, and survives what cannot be measured."""
 
 import gc
+import importlib
 import io
 import json
 import os
@@ -20,13 +21,17 @@ from safetensors.torch import load_file, save_file
 
 from distillkit.cli import main
 from distillkit.config import DatasetSource
-from distillkit.config.suites import EvaluateConfig
+from distillkit.config.suites import EvaluateConfig, ModelConfig
 from distillkit.data import build_dataset
 from distillkit.evaluation import evaluate, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
-from distillkit.evaluation.models import Subject
+from distillkit.evaluation.models import Subject, trained_length
+from distillkit.evaluation.suites import measure
 from distillkit.pretrained import load_model
+from distillkit.reporting import write_report
 from tests.training.tiny import BYTES, llama, row, save_llama, save_text, tokenizer
+
+EVALUATE = importlib.import_module("distillkit.evaluation.evaluate")  # the module; the function is named like it
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +133,89 @@ def test_a_second_time_nothing_is_measured_nor_loaded(places, whole, monkeypatch
     assert unit_files(out) == before
     assert "11 results are there already" in said
     assert {**again, "started": 0, "finished": 0} == {**results, "started": 0, "finished": 0}
+
+
+def test_results_that_were_made_elsewhere_are_named(places, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(described(places, out, "near"))
+    monkeypatch.setattr(EVALUATE, "commit", lambda: "0123abc")
+    results, said = run(described(places, out, "near", "far"))
+    assert results["commit"] == "0123abc"
+    elsewhere = results["measured_elsewhere"]
+    assert [(each["model"], each["suite"], each["task"]) for each in elsewhere] == [
+        ("teacher", "speed", "4"),
+        ("teacher", "speed", "8"),
+        ("near", "divergence", ""),
+        ("near", "speed", "4"),
+        ("near", "speed", "8"),
+    ]
+    assert all(each["commit"] != "0123abc" and each["versions"] == results["versions"] for each in elsewhere)
+    assert "5 results are of another commit, version or machine" in said
+    write_report([out], tmp_path / "report")
+    assert "| near | divergence |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_another_library_or_number_of_threads_is_measured_anew(places, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(described(places, out, "near"))
+    before = unit_files(out)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        run(described(places, out, "near"))
+    finally:
+        torch.set_num_threads(threads)
+    after = unit_files(out)
+    assert sorted(path.name.split("-")[0] for path in after.keys() - before.keys()) == ["speed"] * 4
+    monkeypatch.setattr("distillkit.evaluation.units.version", lambda package: "another")
+    run(described(places, out, "near"))
+    again = [path.name.split("-")[0] for path in unit_files(out).keys() - after.keys()]
+    assert sorted(again) == ["divergence"] + ["speed"] * 4
+
+
+def test_an_interrupted_evaluation_says_what_is_missing(places, tmp_path, monkeypatch):
+    def interrupted(unit, *others):
+        if unit.suite == "speed" and unit.task == "8":
+            raise KeyboardInterrupt
+        return measure(unit, *others)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(EVALUATE, "measure", interrupted)
+    with pytest.raises(SystemExit):
+        run(described(places, out, "near"))
+    results = json.loads((out / "results.json").read_text())
+    assert results["finished"] is None and results["failures"] == []
+    missing = [(each["model"], each["suite"], each["task"]) for each in results["missing"]]
+    assert missing == [
+        ("teacher", "speed", "8"),
+        ("near", "divergence", ""),
+        ("near", "speed", "4"),
+        ("near", "speed", "8"),
+    ]
+    write_report([out], tmp_path / "report")
+    assert "4 results are missing" in (tmp_path / "report" / "report.md").read_text()
+    monkeypatch.setattr(EVALUATE, "measure", measure)
+    results, _ = run(described(places, out, "near"))
+    assert results["finished"] is not None and results["missing"] == []
+
+
+def test_weights_that_change_before_they_are_loaded_are_not_measured(places, tmp_path, monkeypatch):
+    """Their results would be kept as those of the weights that were there when the evaluation began."""
+    shutil.copytree(places / "near", tmp_path / "student")
+    load = Subject.load
+
+    def later(subject, device):
+        if subject.name == "student":
+            shutil.copy(places / "far" / "model.safetensors", tmp_path / "student")
+        return load(subject, device)
+
+    monkeypatch.setattr(Subject, "load", later)
+    students = {"student": {"path": str(tmp_path / "student")}}
+    results, _ = run(described(places, tmp_path / "out", students=students))
+    assert {each["error"].split(";")[0] for each in results["failures"]} == {
+        "students.student.path: its files have changed since the evaluation began"
+    }
+    assert results["divergence"] == {}
 
 
 def test_what_is_new_is_added(places, tmp_path):
@@ -324,3 +412,9 @@ def test_the_trained_length_is_that_of_the_run(tmp_path, named, given, expected)
     speed = {"contexts": [2], "decode_tokens": 1, "repeats": 1}
     config = EvaluateConfig.parse({"output_path": str(tmp_path / "out"), "students": {"s": student}, "speed": speed})
     assert run(config)[0]["models"]["s"]["trained_length"] == expected
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"config": {"phases": [1]}}', '{"config": null}'])
+def test_a_run_json_of_someone_else_does_not_take_the_results_with_it(tmp_path, record):
+    (tmp_path / "run.json").write_text(record)
+    assert trained_length(ModelConfig(path=str(tmp_path)), 2048) == 2048
