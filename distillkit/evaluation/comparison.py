@@ -116,18 +116,21 @@ def _of_chunk(chunk: Chunk) -> dict[str, Float[Tensor, " tokens"]]:
     said = (chunk.logits, chunk.teacher, chunk.targets)
     logits = {"teacher": at_least_float32(chunk.teacher.logits), "student": chunk.logits}
     likeliest = {role: each.argmax(-1) for role, each in logits.items()}
-    chosen = chunk.logits.gather(-1, likeliest["teacher"].unsqueeze(-1))
+    normalizers = {role: each.logsumexp(-1) for role, each in logits.items()}
+    known = normalizers["teacher"].isfinite() & normalizers["student"].isfinite()
+    agree = likeliest["teacher"] == likeliest["student"]
+    top = chunk.logits.topk(min(TOP, chunk.logits.shape[-1])).indices
+    among_top = (top == likeliest["teacher"].unsqueeze(-1)).any(-1) | agree  # topk and argmax may break ties otherwise
     numbers = {
         "kl": kl(*said)[0],
         "reverse_kl": reverse_kl(*said)[0],
         "jsd": jsd(*said)[0],
-        "agreement": likeliest["teacher"] == likeliest["student"],
-        "agreement_top5": (chunk.logits > chosen).sum(-1) < TOP,
+        "agreement": agree.double().where(known, torch.nan),
+        "agreement_top5": among_top.double().where(known, torch.nan),
     }
     for role in ROLES:
-        normalizer = logits[role].logsumexp(-1)
-        numbers[f"{role}_nll"] = normalizer - logits[role].gather(-1, chunk.targets.unsqueeze(-1)).squeeze(-1)
-        numbers[f"{role}_confidence"] = (logits[role].amax(-1) - normalizer).exp()
+        numbers[f"{role}_nll"] = normalizers[role] - logits[role].gather(-1, chunk.targets.unsqueeze(-1)).squeeze(-1)
+        numbers[f"{role}_confidence"] = (logits[role].amax(-1) - normalizers[role]).exp()
         numbers[f"{role}_correct"] = likeliest[role] == chunk.targets
     return numbers
 

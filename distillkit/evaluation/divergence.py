@@ -106,7 +106,9 @@ def _chunk_totals(
         totals["teacher_nll"] = F.cross_entropy(at_least_float32(teacher.logits), targets, reduction="sum")
     else:
         likeliest = teacher.top_k(1).ids.squeeze(-1)
-    return {**totals, "kl": per_token.sum(), "agreement": (likeliest == logits.argmax(-1)).sum()}
+    agree = (likeliest == logits.argmax(-1)).to(per_token.dtype)
+    # Of logits that are no numbers, argmax names one and the same column.
+    return {**totals, "kl": per_token.sum(), "agreement": agree.masked_fill(per_token.isnan(), torch.nan).sum()}
 
 
 def divergence_table(columns: dict[str, Divergence]) -> Table:

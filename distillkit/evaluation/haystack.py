@@ -4,8 +4,8 @@ A needle is a sentence that gives a key its value; the prompt ends by asking for
 and with the beginning of the answer, so that a base model goes on with them. Sentences and questions are worded as
 RULER words them, for the wording is the benchmark. What differs:
 
-- The nominal length is the length of the whole prompt, which is never longer and at most 2 % shorter. RULER takes the
-  128 tokens of the answer off it.
+- The nominal length is the length of the whole prompt, which is never longer and, from 256 tokens on, at most 2 %
+  shorter. RULER takes the 128 tokens of the answer off it.
 - The needle that is asked for lies at a given depth, the share of the context's characters before it; all others lie
   anywhere. RULER draws the places of all.
 - The essays may be any text. It starts at a random sentence, and starts again where it ends.

@@ -218,6 +218,29 @@ def test_a_perplexity_beyond_all_numbers_is_not_known():
     json.dumps(measured, allow_nan=False)
 
 
+def test_models_without_finite_logits_agree_on_nothing():
+    teacher, student = llama(0), llama(1)
+    for model in (teacher, student):
+        with torch.no_grad():
+            model.lm_head.weight.fill_(math.nan)
+    measured = compare(teacher, student, batches(), num_tokens=10**6, sequence_length=64)
+    assert {measured[name] for name in MEANS} == {None}
+    measured = compare(llama(0), student, batches(), num_tokens=10**6, sequence_length=64)
+    assert measured["agreement"] is None and measured["agreement_top5"] is None
+    json.dumps(measured, allow_nan=False)
+
+
+def test_a_student_that_finds_all_tokens_alike_has_five_in_its_top_five():
+    """Not all 97, of which each would be among the likeliest."""
+    teacher, student = llama(0), llama(1)
+    with torch.no_grad():
+        student.lm_head.weight.zero_()
+    measured = compare(teacher, student, batches(), num_tokens=10**6, sequence_length=64)
+    assert measured["agreement"] <= measured["agreement_top5"] < 0.5
+    itself = compare(student, student, batches(), num_tokens=10**6, sequence_length=64)
+    assert (itself["agreement"], itself["agreement_top5"]) == (1, 1)
+
+
 def test_an_empty_text_is_refused(models):
     with pytest.raises(UserError, match="no token"):
         compare(*models, [batch(row([1]))], num_tokens=100, sequence_length=8)
