@@ -21,6 +21,7 @@ class EvaluateOptions:
     """What can be said on the command line without a YAML file; an option goes before the file's key."""
 
     teacher: str | None = None
+    """Instead of the file's section, of whose keys none is kept; so are `students`."""
     gguf_file: str | None = None
     students: Sequence[str] = ()
     """Paths, or name=path."""
@@ -90,6 +91,8 @@ def _choose_suites(data: dict[str, Any], options: EvaluateOptions, *, with_file:
     for suite, key in (("divergence", "dataset"), ("needles", "haystack")):
         if options.data is not None and isinstance(data.get(suite), dict):
             data[suite] = {**data[suite], key: {"disk_path": options.data}}
+    if options.data is not None and not any(isinstance(data.get(suite), dict) for suite in ("divergence", "needles")):
+        raise UserError("--data: nothing reads it: neither divergence nor needles runs; add --suite divergence")
 
 
 def _set_models(data: dict[str, Any], options: EvaluateOptions) -> None:

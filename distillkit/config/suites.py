@@ -1,9 +1,10 @@
 """The sections of `distillkit evaluate`: which models are measured, and by which suites, each where it is given."""
 
+import json
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem
@@ -56,6 +57,17 @@ class ModelConfig(Section):
         description="tokens it was trained on at a time, marked in the report; by default those of the run that made "
         "it, else the model's max_position_embeddings",
     )
+
+    @field_validator("kwargs")
+    @classmethod
+    def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Results are kept under them, as JSON."""
+        for name, value in kwargs.items():
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise KeyProblem(str(name), f"{value} is a {type(value).__name__} here; write text in quotes") from None
+        return kwargs
 
 
 class DivergenceConfig(Section):

@@ -1,6 +1,7 @@
 """The YAML and the options of `distillkit evaluate`: what they come to, and the line that tells of a mistake."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ def line_of(data: dict[str, Any]) -> str:
             {"students": {"teacher": {"path": "x"}}},
             "students.teacher: is the teacher's name in results; choose another",
         ),
+        (
+            {"students": {"a": {"path": "x", "kwargs": {"revision": date(2025, 1, 31)}}}},
+            "students.a.kwargs.revision: 2025-01-31 is a date here; write text in quotes",
+        ),
         ({"students": {"a": {"pth": "x"}}}, "students.a.pth: unknown key; did you mean 'path'?"),
         ({"speed": None}, "divergence: is missing: give at least one of divergence, benchmarks, needles, speed"),
         ({"sped": {}}, "sped: unknown key; did you mean 'speed'?"),
@@ -60,6 +65,12 @@ def test_a_mistake_is_one_line(changes: dict[str, Any], line: str) -> None:
 def test_students_are_needed_to_be_compared() -> None:
     data = {"output_path": "out", "teacher": {"path": "x"}, "divergence": {"dataset": {"disk_path": "x"}}}
     assert line_of(data) == "students: is missing: divergence compares students with a teacher"
+
+
+def test_a_text_that_nothing_reads_is_a_mistake() -> None:
+    options = EvaluateOptions(students=["s"], suites=["speed"], data="text.parquet", out="o")
+    with pytest.raises(UserError, match="--data: nothing reads it: neither divergence nor needles runs"):
+        load_evaluate_config(None, [], options)
 
 
 def test_tasks_that_make_their_haystack_need_none() -> None:
