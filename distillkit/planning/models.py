@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -58,16 +57,6 @@ def student_model(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
     rows: int = config.vocab_size
     config.vocab_size = rows + -rows % multiple
     return _on_meta(config, torch.float32, run.trust_remote_code)
-
-
-def frozen_by(model: nn.Module, patterns: list[str], modules: list[str]) -> None:
-    """Freeze what matches, whatever does not: the plan of a run with a wrong pattern is still worth having."""
-    names = dict(model.named_parameters(remove_duplicate=False))
-    matched = {name for name in names for pattern in patterns if re.search(pattern, name)}
-    matched |= {name for name in names for module in modules if name.startswith(f"{module}.")}
-    frozen = {id(names[name]) for name in matched}
-    for parameter in names.values():
-        parameter.requires_grad_(id(parameter) not in frozen)
 
 
 def parameter_groups(model: PreTrainedModel, trained: list[nn.Parameter]) -> dict[str, tuple[int, int]]:

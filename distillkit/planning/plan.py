@@ -13,7 +13,6 @@ from distillkit.planning.advice import about_phase, about_run, remedies
 from distillkit.planning.disk import disk_use
 from distillkit.planning.gpus import GPU, find_gpu, seconds
 from distillkit.planning.models import (
-    frozen_by,
     parameter_groups,
     read_config,
     student_config,
@@ -25,6 +24,7 @@ from distillkit.planning.settings import Settings
 from distillkit.planning.step import CapturedWord, StepCost, reached_by, rehearse
 from distillkit.planning.tokens import schedule
 from distillkit.shards import read_manifest
+from distillkit.training.freezing import freeze_matching
 from distillkit.training.precision import cast_for_training
 
 
@@ -98,7 +98,7 @@ class _PhaseMaker:
         teacher_config = _teacher_config(config)
         teacher = self._teacher(teacher_config)
         student = student_model(config, self.student_config)
-        frozen_by(student, config.frozen_res, config.frozen_modules)
+        freeze_matching(student, config.frozen_res, config.frozen_modules)
         reached = reached_by(student, config)
         groups = parameter_groups(student, reached)
         trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32

@@ -31,12 +31,9 @@ def freeze(model: nn.Module, frozen_res: Sequence[str] = (), frozen_modules: Seq
         UserError: a pattern or a module name matches nothing, a pattern is no regular expression, or nothing is
             left to train.
     """
+    check_frozen(model, frozen_res, frozen_modules)
+    matched = freeze_matching(model, frozen_res, frozen_modules)
     names: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
-    matched = _matched_by_expression(names, frozen_res) | _matched_by_module(model, names, frozen_modules)
-    frozen_ids = {id(names[name]) for name in matched}
-    for parameter in names.values():
-        parameter.requires_grad_(id(parameter) not in frozen_ids)
-
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     if trainable == 0:
@@ -50,11 +47,30 @@ def freeze(model: nn.Module, frozen_res: Sequence[str] = (), frozen_modules: Seq
     return Freezing(trainable=trainable, frozen=total - trainable, shared_with_frozen=shared)
 
 
+def freeze_matching(model: nn.Module, frozen_res: Sequence[str], frozen_modules: Sequence[str]) -> set[str]:
+    """Freeze what matches, whatever does not; the names that matched. A plan goes on where `freeze` would not."""
+    names: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    matched = _matching(names, frozen_res, frozen_modules)
+    frozen_ids = {id(names[name]) for name in matched}
+    for parameter in names.values():
+        parameter.requires_grad_(id(parameter) not in frozen_ids)
+    return matched
+
+
 def check_frozen(model: nn.Module, frozen_res: Sequence[str], frozen_modules: Sequence[str]) -> None:
     """Raises `UserError` as `freeze` would for patterns and names that match nothing; nothing is frozen."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    _matched_by_expression(names, frozen_res)
-    _matched_by_module(model, names, frozen_modules)
+    for index, expression in enumerate(frozen_res):
+        try:
+            found = _matching(names, [expression], [])
+        except re.error as error:
+            raise UserError(f"frozen_res[{index}]: {expression!r} is not a regular expression: {error}") from error
+        if not found:
+            raise UserError(f"frozen_res[{index}]: {expression!r} matches no parameter; there are {examples(names)}")
+    known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    for index, module in enumerate(frozen_modules):
+        if module not in known:
+            raise UserError(f"frozen_modules[{index}]: there is no module {module!r}; there are {examples(known)}")
 
 
 def freeze_all_but(model: nn.Module, reached: Iterable[nn.Parameter]) -> list[str]:
@@ -66,28 +82,10 @@ def freeze_all_but(model: nn.Module, reached: Iterable[nn.Parameter]) -> list[st
     return idle
 
 
-def _matched_by_expression(names: Iterable[str], expressions: Sequence[str]) -> set[str]:
-    matched: set[str] = set()
-    for index, expression in enumerate(expressions):
-        try:
-            pattern = re.compile(expression)
-        except re.error as error:
-            raise UserError(f"frozen_res[{index}]: {expression!r} is not a regular expression: {error}") from error
-        found = {name for name in names if pattern.search(name)}
-        if not found:
-            raise UserError(f"frozen_res[{index}]: {expression!r} matches no parameter; there are {examples(names)}")
-        matched |= found
-    return matched
-
-
-def _matched_by_module(model: nn.Module, names: Iterable[str], modules: Sequence[str]) -> set[str]:
-    known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    matched: set[str] = set()
-    for index, module in enumerate(modules):
-        if module not in known:
-            raise UserError(f"frozen_modules[{index}]: there is no module {module!r}; there are {examples(known)}")
-        matched |= {name for name in names if name.startswith(f"{module}.")}
-    return matched
+def _matching(names: Iterable[str], expressions: Sequence[str], modules: Sequence[str]) -> set[str]:
+    patterns = [re.compile(expression) for expression in expressions]
+    prefixes = tuple(f"{module}." for module in modules)
+    return {name for name in names if name.startswith(prefixes) or any(pattern.search(name) for pattern in patterns)}
 
 
 def examples(names: Iterable[str]) -> str:

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from distillkit.conversion.convert import student_on_meta
 from distillkit.losses import ModelShape, Objective
-from distillkit.planning.models import frozen_by, student_config, student_model, teacher_on_meta
+from distillkit.planning.models import student_config, student_model, teacher_on_meta
 from distillkit.planning.settings import Settings
 from distillkit.planning.step import chunk_tokens, rehearse
 from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.online import OnlineTeacher
 from distillkit.training.distiller import Distiller
+from distillkit.training.freezing import freeze_matching
 from distillkit.training.models import _checkpoint_layers
 from distillkit.training.precision import cast_for_training
 from tests.planning.small import ATTENTION, DISTRIBUTION, FROZEN, HIDDEN, run, teacher_config
@@ -59,7 +60,7 @@ def models(config, family):
     student = student_on_meta(base, config.student).to_empty(device="cpu").float()
     for tensor in [*student.parameters(), *student.buffers()]:
         torch.nn.init.normal_(tensor.data, std=0.02)
-    frozen_by(student, config.frozen_res, [])
+    freeze_matching(student, config.frozen_res, [])
     cast_for_training(student, Settings.of(config).compute_dtype)
     return teacher, student
 
@@ -104,7 +105,7 @@ def real_step(config, family):
 def rehearsed(config, family, **options):
     base = teacher_config(family)
     student = student_model(config, student_config(config, base))
-    frozen_by(student, config.frozen_res, [])
+    freeze_matching(student, config.frozen_res, [])
     settings = Settings.of(config)
     cast_for_training(student, settings.compute_dtype)
     teacher = teacher_on_meta(base, config.teacher, False)
