@@ -44,7 +44,6 @@ def about_run(
         errors.append(str(error))
     lines = [
         *_about_places(config, plan),
-        *_about_held_out_text(config),
         *_about_teacher(config, plan, teacher, student),
         *_about_order(phases),
         *_about_lengths(phases, teacher, student),
@@ -58,10 +57,10 @@ def _about_places(config: RunConfig, plan: RunPlan) -> Iterator[str]:
         yield f"output_path: {config.output_path!r} exists and is not empty; use --resume to go on, or another folder"
     parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
-    if plan.disk > free:
+    if plan.disk_peak > free:
         yield (
-            f"output_path: needs {plan.disk / GIB:.0f} GiB, and {free / GIB:.0f} GiB are free there; name another, "
-            "or lower training_args.save_total_limit"
+            f"output_path: needs {plan.disk_peak / GIB:.0f} GiB, and {free / GIB:.0f} GiB are free there; name "
+            "another, or lower training_args.save_total_limit"
         )
     settings = Settings.of(config)
     if settings.push_to_hub and settings.hub_model_id is None:
@@ -127,12 +126,10 @@ def _about_lengths(
     nope = sum(kind == "full_attention" for kind in kinds) if not getattr(student, "use_rope", True) else 0
     longest = max(phase.sequence_length for phase in phases)
     reach = 0 if teacher is None else teacher.max_position_embeddings
-    if nope and longest < 2 * reach:
-        key = "phases" if len(phases) > 1 else "sequence_length"
+    if nope and longest < reach:
         yield (
-            f"{key}: the {nope} NoPE layers see at most {longest:,} tokens and are known to fail beyond half of what "
-            f"they were trained on, here {longest // 2:,}; train on twice the length that you will evaluate (the "
-            f"teacher's is {reach:,}), or set student.layout: kda_only"
+            f"sequence_length: is at most {longest:,}; with NoPE layers retrieval fails past the length trained on, "
+            f"and the published advice is to train on twice the length that will be used (the teacher's is {reach:,})"
         )
 
 
@@ -141,18 +138,26 @@ def about_phase(
     settings: Settings,
     timing: Schedule,
     student: PreTrainedModel,
+    reached: list[nn.Parameter],
     teacher: PreTrainedConfig | None,
     gpu: GPU,
     gpus: int,
 ) -> tuple[list[str], list[str]]:
-    """(errors, warnings) about a phase, or about a run without phases; the student frozen as it trains."""
+    """(errors, warnings) about a phase, or about a run without phases; the student frozen as it trains.
+
+    reached: parameters that a loss gives a gradient.
+    """
     lines = [
+        *_about_held_out_text(config),
         *_about_batches(settings, timing, gpus),
         *_about_budget(config, settings, timing),
         *_about_precision(config, settings, gpu),
         *_about_rows(config, settings, student, teacher, gpu),
     ]
-    return _pattern_errors(student, config), lines
+    errors = _pattern_errors(student, config)
+    if not errors and not reached:
+        errors.append("loss_functions: none of them reaches a parameter that is not frozen; freeze less, or add a loss")
+    return errors, lines
 
 
 def _pattern_errors(student: nn.Module, config: RunConfig) -> list[str]:
@@ -189,6 +194,13 @@ def _about_batches(settings: Settings, timing: Schedule, gpus: int) -> Iterator[
         yield (
             f"{key}: is per GPU, so a step is {timing.tokens_per_step:,} tokens, {gpus} times that of one GPU; "
             f"use {count // gpus} to keep that one"
+        )
+    else:
+        rows = settings.batch_size
+        keep = f"use {rows // gpus} to keep that one" if rows % gpus == 0 else "choose the learning rate for it"
+        yield (
+            f"training_args.per_device_train_batch_size: is per GPU, so a step is {timing.tokens_per_step:,} tokens, "
+            f"{gpus} times that of one GPU; {keep}"
         )
 
 
@@ -265,14 +277,20 @@ def remedies(
         half = settings.batch_size // 2
         text = f"training_args.per_device_train_batch_size: {half} and twice the gradient_accumulation_steps"
         options.append((activations * (1 - half / settings.batch_size), text))
-    if config.trained_weights == "float32" and settings.compute_dtype == torch.bfloat16:
-        options.append((8.0 * plan.trained, "trained_weights: bfloat16"))
-    if "bit" not in settings.optim and config.trained_weights == "float32":
-        options.append((6.0 * plan.trained, "training_args.optim: adamw_torch_8bit"))
+    gradients, states = memory.get("gradients", 0), memory.get("optimizer states", 0)
+    quantised = "8bit" in settings.optim or "4bit" in settings.optim
+    # Bytes that a trained weight takes beyond those of a frozen one, its gradient and states apart.
+    masters = 2.0 if config.trained_weights == "float32" and settings.compute_dtype == torch.bfloat16 else 0.0
+    if masters:
+        halved = gradients + (0 if quantised else states)
+        options.append((masters * plan.trained + halved / 2, "trained_weights: bfloat16"))
+    if not quantised and states > 2.03 * plan.trained:
+        options.append((states - 2.03 * plan.trained, "training_args.optim: adamw_torch_8bit"))
     if memory.get("teacher weights"):
         options.append((memory["teacher weights"], "a captured teacher (distillkit capture, teacher.kind: dataset)"))
-    if plan.groups.get("MLP", (0, 0))[1]:
-        options.append((14.0 * plan.groups["MLP"][1], r"frozen_res: ['\.mlp\.']"))
+    if of_mlp := plan.groups.get("MLP", (0, 0))[1]:
+        each = masters + (gradients + states) / plan.trained
+        options.append((each * of_mlp, r"frozen_res: ['\.mlp\.']"))
     if len(config.loss_functions) > 1 and config.layer_mapping == "all" and plan.cost.hidden_states > GIB:
         options.append((plan.cost.hidden_states, "layer_mapping: fewer pairs than all"))
     missing = (plan.memory - gpu.memory) / GIB

@@ -37,7 +37,7 @@ class CapturePlan:
     disk: int | None
     memory: float
     gflops_per_token: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     seconds: float | None
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -59,8 +59,9 @@ def plan_capture(config: CaptureConfig, *, gpu: str = "H100") -> CapturePlan:
     rows = head(teacher)[0].shape[0]
     codec = build_codec(config.compression.kind, config.compression.config)
     available = amount(config.dataset)
-    memory, flops = _pass(config, teacher, device)
-    speed = config.tokens_per_batch / seconds(flops, device, teacher_config.hidden_size)
+    memory, flops, attention = _pass(config, teacher, device)
+    per_batch = seconds(flops, attention, device, teacher_config.hidden_size, teacher.dtype)
+    speed = None if per_batch is None else config.tokens_per_batch / per_batch
     width = codec.bytes_per_token + _TOKEN
     disk = None if available is None else available.tokens * width + 4 * rows
     return CapturePlan(
@@ -73,14 +74,17 @@ def plan_capture(config: CaptureConfig, *, gpu: str = "H100") -> CapturePlan:
         memory=memory + CONTEXT,
         gflops_per_token=flops / config.tokens_per_batch / 1e9,
         tokens_per_second=speed,
-        seconds=None if available is None else available.tokens / speed,
+        seconds=None if available is None or speed is None else available.tokens / speed,
         errors=list(_errors(config, codec.vocabulary_size, codec.bytes_per_token, rows)),
         warnings=list(_warnings(config, teacher, teacher_config.max_position_embeddings)),
     )
 
 
-def _pass(config: CaptureConfig, teacher: PreTrainedModel, gpu: GPU) -> tuple[int, float]:
-    """Bytes at the worst moment of a batch, and its operations: hidden states, then a row's logits in float32."""
+def _pass(config: CaptureConfig, teacher: PreTrainedModel, gpu: GPU) -> tuple[int, float, float]:
+    """Bytes at the worst moment of a batch, its operations, and those of attention.
+
+    The worst moment: hidden states of all rows, then a row's logits in float32.
+    """
     ledger = Ledger()
     rows = max(config.tokens_per_batch // config.sequence_length, 1)
     with ledger, torch.no_grad():
@@ -97,7 +101,8 @@ def _pass(config: CaptureConfig, teacher: PreTrainedModel, gpu: GPU) -> tuple[in
     done = rows * config.sequence_length
     outside_of_head = sum(ledger.flops.values()) - 2 * config.sequence_length * weight.numel()
     flops = (outside_of_head / done + 2 * weight.numel()) * config.tokens_per_batch
-    return int(peak + 2 * 4 * config.sequence_length * weight.shape[0]), flops
+    attention = ledger.attention_flops / done * config.tokens_per_batch
+    return int(peak + 2 * 4 * config.sequence_length * weight.shape[0]), flops, attention
 
 
 def _errors(config: CaptureConfig, vocabulary: int, width: int, rows: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ from distillkit.planning.settings import Settings
 @dataclass(frozen=True)
 class DiskUse:
     """Bytes. checkpoint: one, with what trains as it is stored and the optimizer's states. checkpoints: all that are
-    kept, and at the most one that is being written. student: what the run saves at its end."""
+    left; while another is written there is one more. student: what the run saves at its end."""
 
     checkpoint: int
     checkpoints: int
@@ -31,5 +31,5 @@ def disk_use(student: nn.Module, settings: Settings, reached: list[nn.Parameter]
     stored = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
     numbers = sum(parameter.numel() for parameter in student.parameters())
     checkpoint = stored + optimizer_memory(settings.optim, reached, cuda=True).states
-    kept = settings.save_total_limit + 1 if settings.saves else 1
+    kept = settings.save_total_limit if settings.saves else 0
     return DiskUse(checkpoint, kept * checkpoint, stored if masters else numbers * settings.compute_dtype.itemsize)

@@ -4,6 +4,8 @@ import math
 import os
 from dataclasses import dataclass
 
+import torch
+
 from distillkit.config import UserError
 
 GIB = 2**30
@@ -45,10 +47,13 @@ _TABLE = {
     "RTX-3090": (23.5, 71.0),
 }
 
-_SHARES = ((576, 0.066), (2560, 0.24))
-"""(hidden size, share of the peak) of two runs on one H100, by this plan's count of operations: 58,000 tokens/s of the
-SmolLM2-135M recipe (benchmarks/results/smollm2_hybrid.json), and 6,700 tokens/s of an eager step of AFM-4.5B's shapes,
-4 rows of 2,048 tokens with gradient checkpointing. Between the two by the logarithm of the size; not beyond."""
+_SHARES = ((576, 0.060), (2560, 0.24))
+"""(hidden size, share of the peak) of all but attention in runs on one H100 (benchmarks/results/memory.json), by this
+plan's count of operations: SmolLM2-135M and AFM-4.5B's shapes, both at 2,048 tokens per row. Between the two by the
+logarithm of the size; not beyond. Nothing was measured on other GPUs."""
+
+_ATTENTION_SHARE = 0.29
+"""The share of flash attention, heads of 64 numbers: what rows of 32,768 tokens took longer than those of 2,048."""
 
 _CPU_TFLOPS = 0.2
 """SmolLM2-135M on two cores: 730 tokens/s forward, in bf16."""
@@ -69,9 +74,16 @@ def find_gpu(name: str) -> GPU:
     raise UserError(f"--gpu: {name!r} is not known; there is {', '.join(_TABLE)} and cpu")
 
 
-def seconds(flops: float, gpu: GPU, hidden_size: int) -> float:
-    """How long so many operations take, as far as that can be told before."""
-    return flops / (gpu.tflops * 1e12 * share_of_peak(gpu, hidden_size))
+def seconds(flops: float, attention: float, gpu: GPU, hidden_size: int, dtype: torch.dtype) -> float | None:
+    """How long so many operations take, as far as that can be told before; not in float32, whose peaks are others.
+
+    attention: those of the operations that are softmax attention.
+    """
+    if gpu.cuda and dtype == torch.float32:
+        return None
+    peak = gpu.tflops * 1e12
+    share = _ATTENTION_SHARE if gpu.cuda else 1.0
+    return (flops - attention) / (peak * share_of_peak(gpu, hidden_size)) + attention / (peak * share)
 
 
 def share_of_peak(gpu: GPU, hidden_size: int) -> float:

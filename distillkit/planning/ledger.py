@@ -28,7 +28,8 @@ class Ledger(TorchDispatchMode):
     """Enter it, and make and use tensors.
 
     live: bytes alive now, by kind. peak: the same at the moment when most were alive, and `peak_moment` what was done
-    then. flops: floating point operations (a multiplication with its addition is two), by moment.
+    then. flops: floating point operations (a multiplication with its addition is two), by moment. attention_flops:
+    those of them that are softmax attention.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
+        self.attention_flops = 0
         self.peak_moment = ""
         self.moment = ""
         self.kind = "activations"
@@ -60,7 +62,10 @@ class Ledger(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        self.flops[self.moment] += _flops(func, args, kwargs, out)
+        flops = _flops(func, args, kwargs, out)
+        self.flops[self.moment] += flops
+        if func._overloadpacket in (_ATTENTION, _ATTENTION_BACKWARD):
+            self.attention_flops += flops
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor):
                 self._see(tensor)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from distillkit.compression import build_codec
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
-from distillkit.config.phases import Phase, phases_of
+from distillkit.config.phases import Phase, PhaseConfig, phases_of
 from distillkit.planning.advice import about_phase, about_run, remedies
 from distillkit.planning.disk import disk_use
 from distillkit.planning.gpus import GPU, find_gpu, seconds
@@ -33,7 +34,15 @@ def plan_run(config: RunConfig, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
 
     Raises `UserError` where a model's configuration cannot be read; what else is wrong is among the plan's errors.
     """
-    device = find_gpu(gpu)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it says of a configuration, the run says
+    try:
+        return _plan(config, find_gpu(gpu), gpus)
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _plan(config: RunConfig, device: GPU, gpus: int) -> RunPlan:
     phases = phases_of(config) or [Phase("", config)]
     first = phases[0].config
     teacher = _teacher_config(first)
@@ -52,20 +61,25 @@ def plan_run(config: RunConfig, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
     errors, warnings = about_run(config, [phase.config for phase in phases], run, teacher, student)
     for maker in makers:
         errors = errors + maker.errors
-    warnings += _said_once([maker.warnings for maker in makers], bool(phases[0].name))
+    warnings += _said_once([maker.warnings for maker in makers], config.phases)
     return replace(run, errors=errors, warnings=warnings)
 
 
-def _said_once(of_phases: list[list[str]], named: bool) -> list[str]:
-    """What is said of several phases is said of the top level."""
-    phases_of_line: dict[str, list[int]] = {}
-    for index, lines in enumerate(of_phases):
+def _said_once(of_phases: list[list[str]], phases: list[PhaseConfig]) -> list[str]:
+    """Each line under the key as the YAML has it: a phase's own, or the top level's, once for all that inherit it."""
+    if not phases:
+        return of_phases[0]
+    inherited: dict[str, list[str]] = {}
+    said = []
+    for index, (lines, phase) in enumerate(zip(of_phases, phases, strict=True)):
         for line in lines:
-            phases_of_line.setdefault(line, []).append(index)
-    return [
-        f"phases[{indices[0]}].{line}" if named and len(indices) == 1 else line
-        for line, indices in phases_of_line.items()
-    ]
+            if phase.names(line.partition(": ")[0]):
+                said.append(f"phases[{index}].{line}")
+            else:
+                inherited.setdefault(line, []).append(phase.name)
+    for line, names in inherited.items():
+        said.append(line if len(names) == len(phases) else f"{line} (phase {', '.join(names)})")
+    return said
 
 
 def _teacher_config(config: RunConfig) -> PreTrainedConfig | None:
@@ -109,8 +123,8 @@ class _PhaseMaker:
         timing = schedule(config, settings, self.gpus)
         last = not several
         disk = disk_use(student, settings, reached, masters=not last)
-        errors, warnings = about_phase(config, settings, timing, student, teacher_config, self.gpu, self.gpus)
-        cost = None if any(error.startswith("training_args") for error in errors) else self._rehearse(teacher, student)
+        errors, warnings = about_phase(config, settings, timing, student, reached, teacher_config, self.gpu, self.gpus)
+        cost = self._rehearse(teacher, student) if reached else None
         made = PhasePlan(
             name=self.phase.name,
             sequence_length=config.sequence_length,
@@ -147,7 +161,11 @@ class _PhaseMaker:
     def _timed(self, made: PhasePlan, hidden_size: int) -> PhasePlan:
         if made.cost is None:
             return made
-        per_batch = seconds(sum(made.cost.flops.values()), self.gpu, hidden_size)
+        flops = sum(made.cost.flops.values())
+        dtype = self.settings.compute_dtype
+        per_batch = seconds(flops, made.cost.attention_flops, self.gpu, hidden_size, dtype)
+        if per_batch is None:
+            return made
         speed = made.micro_batch * self.gpus / per_batch
         tokens = made.schedule.tokens
         return replace(made, seconds=None if tokens is None else tokens / speed, tokens_per_second=speed)

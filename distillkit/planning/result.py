@@ -86,6 +86,11 @@ class RunPlan:
         return self.untrained + sum(phase.disk.total for phase in self.phases)
 
     @property
+    def disk_peak(self) -> int:
+        """The most bytes at a time: a checkpoint is whole before an older one is deleted."""
+        return self.disk + max(phase.disk.checkpoint for phase in self.phases)
+
+    @property
     def seconds(self) -> float | None:
         """Of all phases; None where one is not known."""
         known = [phase.seconds for phase in self.phases if phase.seconds is not None]
@@ -99,7 +104,13 @@ class RunPlan:
             plain["fits"] = None if phase.memory is None else phase.memory <= self.gpu.memory
             plain["schedule"]["passes"] = phase.schedule.passes
             plain["disk"]["total"] = phase.disk.total
-        return data | {"fits": self.fits, "disk": self.disk, "seconds": self.seconds, "estimate": True}
+        return data | {
+            "fits": self.fits,
+            "disk": self.disk,
+            "disk_peak": self.disk_peak,
+            "seconds": self.seconds,
+            "estimate": True,
+        }
 
     def __rich__(self) -> Group:
         return run_tables(self)

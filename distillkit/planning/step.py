@@ -44,7 +44,7 @@ class StepCost:
     memory: bytes at the worst moment, by kind; they lie at that moment together. moment: when that is.
     kept: bytes kept from the student's forward pass for its backward pass. hidden_states: bytes of the teacher's
     hidden states and attention records. flops: floating point operations of a micro-batch, by moment.
-    chunk_tokens: tokens whose logits exist at one time.
+    attention_flops: those of them that are softmax attention. chunk_tokens: tokens whose logits exist at one time.
     """
 
     memory: dict[str, int]
@@ -52,6 +52,7 @@ class StepCost:
     kept: int
     hidden_states: int
     flops: dict[str, float]
+    attention_flops: float
     chunk_tokens: int
 
     @property
@@ -220,6 +221,7 @@ def _step(
         kept=kept,
         hidden_states=hidden_states,
         flops={moment: float(count) for moment, count in ledger.flops.items() if count},
+        attention_flops=float(ledger.attention_flops),
         chunk_tokens=distiller.objective.chunk_tokens or 0,
     )
 

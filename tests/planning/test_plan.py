@@ -1,14 +1,17 @@
 """What a plan says, from configurations and headers alone."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from rich.console import Console
 
 from distillkit.config import UserError
 from distillkit.config.capture import CaptureConfig
 from distillkit.planning import plan_capture, plan_run
+from distillkit.planning.tokens import Amount, amount
 from tests.planning.small import ATTENTION, DISTRIBUTION, FROZEN, HIDDEN, run, teacher_folder, text_file
 
 AFM = str(Path(__file__).parent.parent / "shapes" / "afm-4.5b")
@@ -93,7 +96,7 @@ SAID = {
             "training_args.max_steps: reads the data about",
             "60 steps of warmup are all of 60 steps",
             "training_args.hub_model_id: is missing",
-            "NoPE layers see at most 256 tokens",
+            "sequence_length: is at most 256; with NoPE layers retrieval fails",
         ],
     ),
     "precision": (
@@ -110,6 +113,12 @@ SAID = {
             "the teacher was trained for 1,024",
         ],
     ),
+    "one micro-batch on each GPU": (
+        {"arguments": {"per_device_train_batch_size": 4}},
+        {"gpus": 2},
+        ["per_device_train_batch_size: is per GPU, so a step is 2,048 tokens, 2 times that of one GPU; use 2 to keep"],
+    ),
+    "everything is frozen": ({"frozen_res": ["."]}, {}, ["frozen_res"]),
     "layers": (
         {"layer_mapping": [[9, 9]], "losses": HIDDEN, "arguments": {"bf16": False}},
         {},
@@ -138,6 +147,67 @@ def test_alignment_after_training_and_a_used_folder_are_noticed(teacher, text, t
     lines = warned(run(teacher, text, phases=phases, output_path=str(tmp_path)))
     assert "phases[1].loss_functions: aligns attention after" in lines
     assert "exists and is not empty" in lines
+
+
+def test_remedies_give_back_what_they_say(tmp_path, text):
+    """Of weights in bf16 on several GPUs: 4 bytes each are moments, of which 8 bits leave 2; 4 are gradients."""
+    wide = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 8}
+    teacher = teacher_folder(tmp_path / "wide", "arcee", **wide)
+    arguments = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True}
+    config = run(teacher, text, sequence_length=65536, arguments=arguments, trained_weights="bfloat16", frozen_res=[])
+    plan = plan_run(config, gpu="L4", gpus=8)
+    said = next(line for line in plan.warnings if "do not fit" in line)
+    given = {option: int(size) for option, size in re.findall(r"([a-z_]+: \S+) \(about (\d+) GiB\)", said)}
+    assert given["optim: adamw_torch_8bit"] == pytest.approx(2 * plan.phases[0].trained / 2**30, abs=0.6)
+    assert given[r"frozen_res: ['\.mlp\.']"] == pytest.approx(8 * plan.phases[0].groups["MLP"][1] / 2**30, abs=0.6)
+
+
+def test_tokenised_rows_are_counted_and_samples_are_a_share(teacher, tmp_path):
+    """A column of tokens takes another number of bytes per token than text does."""
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 100, "labels": [[1, 2, 3]] * 100})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.save_to_disk(tmp_path / "rows")
+    rows.to_json(tmp_path / "rows.jsonl")
+
+    def available(place, **keys):
+        data = {"train_dataset": {"disk_path": str(place)}, "prepacked": True, **keys}
+        return amount(run(teacher, dataset=data, evaluation=None).dataset)
+
+    for name in ("rows.parquet", "rows"):
+        assert available(tmp_path / name) == Amount(300, False)
+        assert available(tmp_path / name, num_samples=10) == Amount(30, True)
+    assert available(tmp_path / "rows.jsonl") is None
+    whole = available(text_file(tmp_path))
+    assert available(text_file(tmp_path), num_samples=40).tokens == pytest.approx(whole.tokens / 10, rel=0.05)
+
+
+def test_what_is_left_on_the_disk_and_the_most_that_is_there(teacher, text):
+    """A checkpoint is whole before an older one is deleted."""
+    config = run(teacher, text, arguments={"save_total_limit": 3})
+    plan = plan_run(config)
+    disk = plan.phases[0].disk
+    assert plan.disk == plan.untrained + 3 * disk.checkpoint + disk.student
+    assert plan.disk_peak == plan.disk + disk.checkpoint
+
+
+def test_a_phase_is_warned_of_what_is_its_own(teacher, text):
+    """Held-out text of one phase is seen; a key that stands at the top is named as such."""
+    held_out = {"eval_dataset": {"disk_path": f"{text}.held-out"}}
+    phases = [{"name": "one", "tokens": 10_240}, {"name": "two", "tokens": 1_024_000, "dataset": held_out}]
+    bare, warmup = {"train_dataset": {"disk_path": text}}, {"max_steps": -1, "warmup_steps": 30}
+    plan = plan_run(run(teacher, text, dataset=bare, phases=phases, evaluation=None, arguments=warmup))
+    assert [line for line in plan.warnings if "no held-out" in line and line.endswith("(phase one)")]
+    assert [
+        line for line in plan.warnings if line.startswith("training_args.warmup_steps: 30") and "(phase one)" in line
+    ]
+
+
+def test_time_is_not_told_in_float32(teacher, text):
+    """The table's peaks are those of bf16."""
+    assert plan_run(run(teacher, text)).seconds is not None
+    plan = plan_run(run(teacher, text, arguments={"bf16": False}))
+    assert plan.seconds is None
+    assert "not known" in printed(plan)
 
 
 def test_a_folder_without_weights_is_enough_and_a_hub_that_does_not_answer_is_told(text, monkeypatch):
