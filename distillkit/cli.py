@@ -25,6 +25,11 @@ from distillkit.config.student import KVHeads, Layout
 
 USAGE_ERROR = 2
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Keys to change: training_args.learning_rate=3e-4", metavar="KEY=VALUE"),
+]
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -39,10 +44,7 @@ def root() -> None:
 @app.command()
 def distill(
     config: Annotated[Path, typer.Argument(help="The run, as YAML.", metavar="CONFIG.yaml")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Keys to change: training_args.learning_rate=3e-4", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_path.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what the run would cost, as distillkit plan does.")
@@ -63,10 +65,7 @@ def distill(
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="A run or a capture, as YAML.", metavar="CONFIG.yaml")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Keys to change: training_args.learning_rate=3e-4", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="The GPU that time and memory are estimated for.")] = "H100",
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

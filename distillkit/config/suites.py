@@ -2,7 +2,7 @@
 
 import json
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -101,16 +101,7 @@ class NeedlesConfig(Section):
     """`needles`: what a model finds again in a long text, by length and depth (RULER's NIAH tasks)."""
 
     tasks: list[NeedleTask] = Field(
-        default=[
-            "niah_single_1",
-            "niah_single_2",
-            "niah_single_3",
-            "niah_multikey_1",
-            "niah_multikey_2",
-            "niah_multikey_3",
-            "niah_multivalue",
-            "niah_multiquery",
-        ],
+        default=list(get_args(NeedleTask)),
         min_length=1,
         description="RULER's names of the tasks; all by default",
     )

@@ -38,10 +38,10 @@ def held_out_rows(
 
 
 def held_out_batches(
-    rows: Dataset, batch_size: int = 1, pad_token_id: int = 0, signal_columns: Sequence[str] = ()
+    rows: Dataset, batch_size: int = 1, signal_columns: Sequence[str] = ()
 ) -> Iterator[dict[str, Tensor]]:
     """The rows in their order, in batches."""
     read = TensorRows(rows, signal_columns)
     for start in range(0, len(rows), batch_size):
         chosen = read.__getitems__(list(range(start, min(start + batch_size, len(rows)))))
-        yield collate(chosen, pad_token_id=pad_token_id, signal_columns=signal_columns)
+        yield collate(chosen, pad_token_id=0, signal_columns=signal_columns)

@@ -95,10 +95,10 @@ def ratio(value: float) -> str:
     return f"{TIMES}{value:.3g}" if value < 1000 else f"{TIMES}{value:,.0f}"
 
 
-def one_line(text: str, limit: int = 300) -> str:
+def one_line(text: str) -> str:
     """Text without line breaks, cut where it is long."""
     line = " ".join(text.split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+    return line if len(line) <= 300 else f"{line[:299]}…"
 
 
 def slug(*words: str) -> str:
