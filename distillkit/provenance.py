@@ -1,6 +1,8 @@
 """Where a number came from: versions, commit, machine, command. Every result file carries it."""
 
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+SECRET = re.compile(r"((?:token|api_?key|secret|password)['\"]?\s*[=:]\s*)[^\s,{}]+", re.IGNORECASE)
+"""A word that ends in one of these is a name whose value is nobody else's business; `tokens` is not."""
 PACKAGES = ("distillkit", "torch", "transformers", "accelerate", "datasets", "flash-linear-attention", "lm_eval")
 
 
@@ -24,10 +28,19 @@ def versions(*others: str) -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line of this process, to be typed again."""
+    """The command line of this process, to be typed again; of a token or key only that there was one."""
     name = Path(sys.argv[0]).name
     words = ["python", "-m", "distillkit"] if name == "__main__.py" else [name]
-    return shlex.join([*words, *sys.argv[1:]])
+    if (processes := _processes()) > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        nodes = [f"--nnodes={processes // here}"] if processes > here else []
+        words = ["torchrun", *nodes, f"--nproc-per-node={here}", "-m", "distillkit"]
+    return shlex.join([*words, *(SECRET.sub(r"\1***", word) for word in sys.argv[1:])])
+
+
+def _processes() -> int:
+    """Those that torchrun started together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def commit() -> str | None:
@@ -45,6 +58,7 @@ def commit() -> str | None:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """The system, and the name of the device that computed."""
+    """The system, the name of the device that computed, and how many processes did so together."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"system": f"{platform.system()} {platform.machine()}", "device": name}
+    found = {"system": f"{platform.system()} {platform.machine()}", "device": name}
+    return {**found, "processes": str(_processes())} if _processes() > 1 else found

@@ -14,7 +14,7 @@ from distillkit.reporting.document import Cell, Table, Tone
 from distillkit.reporting.models import Model, the_teacher
 from distillkit.reporting.needles import SURE, common_tasks, lengths, score
 from distillkit.reporting.numbers import NOTHING, Form
-from distillkit.reporting.reading import Json, number
+from distillkit.reporting.reading import Json, number, section
 
 Better = Literal["higher", "lower"] | None
 
@@ -79,7 +79,7 @@ def benchmark_table(models: Sequence[Model]) -> Table | None:
     body = []
     for task in tasks:
         about = next(model.benchmarks[task] for model in models if task in model.benchmarks)
-        for metric in about.get("metrics") or {}:
+        for metric in section(about, "metrics"):
             line = _row(_metric(models, task, metric, f"{task}: {metric}"), models, teacher)
             if line is not None:
                 items = number(about, "samples")
@@ -103,7 +103,7 @@ def _tells_its_role(model: Model) -> bool:
 
 def main_metric(result: Json) -> str | None:
     """The metric that people quote of a task: acc_norm before acc before exact_match, else the first."""
-    metrics = list(result.get("metrics") or {})
+    metrics = list(section(result, "metrics"))
     for wanted in MAIN_METRICS:
         for metric in metrics:
             if metric.split(",")[0] == wanted:
@@ -216,7 +216,7 @@ def _benchmarks(models: Sequence[Model]) -> Iterator[Measure]:
 
 def _metric(models: Sequence[Model], task: str, metric: str, label: str) -> Measure:
     def of(model: Model) -> Measured:
-        found = (model.benchmarks.get(task, {}).get("metrics") or {}).get(metric) or {}
+        found = section(section(section(model.benchmarks, task), "metrics"), metric)
         return Measured(number(found, "value"), number(found, "standard_error"))
 
     better = _direction([model.benchmarks[task] for model in models if task in model.benchmarks], metric)

@@ -4,7 +4,6 @@ A card says what others may know: paths of this machine become names. One that a
 the last line, is left as it is.
 """
 
-import json
 import os
 import re
 import shlex
@@ -13,15 +12,17 @@ from pathlib import Path
 
 import yaml
 
+from distillkit.config.errors import UserError
 from distillkit.reporting import numbers
 from distillkit.reporting.comparison import LEGEND, comparison
 from distillkit.reporting.document import Code, Table, cells
 from distillkit.reporting.markdown import code, table, text
 from distillkit.reporting.models import merge_models
-from distillkit.reporting.reading import Evaluation, Json, Run, number, read_results, rows, section
+from distillkit.reporting.reading import Evaluation, Json, Run, number, read_json, read_results, rows, section
 from distillkit.reporting.training import divergence_table, phase_table
 
 CARD = "README.md"
+MEASURED = "Beside its teacher, as `distillkit evaluate` measured it:"
 OURS = "<!-- Written by distillkit, and again when the run is reported on; remove this line to keep your changes. -->"
 
 
@@ -36,11 +37,21 @@ def write_model_card(folder: Path, evaluations: Sequence[Evaluation] = ()) -> Pa
     path = folder / CARD
     if path.exists() and OURS not in path.read_text(encoding="utf-8", errors="replace"):
         return None
-    run = read_results([folder]).runs[0]
+    runs = read_results([folder]).runs
+    if not runs:
+        raise UserError(f"RESULTS: {str(folder)!r} holds no run, but an evaluation")
+    run = runs[0]
     staged = path.with_name(f".{path.name}.tmp")
     staged.write_text(model_card(run, evaluations), encoding="utf-8")
     os.replace(staged, path)
     return path
+
+
+def would_lose_an_evaluation(folder: Path, evaluations: Sequence[Evaluation]) -> bool:
+    """Whether the card in a folder tells of an evaluation, and none of these is of the student there."""
+    path = folder / CARD
+    here = [model for model in merge_models(evaluations) if not model.is_teacher and model.lies_in(folder)]
+    return not here and path.is_file() and MEASURED in path.read_text(encoding="utf-8", errors="replace")
 
 
 def model_card(run: Run, evaluations: Sequence[Evaluation] = ()) -> str:
@@ -97,9 +108,10 @@ def _results(run: Run, evaluations: Sequence[Evaluation]) -> list[str]:
     if (measured := divergence_table(run.results)) is not None:
         blocks.append(table(measured))
     models = merge_models(evaluations)
-    here = [model for model in models if not model.is_teacher and _same_folder(model.path, run.path)]
+    here = [model for model in models if not model.is_teacher and model.lies_in(run.path)]
     compared = comparison([*(model for model in models if model.is_teacher), *here]) if here else None
     if compared is not None:
+        blocks += [MEASURED, *(text(caveat) for each in evaluations for caveat in each.caveats)]
         blocks += [table(compared), text(LEGEND)]
     for sample in rows(run.results, "samples")[:1]:
         blocks += ["It writes (after ▸):", code(Code(f"{sample.get('prompt')}▸{sample.get('continuation')}"))]
@@ -111,7 +123,9 @@ def _usage(name: str, student: Json) -> str:
     options = ""
     if student.get("model_type") == "kda_hybrid":
         lines.insert(
-            0, "import distillkit  # knows the architecture; without the package: trust_remote_code=True below"
+            0,
+            "import distillkit  # knows the architecture; to install it: pip install . in a clone of its repository\n"
+            "# or without it: trust_remote_code=True below, which runs the code beside the weights\n",
         )
     elif student.get("auto_map"):
         options = ", trust_remote_code=True"
@@ -183,7 +197,7 @@ def _limits(run: Run, evaluations: Sequence[Evaluation]) -> list[str]:
             f"It is not its teacher: on held-out text its likeliest next token is another in "
             f"{numbers.percent(1 - agreement)} of places (KL {numbers.nats(kl)} nats per token)."
         )
-    here = [model for model in merge_models(evaluations) if _same_folder(model.path, run.path)]
+    here = [model for model in merge_models(evaluations) if model.lies_in(run.path)]
     tested = [suite for suite in ("benchmarks", "needles") if any(getattr(model, suite) for model in here)]
     missing = [name for name in ("benchmarks", "needles") if name not in tested]
     if missing:
@@ -242,13 +256,19 @@ def _place(path: object) -> str:
     return path if hub else Path(path).name or path
 
 
+_FOLDERS = re.compile(
+    r"""(?P<url>https?://[^\s,{}\[\]'"]+)|(?P<before>^|[\s=:,{\[('"])[~/][^=,{}\[\]'"]*/(?=[^\s=,{}\[\]'"/])"""
+)
+"""Folders from the root or home of a machine, anywhere in a word; an address of the web is left whole."""
+
+
 def _public_command(command: str) -> str:
     """The command without the folders of the machine."""
     try:
         words = shlex.split(command)
     except ValueError:
         return numbers.NOTHING
-    return shlex.join(re.sub(r"(^|=)[~/][^=]*/", r"\1", word) for word in words)
+    return shlex.join(_FOLDERS.sub(lambda found: found["url"] or found["before"], word) for word in words)
 
 
 def _licence(run: Run) -> str | None:
@@ -268,10 +288,7 @@ def _licence(run: Run) -> str | None:
 
 def _student_config(folder: Path) -> Json:
     path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _layer_types(student: Json) -> list[str]:
@@ -288,7 +305,3 @@ def _ranges(indices: Sequence[int]) -> str:
         else:
             spans.append([index])
     return ", ".join(f"{span[0]}" if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
-
-
-def _same_folder(path: str, folder: Path) -> bool:
-    return Path(path).resolve() == folder.resolve()

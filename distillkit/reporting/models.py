@@ -50,7 +50,8 @@ def merge_models(evaluations: Sequence[Evaluation]) -> list[Model]:
     models: dict[tuple[str, str], Model] = {}
     for evaluation in evaluations:
         content = evaluation.content
-        for name, about in section(content, "models").items():
+        for name in section(content, "models"):
+            about = section(section(content, "models"), name)
             path = str(about.get("path"))
             key = (name, path)
             if key not in models:
@@ -78,7 +79,8 @@ def _add(model: Model, evaluation: Evaluation, name: str) -> None:
     # A path is relative to where the evaluation was started: here, or above the folder of its results.
     model.bases += [Path.cwd(), *evaluation.path.resolve().parents]
     model.divergence.update(section(section(content, "divergence"), name))
-    benchmarks = section(section(content, "benchmarks"), name)
+    measured = section(section(content, "benchmarks"), name)
+    benchmarks = {task: section(measured, task) for task in measured}
     model.benchmarks.update(benchmarks)
     model.whole_tasks += [task for task in _whole_tasks(content, benchmarks) if task not in model.whole_tasks]
     needles = section(section(content, "needles"), name)

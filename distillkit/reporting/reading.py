@@ -12,6 +12,18 @@ EVALUATION = "distillkit-evaluation"
 FORMAT = 1
 RESULTS, RUN, METRICS, PHASES = "results.json", "run.json", "metrics.jsonl", "phases"
 
+OUTLINE: dict[str, tuple[type, ...]] = {
+    "config": (dict,),
+    "models": (dict, dict),
+    "divergence": (dict, dict),
+    "benchmarks": (dict, dict, dict),
+    "needles": (dict, dict, list, dict),
+    "speed": (dict, list, dict),
+    "failures": (list, dict),
+    "missing": (list, dict),
+}
+"""What lies in what, in an evaluation."""
+
 Json = dict[str, Any]
 
 
@@ -21,6 +33,18 @@ class Evaluation:
 
     path: Path
     content: Json
+
+    @property
+    def caveats(self) -> list[str]:
+        """What a reader must know before the numbers, one sentence each."""
+        config, told = section(self.content, "config"), []
+        if config.get("smoke"):
+            told.append("A smoke test: two samples of everything at the shortest length. Its numbers mean nothing.")
+        elif (limit := number(config, "limit")) is not None:
+            told.append(f"Measured on at most {limit:,.0f} samples of each task.")
+        if missing := rows(self.content, "missing"):
+            told.append(f"An evaluation was interrupted; results that are missing: {len(missing)}.")
+        return told
 
 
 @dataclass(frozen=True)
@@ -75,12 +99,13 @@ def read_results(paths: Sequence[Path]) -> Results:
         if not path.exists():
             raise UserError(f"RESULTS: no such file or folder: {str(path)!r}")
         file = path / RESULTS if path.is_dir() else path
-        content = _read_json(file) if file.exists() else {}
+        content = read_json(file) if file.exists() else {}
         if content.get("kind") == EVALUATION:
             if content.get("format") != FORMAT:
                 raise UserError(
                     f"RESULTS: {str(file)!r} has format {content.get('format')}, this version reads {FORMAT}"
                 )
+            _check_shape(content, file)
             evaluations.append(Evaluation(file, content))
         elif "training" in content or (not content and (path / RUN).exists()):
             folder = file.parent if file.name == RESULTS else None
@@ -113,8 +138,30 @@ def number(content: Json, *keys: str) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def _check_shape(content: Json, file: Path) -> None:
+    """Hold an evaluation to its outline, by suite and model; what is in there is looked for, never taken for granted.
+
+    Raises:
+        UserError: something is no mapping or list where one should be.
+    """
+
+    def check(value: Any, kinds: Sequence[type], where: str) -> None:
+        if value is None:
+            return
+        if not isinstance(value, kinds[0]):
+            what = "mapping" if kinds[0] is dict else "list"
+            raise UserError(f"RESULTS: {str(file)!r} is damaged: {where} is no {what}")
+        parts: Any = value
+        inside = parts.items() if isinstance(parts, dict) else enumerate(parts)
+        for key, inner in inside if len(kinds) > 1 else ():
+            check(inner, kinds[1:], f"{where}.{key}")
+
+    for key, kinds in OUTLINE.items():
+        check(content.get(key), kinds, key)
+
+
 def _run(path: Path, folder: Path | None, results: Json) -> Run:
-    record = _read_json(folder / RUN) if folder is not None and (folder / RUN).exists() else {}
+    record = read_json(folder / RUN) if folder is not None and (folder / RUN).exists() else {}
     config = section(results, "config") or section(record, "config")
     phases = [] if folder is None else [_phase(each, rows(results, PHASES)) for each in _phase_folders(folder)]
     if not phases:
@@ -135,14 +182,15 @@ def _phase_folders(folder: Path) -> list[Path]:
 
 def _phase(folder: Path, summaries: list[Json]) -> Phase:
     name = folder.name.split("-", 1)[1]
-    results = _read_json(folder / RESULTS) if (folder / RESULTS).exists() else {}
-    record = _read_json(folder / RUN) if (folder / RUN).exists() else {}
+    results = read_json(folder / RESULTS) if (folder / RESULTS).exists() else {}
+    record = read_json(folder / RUN) if (folder / RUN).exists() else {}
     summary = next((each for each in summaries if each.get("name") == name), {})
     config = section(results, "config") or section(record, "config")
     return Phase(name, config, _read_metrics(folder / METRICS), {**summary, **results})
 
 
-def _read_json(path: Path) -> Json:
+def read_json(path: Path) -> Json:
+    """Raises `UserError` for what cannot be read, or is no mapping."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

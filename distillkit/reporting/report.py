@@ -10,7 +10,7 @@ from distillkit.reporting.document import Paragraph, Report, Section
 from distillkit.reporting.html import html
 from distillkit.reporting.markdown import markdown, write_pictures
 from distillkit.reporting.measured import benchmark_section, divergence_section, speed_section
-from distillkit.reporting.model_card import CARD, write_model_card
+from distillkit.reporting.model_card import CARD, would_lose_an_evaluation, write_model_card
 from distillkit.reporting.models import Model, merge_models, the_teacher
 from distillkit.reporting.needles import common_tasks, lengths, needle_section, score
 from distillkit.reporting.provenance import failure_section, provenance_section
@@ -57,7 +57,8 @@ def build_report(results: Results) -> Report:
         failure_section(results.evaluations),
         provenance_section(results),
     ]
-    lead = [*(_about_run(run, name) for run, name in zip(results.runs, run_names(results.runs), strict=True))]
+    lead = [caveat for each in results.evaluations for caveat in each.caveats]
+    lead += [*(_about_run(run, name) for run, name in zip(results.runs, run_names(results.runs), strict=True))]
     lead += [line for model in models if not model.is_teacher and (line := _about_student(model, models))]
     return Report(_title(models, results.runs), lead, [each for each in sections if each is not None])
 
@@ -76,7 +77,10 @@ def _about_run(run: Run, name: str) -> str:
     if not run.results:
         return f"The run {name} is not finished."
     measured, training = section(run.results, "divergence"), section(run.results, "training")
-    told = f"The run {name}: {numbers.shown(number(training, 'tokens'), numbers.count)} tokens"
+    tokens = number(training, "tokens")
+    if not tokens:
+        return f"The run {name} trained on nothing."
+    told = f"The run {name}: {numbers.count(tokens)} tokens"
     before, after = number(measured, "before", "kl"), number(measured, "after", "kl")
     if before is not None and after is not None:
         told += f" took the student from KL {numbers.nats(before)} to {numbers.nats(after)} nats per token"
@@ -110,8 +114,8 @@ def write_run_report(folder: Path) -> str:
     A run that is finished stays so: whatever goes wrong here becomes that line.
     """
     try:
-        write_report([folder], folder)
         card = write_model_card(folder)
+        write_report([folder], folder)  # last, for a resumed run looks for it
     except Exception as error:
         return f"no report was written: {type(error).__name__}: {numbers.one_line(str(error))}"
     kept = f"{CARD} was left as it is" if card is None else str(card)
@@ -119,7 +123,11 @@ def write_run_report(folder: Path) -> str:
 
 
 def write_cards(paths: Sequence[Path]) -> list[Path]:
-    """Write the cards of the finished runs among `paths` anew, with what the evaluations among them measured."""
+    """Write the cards of the finished runs among `paths` anew, with what the evaluations among them measured.
+
+    A card that tells of an evaluation stays where none of its student is given.
+    """
     results = read_results(paths)
-    folders = [run.path for run in results.runs if run.results and (run.path / "config.json").exists()]
+    students = [run.path for run in results.runs if run.results and (run.path / "config.json").exists()]
+    folders = [folder for folder in students if not would_lose_an_evaluation(folder, results.evaluations)]
     return [card for folder in folders if (card := write_model_card(folder, results.evaluations)) is not None]

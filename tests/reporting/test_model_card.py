@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import yaml
@@ -78,6 +79,32 @@ def test_no_path_of_the_machine(tmp_path):
     assert "Text: train.parquet" in card
 
 
+def test_no_path_inside_of_a_word_of_the_command(tmp_path):
+    folder = finished(tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    words = [
+        "distillkit",
+        "~/recipes/run.yaml",
+        "dataset.train_dataset={disk_path: /home/alice/private/t.parquet, split: train}",
+        'phases=["/home/alice/a b/one.yaml",~alice/two.yaml]',
+        "output_path=/home/alice/runs/",
+        "teacher.endpoint=https://host/v1/models",
+        "model=someone/model",
+    ]
+    record["command"] = shlex.join(words)
+    (folder / "run.json").write_text(json.dumps(record))
+    command = re.search(r"^\| command \| (.*) \|$", card_of(folder), re.MULTILINE)[1]
+    assert shlex.split(re.sub(r"\\(.)", r"\1", command)) == [
+        "distillkit",
+        "run.yaml",
+        "dataset.train_dataset={disk_path: t.parquet, split: train}",
+        'phases=["one.yaml",two.yaml]',
+        "output_path=runs/",
+        "teacher.endpoint=https://host/v1/models",
+        "model=someone/model",
+    ]
+
+
 def test_licence_is_the_teachers_where_its_card_says_one(tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
@@ -128,6 +155,26 @@ def test_evaluations_of_the_student_come_into_its_card(tmp_path):
     assert "|  | SmolLM2-135M (teacher) | mine |" in card
     assert "hellaswag (acc\\_norm) | 40.9% ± 0.5 | 39.1% ± 0.5 (−1.8 worse) |" in card
     assert "Not measured" not in card
+
+
+def test_a_report_of_the_run_alone_keeps_the_evaluation_in_its_card(tmp_path, monkeypatch):
+    folder = finished(tmp_path / "runs/one")
+    content = evaluation(students=("mine",))
+    content["models"]["mine"]["path"] = "runs/one"  # as it was named above the folder of the results
+    evaluated = write_evaluation(tmp_path / "runs/evaluation", content)
+    assert write_cards([folder]) == [folder / "README.md"]
+    assert write_cards([folder, evaluated]) == [folder / "README.md"]
+    card = (folder / "README.md").read_text()
+    assert "hellaswag" in card
+    other = write_evaluation(tmp_path / "other", evaluation(students=("another",)))
+    assert write_cards([folder]) == []
+    assert write_cards([folder, other]) == []
+    assert (folder / "README.md").read_text() == card
+
+
+def test_a_folder_of_an_evaluation_gets_no_card(tmp_path):
+    with pytest.raises(UserError, match="holds no run, but an evaluation"):
+        write_model_card(write_evaluation(tmp_path / "evaluation"))
 
 
 def test_a_finished_run_is_not_failed_by_its_report(tmp_path):

@@ -36,6 +36,17 @@ def test_opens_without_errors_requests_or_overflow(report, width, dark):
         assert page.complaints() == []
 
 
+def test_teacher_and_first_student_are_seen_on_a_telephone(report):
+    ends = """(() => {
+        const table = document.querySelector('table')
+        const cells = [...table.querySelectorAll('tr')].flatMap(row => [...row.children].slice(1, 3))
+        return Math.max(...cells.map(cell => cell.getBoundingClientRect().right))
+    })()"""
+    with Page(400) as page:
+        page.open(report)
+        assert page.evaluate(ends) <= 400
+
+
 def test_labels_stay_inside_of_their_pictures(report):
     outside = """[...document.querySelectorAll('main svg')].flatMap(svg => [...svg.querySelectorAll('text')]
         .filter(text => {

@@ -274,6 +274,39 @@ def test_pictures_of_an_earlier_report_go_and_those_of_others_stay(tmp_path):
     assert {name.split("-")[0] for name in left} == {"mine.svg", "speed"}
 
 
+def test_a_trial_and_an_interrupted_evaluation_say_so_first(tmp_path):
+    content = evaluation(finished=None, missing=[{"model": "hybrid", "suite": "speed", "task": ""}])
+    content["config"] |= {"smoke": False, "limit": 5}
+    lead = report_of(tmp_path, content).split("\n\n")[1].splitlines()
+    assert lead[0] == "- Measured on at most 5 samples of each task."
+    assert lead[1] == "- An evaluation was interrupted; results that are missing: 1."
+    content["config"]["smoke"] = True
+    assert report_of(tmp_path, content).split("\n\n")[1].startswith("- A smoke test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"models": {"hybrid": "a path"}}, "models.hybrid is no mapping"),
+        ({"needles": {"hybrid": {"niah_single_1": [3]}}}, "needles.hybrid.niah_single_1.0 is no mapping"),
+        ({"benchmarks": {"hybrid": {"arc_easy": 0.5}}}, "benchmarks.hybrid.arc_easy is no mapping"),
+        ({"speed": {"hybrid": {}}}, "speed.hybrid is no list"),
+    ],
+)
+def test_a_damaged_file_is_told_in_one_line(tmp_path, changes, told):
+    with pytest.raises(UserError, match=f"is damaged: {re.escape(told)}"):
+        report_of(tmp_path, evaluation(**changes))
+
+
+def test_strange_values_are_left_out(tmp_path):
+    content = evaluation(students=("hybrid",))
+    content["speed"]["hybrid"][0]["context"] = "256"
+    content["benchmarks"]["hybrid"]["arc_easy"] = {"metrics": {"acc,none": 0.5}}
+    content["benchmarks"]["hybrid"]["hellaswag"] = {"metrics": [1]}
+    content["divergence"]["hybrid"]["standard_errors"] = [1]
+    assert row(report_of(tmp_path, content), "hellaswag (acc\\_norm)")[1] == "–"
+
+
 def test_run_before_and_after(tmp_path):
     folder = write_run(tmp_path / "run", results(), metrics())
     write_report([folder], tmp_path)
