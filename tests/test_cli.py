@@ -261,3 +261,19 @@ def test_a_capture_is_planned_too(planned: list[str], tmp_path: Path, capsys: py
     ]
     assert main(["plan", str(FILES["CAPTURE"]), *overrides, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes_per_token"] > 0
+
+
+def test_an_error_of_the_system_names_a_file_only_where_it_has_one(
+    planned: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, line in (
+        (OSError(28, "No space left on device"), "error: No space left on device\n"),
+        (OSError(28, "No space left on device", "a/b"), "error: a/b: No space left on device\n"),
+    ):
+
+        def failing(config: object, error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setattr("distillkit.training.distill", failing)
+        assert main(planned) == 2
+        assert capsys.readouterr().err == line

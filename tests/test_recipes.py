@@ -79,10 +79,16 @@ def small(name: str, teacher: Path, train: Path, held_out: Path, output: Path) -
         overrides.append(f"teacher.path={teacher}")
     if "gguf_file" in recipe["teacher"].get("kwargs", {}):
         overrides.append(f"teacher.kwargs={{dtype: {recipe['teacher']['kwargs']['dtype']}}}")
-    overrides += small_training(recipe, "", 64)
-    for index, phase in enumerate(recipe.get("phases", [])):
-        overrides += small_training(phase, f"phases.{index}.", 128 if "sequence_length" in phase else 64)
-    return overrides
+    phases = [
+        small_training(phase, f"phases.{index}.", 128 if "sequence_length" in phase else 64)
+        for index, phase in enumerate(recipe.get("phases", []))
+    ]
+    for override in small_training(recipe, "", 64):
+        key = override.partition("=")[0]
+        named = [any(each.split("=")[0].endswith(f".{key}") for each in phase) for phase in phases]
+        if not phases or not all(named):
+            overrides.append(override)
+    return overrides + [each for phase in phases for each in phase]
 
 
 def small_training(section: dict[str, Any], prefix: str, sequence_length: int) -> list[str]:

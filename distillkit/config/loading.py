@@ -49,6 +49,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         apply_override(data, override)
     config = RunConfig.parse(data)
+    for override in overrides:
+        _refuse_without_effect(override.partition("=")[0], config)
     if config.functionary_packing:
         logger.warning("functionary_packing: has no effect; packed documents never see each other anyway")
     return config
@@ -127,6 +129,15 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             kept = without_budget(level, but=budget)
             level.clear()
             level.update(kept)
+
+
+def _refuse_without_effect(key: str, config: RunConfig) -> None:
+    """Raises `UserError` where each phase replaces the top level's `key`; warns where some do."""
+    replacing = [phase.name for phase in config.phases if phase.replaces(key)]
+    if replacing and len(replacing) == len(config.phases):
+        raise UserError(f"{key}: every phase names its own; use phases.{replacing[0]}.{key}")
+    for name in replacing:
+        logger.warning("%s: has no effect on phase %s, which names its own; use phases.%s.%s", key, name, name, key)
 
 
 def _key_in(section: Any, key: str, override: str) -> Any:

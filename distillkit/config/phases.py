@@ -16,7 +16,7 @@ from distillkit.config.data import move_dataset_keys
 from distillkit.config.errors import KeyProblem, UserError, shown
 from distillkit.config.merging import merged
 from distillkit.config.section import AnyMapping, Section
-from distillkit.config.tokens import TokenBudget, check_one_budget
+from distillkit.config.tokens import BUDGETS, TokenBudget, budgets, check_one_budget
 from distillkit.config.training_args import check_training_args
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 MERGED = ("training_args", "dataset", "evaluation")
 """Keys of a phase that change the top level's key by key; the others take its place."""
+
+HUB = ("push_to_hub", "hub_")
+"""Beginnings of the training arguments that are of the whole run."""
 
 _NAME = re.compile(r"[a-z0-9_-]+")
 
@@ -69,7 +72,11 @@ class PhaseConfig(Section):
     @field_validator("training_args")
     @classmethod
     def check_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        return check_training_args(arguments)
+        checked = check_training_args(arguments)
+        for name in checked:
+            if name.startswith(HUB):
+                raise KeyProblem(name, "the hub gets the whole run, once; name it in training_args of the top level")
+        return checked
 
     @model_validator(mode="after")
     def check_budget(self) -> "PhaseConfig":
@@ -98,6 +105,19 @@ class PhaseConfig(Section):
             if not isinstance(section, Mapping) or (depth == 0 and name not in MERGED):
                 return True
         return True
+
+    def replaces(self, key: str) -> bool:
+        """Whether nothing is left of the top level's `key`, such as `tokens`, for the phase has its own."""
+        if tuple(key.split(".")) in BUDGETS:
+            return bool(budgets(self.changes))
+        value: Any = self.changes
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return False
+            value = value[part]
+            if key.partition(".")[0] not in MERGED or not isinstance(value, Mapping):
+                return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -155,13 +175,11 @@ def _whole(top: dict[str, Any], phase: PhaseConfig, index: int, before: str | No
 
 
 def _arguments(whole: dict[str, Any], top: dict[str, Any], phase: PhaseConfig) -> dict[str, Any]:
-    """Trackers show a run for each phase; the hub has one repository for all."""
+    """Trackers show a run for each phase; the hub gets the whole, once, and no phase by itself."""
     arguments = dict(whole["training_args"])
     if phase.training_args.get("run_name") is None:
         arguments["run_name"] = f"{top['training_args'].get('run_name') or top['project_name']}-{phase.name}"
-    if arguments.get("push_to_hub") and arguments.get("hub_model_id") is None:
-        arguments["hub_model_id"] = Path(top["output_path"]).name
-    return arguments
+    return {name: value for name, value in arguments.items() if not name.startswith(HUB)}
 
 
 def _dataset(dataset: Mapping[str, Any], changes: Mapping[str, Any], phase: PhaseConfig, index: int) -> dict[str, Any]:

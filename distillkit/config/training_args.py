@@ -31,9 +31,11 @@ WITHOUT_EFFECT = (
     "overwrite_output_dir",
     "logging_dir",
     "include_tokens_per_second",
+    "hub_strategy",
+    "hub_always_push",
 )
 """Names that published configurations carry and that change nothing here: batches hold what the losses need, weights
-are always safetensors, and so on."""
+are always safetensors, the hub gets the finished student alone, and so on."""
 
 SET_BY_THE_RUN = {
     "output_dir": "use the top-level key output_path",
@@ -52,6 +54,7 @@ SET_BY_THE_RUN = {
     "fsdp": "models split over GPUs (FSDP) are not supported yet, each GPU holds them whole; remove it",
     "fsdp_config": "models split over GPUs (FSDP) are not supported yet, each GPU holds them whole; remove it",
     "deepspeed": "DeepSpeed is not supported yet, each GPU holds the models whole; remove it",
+    "hub_token": "set HF_TOKEN in the environment, or log in with `hf auth login`; run.json keeps the configuration",
     "do_train": "the run always trains; remove it",
     "do_predict": "the run does not predict; remove it",
 }

@@ -61,6 +61,7 @@ def build_training_arguments(
         "label_names": ["labels"],
         "include_num_input_tokens_seen": "no",  # the trainer counts real tokens itself
         "disable_tqdm": True,
+        "push_to_hub": False,  # `training.hub` uploads the folder when everything in it is written
     }
     arguments = _construct({**defaults, **values, **ours}, given)
     installed = get_available_reporting_integrations()

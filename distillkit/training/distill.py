@@ -321,6 +321,4 @@ def _finish(
         print_results(run.console, results, before, after)
         say(run.console, f"the student is in {folder.path}")
         say(run.console, write_run_report(folder.path))
-    if run.arguments.push_to_hub:
-        trainer.push_to_hub()
     finish_trackers(run.arguments)

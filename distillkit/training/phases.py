@@ -28,6 +28,7 @@ from distillkit.training.arguments import build_training_arguments
 from distillkit.training.checkpoints import complete_checkpoints
 from distillkit.training.distill import Place, distill_once
 from distillkit.training.freezing import check_frozen
+from distillkit.training.hub import check_token, push
 from distillkit.training.interruption import EXIT_CODE
 from distillkit.training.processes import first_process_first
 from distillkit.training.results import print_results_of_phases, write_results_of_phases
@@ -38,6 +39,8 @@ from distillkit.training.run_folder import (
     begin_run_file,
     begun_phases,
     changes,
+    kept_config,
+    origin,
     read_json,
     refuse_change,
     refuse_to_overwrite,
@@ -56,16 +59,20 @@ def distill(config: RunConfig, console: Console | None = None) -> Path:
             first, which has raised the error.
     """
     console = console or Console()
+    check_token(config)
     phases = phases_of(config)
     try:
         if phases:
             _distill_phases(config, phases, console)
         else:
             distill_once(config, console, Place())
+        main_process = PartialState().is_main_process
+        PartialState().destroy_process_group()
+        if main_process:
+            push(config, console)
     except KeyboardInterrupt:  # while nothing is trained
         say(console, "interrupted; go on with --resume")
         raise SystemExit(EXIT_CODE) from None
-    PartialState().destroy_process_group()
     return Path(config.output_path)
 
 
@@ -150,7 +157,8 @@ def _open(config: RunConfig, phases: Sequence[Phase], main_process: bool) -> boo
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         if config.resume and former:
-            write_json(folder / RUN, {**former, "config": config.model_dump(mode="json")})
+            resumed = [*former.get("resumed", []), origin()]
+            write_json(folder / RUN, {**former, "config": kept_config(config), "resumed": resumed})
         else:
             begin_run_file(config, folder)
     return finished
@@ -163,8 +171,13 @@ def _refuse_changes(
     if not names_then and (finished or complete_checkpoints(folder)):
         refuse_change("phases[0].name", phases[0].name, None, folder)
     begun = begun_phases(folder)
+    if len(begun) > len(phases):
+        raise UserError(
+            f"phases: are {len(phases)}, but {len(begun)} have begun in {str(folder)!r}; resume with all of them, or "
+            "choose another output_path"
+        )
     for index, path in enumerate(begun):
-        name = phases[index].name if index < len(phases) else None
+        name = phases[index].name
         if path.name != f"{index + 1}-{name}":
             refuse_change(f"phases[{index}].name", name, path.name.partition("-")[2], folder)
         for key, now, then in changes(phases[index].config, read_json(path / RUN)["config"]):

@@ -1,5 +1,6 @@
 """How a run ended: a table for the person, `results.json` for programs."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from distillkit.evaluation.divergence import divergence_table
 from distillkit.provenance import commit, machine, versions
 from distillkit.training.freezing import Freezing
 from distillkit.training.progress import NOT_LOSSES, read_metrics
-from distillkit.training.run_folder import METRICS, PHASES, RESULTS, RunFolder, read_json, write_json
+from distillkit.training.run_folder import METRICS, PHASES, RESULTS, RunFolder, kept_config, read_json, write_json
 
 
 def write_results(
@@ -45,10 +46,11 @@ def write_results(
             "data": config.dataset.seed,
             "samples": None if config.evaluation is None else config.evaluation.seed,
         },
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions(),
         "commit": commit(),
         "machine": machine(device),
-        "config": config.model_dump(mode="json"),
+        "config": kept_config(config),
     }
     write_json(folder.path / RESULTS, results)
     return results
@@ -74,23 +76,44 @@ def print_results(
 
 
 def write_results_of_phases(config: RunConfig, phases: Sequence[Phase]) -> dict[str, Any]:
-    """Write the `results.json` of a whole run from those of its phases: its end is the last one's."""
+    """Write the `results.json` of a whole run from those of its phases: its end is the last one's.
+
+    It has a divergence from before only where the first phase measured as the last one did: in rows of another length,
+    or on another text, the same student has another divergence.
+    """
     folder = Path(config.output_path)
     found = [(phase, read_json(Path(phase.config.output_path) / RESULTS)) for phase in phases]
     first, last = found[0][1], found[-1][1]
     sums = {name: sum(results["training"][name] or 0 for _, results in found) for name in ("step", "tokens", "seconds")}
-    ends = {"before": first["divergence"].get("before"), "after": last["divergence"].get("after")}
+    alike = _measuring(phases[0].config) == _measuring(phases[-1].config)
+    ends = {"before": first["divergence"].get("before") if alike else None, "after": last["divergence"].get("after")}
     results = {
         **last,
         "divergence": {name: measured for name, measured in ends.items() if measured is not None},
         "training": {**sums, "seconds": round(sums["seconds"], 3)},
         "phases": [_phase_row(phase, results) for phase, results in found],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions(),
         "commit": commit(),
-        "config": config.model_dump(mode="json"),
+        "config": kept_config(config),
     }
     write_json(folder / RESULTS, results)
     return results
+
+
+def _measuring(config: RunConfig) -> tuple[object, ...]:
+    """All that a divergence depends on, but for the student."""
+    dataset = config.dataset.model_dump(
+        exclude={"train_dataset", "seed", "num_samples", "prepared_dataset_path", "dataset_num_proc"}
+    )
+    evaluation = config.evaluation
+    return (
+        config.sequence_length,
+        config.teacher,
+        config.dataset.train_dataset if config.teacher.kind == "dataset" else None,  # it holds the teacher's word
+        dataset,
+        None if evaluation is None else (evaluation.dataset, evaluation.num_tokens),
+    )
 
 
 def _phase_row(phase: Phase, results: dict[str, Any]) -> dict[str, Any]:
@@ -108,13 +131,14 @@ def _phase_row(phase: Phase, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_results_of_phases(console: Console, results: dict[str, Any]) -> None:
-    """The divergence before the first phase and after each, and what all took together."""
-    columns = {}
-    if "before" in results["divergence"]:
-        columns["before"] = Divergence(**results["divergence"]["before"])
-    for phase in results["phases"]:
-        if "after" in phase["divergence"]:
-            columns[f"after {phase['name']}"] = Divergence(**phase["divergence"]["after"])
+    """The divergence before the first phase and after each, with the length of rows where it is not one for all."""
+    columns, phases = {}, results["phases"]
+    several = len({phase["sequence_length"] for phase in phases}) > 1
+    ends = [("before", phases[0], "before"), *((f"after {phase['name']}", phase, "after") for phase in phases)]
+    for title, phase, end in ends:
+        if end in phase["divergence"]:
+            rows = f", rows of {phase['sequence_length']:,}" if several else ""
+            columns[title + rows] = Divergence(**phase["divergence"][end])
     if columns:
         console.print(divergence_table(columns))
     training = results["training"]

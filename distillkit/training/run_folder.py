@@ -5,6 +5,7 @@ that matters to the weights is named. The phases of a run have folders of their 
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ FREE_TO_CHANGE = (
     "training_args.ddp_timeout",
 )
 """Beginnings of the keys that do not matter to the weights."""
+
+_SECRETS = ("api_key", "token")
+_SECRET_WORD = re.compile(rf"((?:^|[\s'\".{{,])(?:{'|'.join(_SECRETS)})\s*[=:]\s*)[^\s'\",}}]+")
+_HIDDEN = "(not kept)"
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,32 @@ def open_run_folder(config: RunConfig, *, main_process: bool = True, derived: tu
 def begin_run_file(config: RunConfig, folder: Path) -> None:
     """Write `run.json` of a run that begins."""
     kept = {"converted": read_json(folder / RUN).get("converted")}  # what lies in `untrained`
-    origin = {
+    write_json(folder / RUN, {**kept, **origin(), "config": kept_config(config)})
+
+
+def origin() -> dict[str, Any]:
+    """When a run was started or gone on with, and by what."""
+    return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": command(),
+        "command": _SECRET_WORD.sub(rf"\1{_HIDDEN}", command()),
         "versions": versions(),
         "commit": commit(),
     }
-    write_json(folder / RUN, {**kept, **origin, "config": config.model_dump(mode="json")})
+
+
+def kept_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration as files keep it, which others may read: without keys of servers and tokens of the hub."""
+    kept: dict[str, Any] = _without_secrets(config.model_dump(mode="json"))
+    return kept
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _HIDDEN if key in _SECRETS and isinstance(inner, str) else _without_secrets(inner)
+            for key, inner in value.items()
+        }
+    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -158,15 +182,15 @@ def refuse_to_overwrite(folder: Path) -> None:
 
 def refuse_change(key: str, now: Any, then: Any, folder: Path) -> None:
     """Raises `UserError` for a key that is not what a run was started with."""
+    started = "without it; remove it" if then is None else f"with {shown(then)}; resume with that"
     raise UserError(
-        f"{key}: is {shown(now)}, but the run in {str(folder)!r} was started with {shown(then)}; resume with that, or "
-        "choose another output_path"
+        f"{key}: is {shown(now)}, but the run in {str(folder)!r} was started {started}, or choose another output_path"
     )
 
 
 def changes(config: RunConfig, former: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Keys that matter to the weights and are not as they were: each with its value now and then."""
-    now, then = dict(_flat(config.model_dump(mode="json"))), dict(_flat(_completed(former)))
+    now, then = dict(_flat(kept_config(config))), dict(_flat(_completed(former)))
     for key in [*now, *(key for key in then if key not in now)]:
         if now.get(key) != then.get(key) and not key.startswith(FREE_TO_CHANGE):
             yield key, now.get(key), then.get(key)
@@ -175,7 +199,7 @@ def changes(config: RunConfig, former: dict[str, Any]) -> Iterator[tuple[str, An
 def _completed(former: dict[str, Any]) -> dict[str, Any]:
     """A former configuration, with the defaults of keys that came after it; as it is, where it is no longer legal."""
     try:
-        return RunConfig.parse(former).model_dump(mode="json")
+        return kept_config(RunConfig.parse(former))
     except UserError:
         return former
 

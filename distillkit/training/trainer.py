@@ -1,9 +1,9 @@
 """transformers' Trainer, taught to distil.
 
-Optimizers, schedulers, trackers, DDP and pushing to the hub are Trainer's. What is here is what
-differs: the loss is a sum over the whole optimizer step divided by the step's counted tokens; the teacher is asked
-outside of the module that is trained; a checkpoint holds a loadable student and counts only when it is complete; and
-what is logged are the single losses, and tokens.
+Optimizers, schedulers, trackers and DDP are Trainer's. What is here is what differs: the loss is a sum over the whole
+optimizer step divided by the step's counted tokens; the teacher is asked outside of the module that is trained; a
+checkpoint holds a loadable student and counts only when it is complete; and what is logged are the single losses, and
+tokens.
 """
 
 import math
@@ -206,9 +206,6 @@ class DistillationTrainer(Trainer):
             save_file({name: tensor.contiguous() for name, tensor in projections.items()}, folder / PROJECTIONS)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: pushing to the hub must not replace the card that tells of the run (`reporting.model_card`)."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The projections. The student was loaded from the checkpoint as any model is, before the trainer was made."""

@@ -23,6 +23,11 @@ SEED = Path(__file__).with_name("seed.yaml")
         ("teacher={kind: hf}", "teacher.path: is missing: the teacher: a folder, a hub id or a .gguf file"),
         ("teacher={path: x}", "teacher.kind: is missing; it says what the section describes"),
         # values
+        (
+            "training_args.hub_token=hf_1",
+            "training_args.hub_token: set HF_TOKEN in the environment, or log in with `hf auth "
+            "login`; run.json keeps the configuration",
+        ),
         ("teacher.kind=hg", "teacher.kind: must be one of hf, dataset, vllm; got 'hg'"),
         ("teacher=arcee-ai/AFM-4.5B", "teacher: must be a mapping of keys to values, got 'arcee-ai/AFM-4.5B'"),
         ("sequence_length=0", "sequence_length: must be > 0, got 0"),

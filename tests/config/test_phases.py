@@ -149,11 +149,12 @@ def test_prepared_rows_of_one_phase_do_not_overwrite_those_of_another() -> None:
     assert [phase.config.dataset.prepared_dataset_path for phase in phases_of(run)] == ["prepared-a", "prepared-b"]
 
 
-def test_trackers_tell_phases_apart_and_the_hub_has_one_student() -> None:
-    arguments = phase_of({}, training_args={"push_to_hub": True}).training_args
-    assert (arguments["run_name"], arguments["hub_model_id"]) == ("kda-second", "kda")
-    arguments = phase_of({}, training_args={"run_name": "try", "hub_model_id": "org/s"}).training_args
-    assert (arguments["run_name"], arguments["hub_model_id"]) == ("try-second", "org/s")
+def test_trackers_tell_phases_apart_and_the_hub_gets_the_whole() -> None:
+    hub = {"push_to_hub": True, "hub_model_id": "org/s", "hub_private_repo": True}
+    assert phase_of({}, training_args=hub).training_args == {"run_name": "kda-second"}
+    with pytest.raises(UserError, match=r"^phases\[0\]\.training_args\.hub_model_id: the hub gets the whole run, once"):
+        run_of({"name": "a", "training_args": {"hub_model_id": "org/s"}})
+    assert phase_of({}, training_args={"run_name": "try"}).training_args == {"run_name": "try-second"}
     assert phase_of({"training_args": {"run_name": "mine"}}, training_args={"run_name": "try"}).training_args == {
         "run_name": "mine"
     }
@@ -337,3 +338,37 @@ def test_files_of_every_phase_must_be_there(tmp_path: Path) -> None:
     assert refused({"teacher": {"kind": "vllm", "top_k": 4, "base_url": "http://x", "model": "m"}}).startswith(
         "phases[1].teacher.kind: vllm is not built yet"
     )
+
+
+def loaded(path: Path, phases: list[dict[str, Any]], *overrides: str) -> RunConfig:
+    path.write_text(yaml.safe_dump({**TOP, "phases": phases}))
+    return load_run_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("training_args.max_steps=77", {"tokens": 5}),
+        ("tokens=77", {"training_args": {"num_train_epochs": 2}}),
+        ("frozen_res=[norm]", {"frozen_res": []}),
+        ("loss_functions=[{function: kl, weight: 1}]", {"loss_functions": [{"function": "kl", "weight": 2}]}),
+        ("evaluation.num_tokens=9", {"evaluation": None}),
+    ],
+)
+def test_an_override_that_phases_replace_is_refused_or_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, override: str, named: dict[str, Any]
+) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(UserError) as told:
+        loaded(tmp_path / "a.yaml", [{"name": "a", **named}, {"name": "b", **named}], override)
+    assert str(told.value) == f"{key}: every phase names its own; use phases.a.{key}"
+    loaded(tmp_path / "a.yaml", [{"name": "a", **named}, {"name": "b"}], override)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{key}: has no effect on phase a, which names its own; use phases.a.{key}"
+    ]
+
+
+def test_an_override_of_a_section_that_phases_change_in_part_is_taken(tmp_path: Path) -> None:
+    phases = [{"name": "a", "dataset": {"eval_dataset": {"split": "test[:9]"}}, "training_args": {"max_steps": 3}}]
+    config = loaded(tmp_path / "a.yaml", phases, "dataset.eval_dataset={disk_path: t}", "training_args.weight_decay=0")
+    assert config.training_args["weight_decay"] == 0

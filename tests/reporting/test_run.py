@@ -1,6 +1,7 @@
 """A real run, small as it is, ends with its report and its card; an evaluation of it joins them."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from distillkit.cli import main
 from distillkit.config import RunConfig
+from distillkit.reporting import write_run_report
 from distillkit.training import distill
 from tests.training.tiny import save_llama, save_text
 
@@ -60,6 +62,20 @@ def test_a_finished_run_has_its_report_and_card_and_says_so(finished):
     assert yaml.safe_load(card.split("---\n")[1])["tags"][2:] == ["kimi-delta-attention", "linear-attention"]
     named = {path.name for path in (student / "pictures").iterdir()}
     assert {"curve-loss.svg", "curve-kl.svg", "curve-attn-mse.svg"} <= named
+
+
+def test_the_report_is_written_last_for_a_resumed_run_looks_for_it(finished, tmp_path, monkeypatch):
+    copy = shutil.copytree(finished[0] / "student", tmp_path / "copy")
+    for name in ("README.md", "report.html"):
+        (copy / name).unlink()
+
+    def killed(report):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distillkit.reporting.report.html", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_run_report(copy)
+    assert (copy / "README.md").exists() and not (copy / "report.html").exists()
 
 
 def test_an_evaluation_joins_report_and_card(finished, capsys):

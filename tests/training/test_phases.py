@@ -153,10 +153,7 @@ def test_the_whole_is_a_student_with_the_results_of_all(finished, inputs):
     assert [phase["steps"] for phase in results["phases"]][:2] == [4, 4]
     assert results["training"]["step"] == sum(part["training"]["step"] for part in parts)
     assert results["training"]["tokens"] == sum(phase["tokens"] for phase in results["phases"])
-    assert results["divergence"] == {
-        "before": parts[0]["divergence"]["before"],
-        "after": parts[2]["divergence"]["after"],
-    }
+    assert results["divergence"] == {"after": parts[2]["divergence"]["after"]}  # before was in rows of another length
     one, two = parts[0]["divergence"]["after"], parts[1]["divergence"]["before"]
     assert two["kl"] == pytest.approx(one["kl"], rel=1e-3)  # of the same text; what was frozen trains now, in float32
     assert results["losses"] == parts[2]["losses"]
@@ -169,7 +166,7 @@ def test_phases_say_where_they_are_and_for_how_long(finished):
     assert "phase 1 of 3: alignment" in lines
     steps = [line for line in lines if line.startswith("phase 2 of 3: distillation (")]
     assert len(steps) == 1 and "4 steps, " in steps[0] and "times through the data)" in steps[0]
-    assert any("after long" in line for line in lines)
+    assert any("before, rows of 64" in line and "after long, rows of 128" in line for line in lines)
     assert "3 phases: " in said
 
 
@@ -257,6 +254,11 @@ def changed(inputs, folder, phases=None, **changes):
 @pytest.mark.parametrize(
     ("phases", "changes", "message"),
     [
+        (
+            {0: {"layer_mapping": [[0, 0]]}},
+            {},
+            r"^phases\[0\]\.layer_mapping\[0\]\[0\]: is 0, but .* without it; remove it",
+        ),
         ({0: {"sequence_length": 32}}, {}, r"^phases\[0\]\.sequence_length: is 32, but .* was started with 64"),
         ({0: {"name": "other"}}, {}, r"^phases\[0\]\.name: is 'other', but .* was started with 'alignment'"),
         ({}, {"trust_remote_code": True}, r"^trust_remote_code: is true, but"),
@@ -273,8 +275,18 @@ def test_a_phase_that_has_not_begun_may_be_changed(finished, inputs, tmp_path):
     copy = until(finished[0], tmp_path / "copy", 3)
     said = run(changed(inputs, copy, {2: {"tokens": 2500, "name": "longer"}}))
     assert "phase 3 of 3: longer (" in said
-    assert json.loads((copy / "run.json").read_text())["config"]["phases"][2]["name"] == "longer"
+    record = json.loads((copy / "run.json").read_text())
+    assert record["config"]["phases"][2]["name"] == "longer"
+    assert [resumed.keys() for resumed in record["resumed"]] == [{"started", "command", "versions", "commit"}]
     assert json.loads((copy / "results.json").read_text())["phases"][2]["tokens"] > 2000
+
+
+def test_fewer_phases_than_have_begun_are_refused(finished, inputs, tmp_path):
+    copy = until(finished[0], tmp_path / "copy", 3)
+    described = description(inputs, copy, resume=True)
+    del described["phases"][1:]
+    with pytest.raises(UserError, match=r"^phases: are 1, but 2 have begun in "):
+        run(RunConfig.parse(described))
 
 
 def test_a_student_that_is_saved_as_the_last_is_not_gone_on_from(finished, inputs, tmp_path):
