@@ -4,7 +4,11 @@ lm-eval is an optional dependency. A task is found by its name among lm-eval's o
 a local one needs no network.
 """
 
+import io
+import logging
 import os
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from functools import cache
 from typing import Any
 
@@ -47,20 +51,27 @@ def run_benchmark(
     tasks = _known_tasks(tuple(settings.include_path))
     if task not in tasks.all_tasks and not os.path.isfile(task):
         raise UserError(f"benchmarks.tasks: lm-eval has no task {task!r}{did_you_mean(task, tasks.all_tasks)}")
-    results = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size),
-        tasks=[task],
-        task_manager=tasks,
-        num_fewshot=settings.num_fewshot,
-        apply_chat_template=settings.apply_chat_template,
-        limit=limit,
-        log_samples=False,
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-        fewshot_random_seed=settings.seed,
-    )
+    with _without_bars():
+        results = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size),
+            tasks=[task],
+            task_manager=tasks,
+            num_fewshot=settings.num_fewshot,
+            apply_chat_template=settings.apply_chat_template,
+            limit=limit,
+            log_samples=False,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+        )
     return _scores(results)
+
+
+def _without_bars() -> AbstractContextManager[object]:
+    """On a terminal the evaluation has a bar of its own, which lm-eval's, written to stderr, would tear apart."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return redirect_stderr(io.StringIO()) if sys.stderr.isatty() else nullcontext()
 
 
 @cache

@@ -42,12 +42,18 @@ def by_command(model, tmp_path, *options):
     return json.loads(written.read_text())["results"]
 
 
+def differs_by_sample(scores):
+    """Whether the model has written more than nothing, and not the same each time."""
+    score = scores["metrics"]["fingerprint"]
+    return 0 < score["value"] < 1 and score["standard_error"] > 0.01
+
+
 def test_scores_are_those_of_the_command(tmp_path):
     folder = save_llama(tmp_path / "model", seed=0, max_position_embeddings=512)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     ours = run_benchmark(model, tokenizer, settings(num_fewshot=2), "distillkit_school")
     theirs = by_command(folder, tmp_path, "--num_fewshot", "2")
-    assert set(ours) == {"distillkit_facts", "distillkit_sums"}
+    assert set(ours) == {"distillkit_facts", "distillkit_sums", "distillkit_fingerprints"}
     for task, scores in ours.items():
         assert scores["samples"] == 40 and scores["version"] == 1.0
         for metric, score in scores["metrics"].items():
@@ -56,6 +62,7 @@ def test_scores_are_those_of_the_command(tmp_path):
             assert score["standard_error"] == pytest.approx(theirs[task][f"{name}_stderr,{filtered or 'none'}"])
             assert scores["higher_is_better"][metric] is True
     assert ours["distillkit_facts"]["metrics"]["acc"]["standard_error"] > 0
+    assert differs_by_sample(ours["distillkit_fingerprints"])
     assert set(ours["distillkit_sums"]["metrics"]) == {"exact_match,first-number"}
 
 
@@ -65,6 +72,7 @@ def test_padding_changes_no_score_of_a_student(layout):
     model = student(layout=layout, config_changes={"vocab_size": BYTES, "max_position_embeddings": 512})
     scores = [run_benchmark(model, byte_tokenizer(), settings(batch_size=size), "distillkit_school") for size in (1, 8)]
     assert scores[0] == scores[1]
+    assert differs_by_sample(scores[0]["distillkit_fingerprints"])
 
 
 def test_a_task_by_itself_and_part_of_it():
