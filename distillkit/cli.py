@@ -163,9 +163,14 @@ def evaluate(
             metavar="[CONFIG.yaml] [KEY=VALUE]",
         ),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="A folder, a hub id or a .gguf file.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A folder, a hub id or a .gguf file; instead of the file's teacher and its keys.")
+    ] = None,
     student: Annotated[
-        list[str] | None, typer.Option(help="A folder or a hub id; as often as wanted.", metavar="[NAME=]PATH")
+        list[str] | None,
+        typer.Option(
+            help="A folder or a hub id; as often as wanted, instead of the file's students.", metavar="[NAME=]PATH"
+        ),
     ] = None,
     suite: Annotated[
         list[str] | None, typer.Option(help="divergence, benchmarks, needles or speed; as often as wanted.")
