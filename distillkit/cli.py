@@ -332,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except OSError as error:  # a folder that cannot be made, a full disk
-        return _fail(f"{error.filename or 'output_path'}: {error.strerror or error}")
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     except typer.TyperException as error:
         return _fail(error.format_message())
     return code if isinstance(code, int) else 0
