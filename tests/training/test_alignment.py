@@ -16,7 +16,7 @@ from distillkit.training.precision import cast_for_training, compiled_layers
 from tests.model.students import student
 from tests.training.captures import configuration
 from tests.training.captures import run as run_configuration
-from tests.training.tiny import VOCAB, batch, llama, row, save_llama, save_text
+from tests.training.tiny import VOCAB, batch, documents, llama, row, save_llama, save_text
 
 SHAPE = {"hidden_size": 32, "vocab_size": VOCAB, "initializer_range": 0.2}
 STUDENTS = {
@@ -49,15 +49,6 @@ def differentiated(model, losses=ALIGNMENT, batches=None, top_k=None, normalizer
         loss += output["loss"].detach()
         sums = {name: sums.get(name, 0) + value for name, value in output["sums"].items()}
     return loss, sums, {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def documents(packed):
-    """Batches of one document each, with the labels that the packed row has."""
-    start = 0
-    for length in packed["seq_lengths"]:
-        part = {name: packed[name][start : start + length] for name in ("input_ids", "labels")}
-        yield batch({**part, "seq_lengths": [length]})
-        start += length
 
 
 def slow_reference(model, packed, normalizer=100.0):

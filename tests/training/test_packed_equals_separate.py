@@ -11,7 +11,7 @@ from distillkit.losses import DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES, ModelSha
 from distillkit.teacher.online import OnlineTeacher
 from distillkit.training.distiller import Distiller
 from tests.model.students import student
-from tests.training.tiny import VOCAB, batch, llama, row
+from tests.training.tiny import VOCAB, batch, documents, llama, row
 
 LENGTHS = [5, 1, 70, 3, 64, 2]  # a KDA layer works on 64 tokens at a time, a convolution looks 3 tokens back
 NAMES = [*DISTRIBUTION_LOSSES, *HIDDEN_STATE_LOSSES]
@@ -47,15 +47,6 @@ def distilled(kind, batches, top_k=None, layer_mapping="all", width=32):
             said = torch.stack([output["sums"][name].double(), output["counts"][name].double()])
             totals[name] = totals.get(name, torch.zeros(2, dtype=torch.float64)) + said
     return loss, totals, {name: parameter.grad for name, parameter in distiller.named_parameters()}
-
-
-def documents(packed):
-    """Batches of one document each, with the labels that the packed row has."""
-    start = 0
-    for length in packed["seq_lengths"]:
-        part = {name: packed[name][start : start + length] for name in ("input_ids", "labels")}
-        yield batch({**part, "seq_lengths": [length]})
-        start += length
 
 
 @pytest.mark.parametrize("top_k", [None, 7])

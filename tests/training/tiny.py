@@ -79,3 +79,12 @@ def row(lengths, seed=0, ignored=0):
 
 def batch(*rows, sequence_length=None):
     return collate(rows, pad_token_id=0, sequence_length=sequence_length)
+
+
+def documents(packed):
+    """Batches of one document each, with the labels that the packed row has."""
+    start = 0
+    for length in packed["seq_lengths"]:
+        part = {name: packed[name][start : start + length] for name in ("input_ids", "labels")}
+        yield batch({**part, "seq_lengths": [length]})
+        start += length
