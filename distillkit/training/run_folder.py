@@ -5,7 +5,6 @@ that matters to the weights is named. The phases of a run have folders of their 
 """
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,8 +53,7 @@ FREE_TO_CHANGE = (
 """Beginnings of the keys that do not matter to the weights."""
 
 _SECRETS = ("api_key", "token")
-_SECRET_WORD = re.compile(rf"((?:^|[\s'\".{{,])(?:{'|'.join(_SECRETS)})\s*[=:]\s*)[^\s'\",}}]+")
-_HIDDEN = "(not kept)"
+_HIDDEN = "***"
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def origin() -> dict[str, Any]:
     """When a run was started or gone on with, and by what."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": _SECRET_WORD.sub(rf"\1{_HIDDEN}", command()),
+        "command": command(),
         "versions": versions(),
         "commit": commit(),
     }
