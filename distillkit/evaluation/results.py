@@ -13,10 +13,10 @@ from distillkit.config.suites import TEACHER, EvaluateConfig, ModelConfig
 from distillkit.console import say
 from distillkit.evaluation.models import trained_length
 from distillkit.evaluation.units import Measured, Unit
+from distillkit.reporting.reading import EVALUATION, FORMAT, RESULTS
 from distillkit.shards import write_whole
 
-KIND, FORMAT = "distillkit-evaluation", 1
-RESULTS, FAILURES = "results.json", "failures.log"
+FAILURES = "failures.log"
 
 Json = dict[str, Any]
 
@@ -52,7 +52,7 @@ def write_results(
     described = suites.pop("model")
     models = {name: _model(name, model, described.get(name, {})) for name, model in _models(config)}
     results = {
-        "kind": KIND,
+        "kind": EVALUATION,
         "format": FORMAT,
         "started": about["started"],
         "finished": None if missing else time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -12,10 +12,9 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distillkit.console import clock, say
+from distillkit.reporting.reading import METRICS
+from distillkit.reporting.training import NOT_LOSSES
 from distillkit.shards.files import write_whole
-from distillkit.training.run_folder import METRICS
-
-NOT_LOSSES = ("step", "epoch", "tokens", "tokens_per_second", "seconds", "grad_norm", "learning_rate")
 
 
 class MetricsFile(TrainerCallback):

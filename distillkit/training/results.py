@@ -16,9 +16,11 @@ from distillkit.console import say
 from distillkit.evaluation import Divergence, Sample
 from distillkit.evaluation.divergence import divergence_table
 from distillkit.provenance import commit, machine, versions
+from distillkit.reporting.reading import METRICS
+from distillkit.reporting.training import NOT_LOSSES
 from distillkit.training.freezing import Freezing
-from distillkit.training.progress import NOT_LOSSES, read_metrics
-from distillkit.training.run_folder import METRICS, PHASES, RESULTS, RunFolder, kept_config, read_json, write_json
+from distillkit.training.progress import read_metrics
+from distillkit.training.run_folder import PHASES, RESULTS, RunFolder, kept_config, read_json, write_json
 
 
 def write_results(

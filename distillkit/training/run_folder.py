@@ -14,14 +14,11 @@ from typing import Any
 from distillkit.config import RunConfig, UserError
 from distillkit.config.errors import shown
 from distillkit.provenance import command, commit, versions
+from distillkit.reporting.reading import PHASES, RESULTS, RUN
 from distillkit.shards.files import remove_leftovers, write_whole
 from distillkit.training.checkpoints import PREFIX, Checkpoint, complete_checkpoints, delete_incomplete
 
-RUN = "run.json"
-RESULTS = "results.json"
-METRICS = "metrics.jsonl"
 UNTRAINED = "untrained"
-PHASES = "phases"
 
 FREE_TO_CHANGE = (
     "output_path",
