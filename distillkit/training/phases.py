@@ -22,6 +22,7 @@ from distillkit.config.phases import Phase, phases_of
 from distillkit.console import say
 from distillkit.reporting import write_run_report
 from distillkit.reporting.model_card import CARD
+from distillkit.reporting.reading import METRICS
 from distillkit.reporting.report import HTML, MARKDOWN
 from distillkit.shards.files import remove_leftovers
 from distillkit.training.arguments import build_training_arguments
@@ -33,7 +34,6 @@ from distillkit.training.interruption import EXIT_CODE
 from distillkit.training.processes import first_process_first
 from distillkit.training.results import print_results_of_phases, write_results_of_phases
 from distillkit.training.run_folder import (
-    METRICS,
     RESULTS,
     RUN,
     begin_run_file,
