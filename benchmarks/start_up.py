@@ -14,6 +14,7 @@ into TRITON_CACHE_DIR it is found there: `--from ARCHIVE` times just that.
 import argparse
 import json
 import os
+import sys
 import tarfile
 import tempfile
 import time
@@ -62,25 +63,27 @@ def main() -> None:
     if options.one is not None:
         print(json.dumps(first_steps(options.one, options.tokens, torch.device(options.device))))
         return
-    with tempfile.TemporaryDirectory() as empty:
-        cache = Path(os.environ.setdefault("TRITON_CACHE_DIR", empty))
-        if options.kept is not None:
-            with tarfile.open(options.kept) as archive:
-                archive.extractall(cache, filter="data")
-        rows = []
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
+            cache = Path(folder) / shape
+            cache.mkdir()
+            os.environ["TRITON_CACHE_DIR"] = str(cache)
+            if options.kept is not None:
+                with tarfile.open(options.kept) as archive:
+                    archive.extractall(cache, filter="data")
             for state in ("tuned elsewhere",) if options.kept is not None else ("empty", "kept"):
                 timed = in_own_process(__file__, "--one", shape, "--tokens", options.tokens, "--device", options.device)
                 rows.append({"shape": shape, "triton_cache": state, **timed})
                 result = {
                     "benchmark": "seconds to the first step of a new process, by what Triton's cache holds",
-                    "command": "python benchmarks/start_up.py",
+                    "command": " ".join(["python benchmarks/start_up.py", *sys.argv[1:]]),
                     **provenance("flash-linear-attention", "triton"),
                     "rows": rows,
                 }
                 options.output.write_text(json.dumps(result, indent=2) + "\n")
-                if options.keep is not None:
-                    keep(cache, options.keep)
+        if options.keep is not None:
+            keep(Path(folder), options.shapes, options.keep)
 
 
 def first_steps(shape: str, tokens: int, device: torch.device) -> dict[str, float]:
@@ -122,10 +125,11 @@ def timed(work, device: torch.device) -> float:
     return round(time.perf_counter() - start, 2)
 
 
-def keep(cache: Path, path: Path) -> None:
+def keep(folder: Path, shapes: list[str], path: Path) -> None:
     with tarfile.open(path, "w:xz") as archive:
-        for file in sorted(cache.rglob("*.autotune.json")):
-            archive.add(file, file.relative_to(cache))
+        for cache in (folder / shape for shape in shapes):
+            for file in sorted(cache.rglob("*.autotune.json")):
+                archive.add(file, file.relative_to(cache))
 
 
 if __name__ == "__main__":
