@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from distillkit.config import LossConfig, RunConfig
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
 from distillkit.distribution import Distribution, SparseDistribution
-from distillkit.losses import ModelShape, Objective
+from distillkit.losses import Objective
 from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from distillkit.losses.vocabulary_head import chunk_tokens_within
 from distillkit.model import KimiDeltaAttention
@@ -29,9 +29,9 @@ from distillkit.planning.optimizer import optimizer_memory
 from distillkit.planning.settings import Settings
 from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.decoder import head
-from distillkit.teacher.online import OnlineTeacher
 from distillkit.teacher.signal import Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller
+from distillkit.training.wiring import objective_of, online_teacher
 from distillkit.varlen_attention import VARLEN
 
 TEACHER, FORWARD, BACKWARD, UPDATE = "teacher's pass", "student's forward pass", "backward pass", "optimizer step"
@@ -136,32 +136,11 @@ def _checkpoint_layers(student: PreTrainedModel, settings: Settings, cuda: bool)
 def _teacher_and_objective(
     config: RunConfig, teacher: "PreTrainedModel | CapturedWord", student: PreTrainedModel, vocabulary: int, cuda: bool
 ) -> tuple[Teacher, Objective]:
-    shapes = [
-        ModelShape(model.config.hidden_size, model.config.num_hidden_layers)
-        if isinstance(model, PreTrainedModel)
-        else None
-        for model in (student, teacher)
-    ]
-    objective = Objective(
-        config.loss_functions,
-        config.layer_mapping,
-        *shapes,
-        force_hidden_state_projection=config.force_hidden_state_projection,
-        vocabulary_size=vocabulary,
-        chunk_tokens=chunk_tokens(config.loss_functions, _rows(student), cuda),
-        attention_layers=sorted(trained_attention(student)),
-    )
+    chunk = chunk_tokens(config.loss_functions, _rows(student), cuda)
     if isinstance(teacher, CapturedWord):
-        return teacher, objective
-    asked = OnlineTeacher(
-        teacher,
-        objective.teacher_layers,
-        final_norm=objective.taps_final_norm,
-        top_k=getattr(config.teacher, "top_k", None),
-        vocabulary_size=vocabulary,
-        attention_layers=objective.attention_layers,
-    )
-    return asked, objective
+        return teacher, objective_of(config, student, None, vocabulary, chunk)
+    objective = objective_of(config, student, teacher, vocabulary, chunk)
+    return online_teacher(config, teacher, objective, vocabulary), objective
 
 
 def chunk_tokens(losses: list[LossConfig], rows: int, cuda: bool) -> int:

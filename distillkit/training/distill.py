@@ -24,13 +24,11 @@ from distillkit.console import say
 from distillkit.data.signals import TensorRows
 from distillkit.evaluation import Divergence, generate_samples, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
-from distillkit.losses import ModelShape, Objective
+from distillkit.losses import Objective
 from distillkit.reporting import write_run_report
 from distillkit.reporting.report import HTML
-from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.decoder import head
-from distillkit.teacher.online import OnlineTeacher
 from distillkit.teacher.opening import open_background
 from distillkit.teacher.signal import Teacher
 from distillkit.training.arguments import (
@@ -56,6 +54,7 @@ from distillkit.training.run_folder import RunFolder, open_run_folder
 from distillkit.training.saving import save_student
 from distillkit.training.text import PREPARED, HeldOut, load_text
 from distillkit.training.trainer import DistillationTrainer
+from distillkit.training.wiring import objective_of, online_teacher
 
 Measurement = Callable[[], Divergence]
 
@@ -197,21 +196,8 @@ def _trainer(
     run: Run, models: Models, train_rows: Dataset, held_out: HeldOut | None, measure: Measurement | None
 ) -> DistillationTrainer:
     config = run.config
-    student, teacher = (
-        None
-        if isinstance(model, CapturedTeacher)
-        else ModelShape(model.config.hidden_size, model.config.num_hidden_layers)
-        for model in (models.student, models.teacher)
-    )
-    objective = Objective(
-        config.loss_functions,
-        config.layer_mapping,
-        student,
-        teacher,
-        force_hidden_state_projection=config.force_hidden_state_projection,
-        vocabulary_size=models.vocabulary_size,
-        attention_layers=_attention_layers(config, models.student),
-    )
+    live = None if isinstance(models.teacher, CapturedTeacher) else models.teacher
+    objective = objective_of(config, models.student, live, models.vocabulary_size)
     asked = _teacher(config, models, objective)
     signal_columns = models.teacher.columns if isinstance(models.teacher, CapturedTeacher) else ()
     return DistillationTrainer(
@@ -245,22 +231,8 @@ def _teacher(config: RunConfig, models: Models, objective: Objective) -> Teacher
         return models.teacher
     assert config.teacher.kind == "hf"
     wanted = config.teacher.background if positions else None
-    return OnlineTeacher(
-        models.teacher,
-        objective.teacher_layers,
-        final_norm=objective.taps_final_norm,
-        top_k=config.teacher.top_k,
-        vocabulary_size=models.vocabulary_size,
-        background=None if wanted is None else open_background(wanted, len(head(models.teacher)[0])),
-        attention_layers=objective.attention_layers,
-    )
-
-
-def _attention_layers(config: RunConfig, student: PreTrainedModel) -> list[int]:
-    """Layers whose attention outputs are compared: all whose attention is trained, where a loss compares any."""
-    if not any(loss.function in ATTENTION_FUNCTIONS for loss in config.loss_functions):
-        return []
-    return list(trained_attention(student))
+    background = None if wanted is None else open_background(wanted, len(head(models.teacher)[0]))
+    return online_teacher(config, models.teacher, objective, models.vocabulary_size, background)
 
 
 def _before(run: Run, measure: Measurement | None) -> Divergence | None:

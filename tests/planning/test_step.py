@@ -10,16 +10,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from distillkit.conversion.convert import student_on_meta
-from distillkit.losses import ModelShape, Objective
+from distillkit.losses import Objective
 from distillkit.planning.models import student_config, student_model, teacher_on_meta
 from distillkit.planning.settings import Settings
 from distillkit.planning.step import chunk_tokens, rehearse
-from distillkit.teacher.attention import trained_attention
-from distillkit.teacher.online import OnlineTeacher
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze_matching
 from distillkit.training.models import _checkpoint_layers
 from distillkit.training.precision import cast_for_training
+from distillkit.training.wiring import objective_of, online_teacher
 from tests.planning.small import ATTENTION, DISTRIBUTION, FROZEN, HIDDEN, run, teacher_config
 
 
@@ -71,22 +70,8 @@ def real_step(config, family):
     teacher, student = models(config, family)
     if settings.gradient_checkpointing:
         _checkpoint_layers(student, {"use_reentrant": False})
-    shape = ModelShape(teacher.config.hidden_size, teacher.config.num_hidden_layers)
-    objective = Objective(
-        config.loss_functions,
-        config.layer_mapping,
-        shape,
-        shape,
-        vocabulary_size=512,
-        chunk_tokens=chunk_tokens(config.loss_functions, 512, cuda=False),
-        attention_layers=sorted(trained_attention(student)),
-    )
-    asked = OnlineTeacher(
-        teacher,
-        objective.teacher_layers,
-        final_norm=objective.taps_final_norm,
-        attention_layers=objective.attention_layers,
-    )
+    objective = objective_of(config, student, teacher, 512, chunk_tokens(config.loss_functions, 512, cuda=False))
+    asked = online_teacher(config, teacher, objective, 512)
     distiller = Distiller(student, objective).train()
     ids = torch.randint(512, (settings.batch_size, config.sequence_length))
     positions = torch.arange(config.sequence_length).repeat(settings.batch_size, 1)
