@@ -30,59 +30,23 @@ from statistics import median
 from typing import Any
 
 import torch
-from datasets import Dataset
 from measuring import MIB, RESULTS, peak_memory, provenance
 from rich.console import Console
-from transformers import ArceeConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
+from steps import AFM, ALIGNMENT, FROZEN, ONE_PHASE, SMOLLM2, run_config, trainer_of
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from distillkit.config import DatasetSource, LossConfig, RunConfig, StudentConfig
+from distillkit.config import DatasetSource, RunConfig, StudentConfig
 from distillkit.conversion import student_on_meta
 from distillkit.conversion.convert import convert
 from distillkit.data import build_dataset
-from distillkit.losses import ModelShape, Objective
 from distillkit.pretrained import load_tokenizer
-from distillkit.teacher.attention import trained_attention
-from distillkit.teacher.online import OnlineTeacher
 from distillkit.training import distill
 from distillkit.training.arguments import build_training_arguments
-from distillkit.training.batches import Collator
-from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze
-from distillkit.training.precision import cast_for_training, compute_dtype
-from distillkit.training.trainer import DistillationTrainer
+from distillkit.training.precision import cast_for_training
 from distillkit.varlen_attention import use_varlen_attention
 
-SHAPES = {
-    "smollm2": LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-    ),
-    "afm": ArceeConfig(
-        hidden_size=2560,
-        intermediate_size=18432,
-        num_hidden_layers=36,
-        num_attention_heads=20,
-        num_key_value_heads=4,
-        head_dim=128,
-        vocab_size=128005,
-        tie_word_embeddings=False,
-        max_position_embeddings=65536,
-    ),
-}
-FROZEN = ["embed_tokens", "lm_head", r"norm\.weight", r"\.mlp\."]
-ONE_PHASE = [
-    {"function": "cross_entropy", "weight": 0.2},
-    {"function": "kl", "weight": 0.2, "temperature": 2.0},
-    {"function": "hs_cosine", "weight": 0.6},
-]
-ALIGNMENT = [{"function": "attn_mse", "weight": 1.0}]
+SHAPES = {"smollm2": SMOLLM2, "afm": AFM}
 # Alignment first: on a CPU only the highest peak of the process is known, and the other's is higher.
 METHODS = {"alignment": ALIGNMENT, "end to end": ONE_PHASE}
 WARM_UP = 3
@@ -119,8 +83,9 @@ def measure_time(shape: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def random_models(shape: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Teacher and hybrid student, made on the device; the student's attention in float32, all else in bf16."""
-    config = SHAPES[shape]
-    config.num_hidden_layers = args.layers or config.num_hidden_layers
+    described = SHAPES[shape]
+    layers = args.layers or described["num_hidden_layers"]
+    config = AutoConfig.for_model(**{**described, "num_hidden_layers": layers})
     config.dtype = torch.bfloat16
     torch.manual_seed(args.seed)
     with torch.device(args.device):
@@ -148,25 +113,13 @@ def steps_of(
         "max_steps": WARM_UP + args.steps,
         "per_device_train_batch_size": args.batch,
     }
-    arguments, _ = build_training_arguments(given, Path(tempfile.mkdtemp()), uses_logits=True)
-    shape = ModelShape(student.config.hidden_size, student.config.num_hidden_layers)
-    attention = list(trained_attention(student))
-    objective = Objective([LossConfig.parse(loss) for loss in losses], "all", shape, shape, attention_layers=attention)
-    clock = StepClock(args.device)
-    trainer = DistillationTrainer(
-        Distiller(student, objective),
-        OnlineTeacher(
-            teacher,
-            objective.teacher_layers,
-            final_norm=objective.taps_final_norm,
-            attention_layers=objective.attention_layers,
-        ),
-        weights_dtype=compute_dtype(arguments),
-        args=arguments,
-        train_dataset=random_rows(args.batch * arguments.max_steps, student.config.vocab_size, args),
-        data_collator=Collator(pad_token_id=0, sequence_length=args.sequence_length),
-        callbacks=[clock],
+    folder = Path(tempfile.mkdtemp())
+    config = run_config(
+        folder, {"sequence_length": args.sequence_length, "loss_functions": losses, "layer_mapping": "all"}
     )
+    arguments, _ = build_training_arguments(given, folder, uses_logits=True)
+    clock = StepClock(args.device)
+    trainer = trainer_of(config, arguments, teacher, student, seed=args.seed, callbacks=[clock])
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -187,15 +140,6 @@ def steps_of(
         "peak_gib": round(peak / MIB / 1024, 2),
         "loss": trainer.state.log_history[0]["loss"],
     }
-
-
-def random_rows(number: int, vocabulary: int, args: argparse.Namespace) -> Dataset:
-    generator = torch.Generator().manual_seed(args.seed)
-    tokens = torch.randint(vocabulary, (number, args.sequence_length), generator=generator)
-    labels = tokens.clone()
-    labels[:, 0] = -100
-    lengths = [[args.sequence_length]] * number
-    return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist(), "seq_lengths": lengths})
 
 
 def measure_quality(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

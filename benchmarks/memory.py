@@ -25,70 +25,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from measuring import RESULTS, in_own_process, peak_memory, provenance
+from steps import AFM, ALIGNMENT, FROZEN, ONE_PHASE, SMOLLM2, run_config, trainer_of
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from distillkit.config import RunConfig
-from distillkit.losses import ModelShape, Objective
 from distillkit.planning import plan_run
 from distillkit.planning.models import read_config, student_config, student_model, teacher_on_meta
-from distillkit.teacher.attention import trained_attention
-from distillkit.teacher.online import OnlineTeacher
 from distillkit.training.arguments import build_training_arguments
-from distillkit.training.batches import Collator
-from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze
 from distillkit.training.precision import cast_for_training, compute_dtype
-from distillkit.training.trainer import DistillationTrainer
 from distillkit.varlen_attention import use_varlen_attention
 
 GIB = 2**30
 STEPS = 3
 
-SMOLLM2 = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16",
-}
-AFM = {
-    "architectures": ["ArceeForCausalLM"],
-    "model_type": "arcee",
-    "hidden_size": 2560,
-    "intermediate_size": 18432,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 128005,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 65536,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16",
-}
 SMALL = {**SMOLLM2, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 8192}
 TINY = {**SMALL, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
 TINY |= {"num_key_value_heads": 1, "vocab_size": 512}
 
-FROZEN = ["embed_tokens", "lm_head", r"norm\.weight", r"\.mlp\."]
-ONE_PHASE = [
-    {"function": "cross_entropy", "weight": 0.2},
-    {"function": "kl", "weight": 0.2, "temperature": 2.0},
-    {"function": "hs_cosine", "weight": 0.6},
-]
-ALIGNMENT = [{"function": "attn_mse", "weight": 1.0}]
 KL = [{"function": "kl", "weight": 1.0}]
 
 
@@ -172,7 +129,7 @@ def measured(name: str, gpu: str) -> dict[str, Any]:
     """A row with the plan's estimate and the peak, in GiB."""
     described = {**ON_GPU, **ON_CPU}[name]
     with tempfile.TemporaryDirectory() as folder:
-        config = run_config(described, Path(folder))
+        config = described_run(described, Path(folder))
         started = time.perf_counter()
         cost = plan_run(config, gpu=gpu).phases[0].cost
         assert cost is not None
@@ -194,7 +151,7 @@ def measured(name: str, gpu: str) -> dict[str, Any]:
 def warm_up() -> None:
     """Steps of a tiny model: code that is loaded when first used takes resident memory, too."""
     with tempfile.TemporaryDirectory() as folder:
-        train(run_config(row(TINY, 1, 64), Path(folder)), Path(folder))
+        train(described_run(row(TINY, 1, 64), Path(folder)), Path(folder))
 
 
 def compared(config: RunConfig, folder: Path, estimate: float) -> dict[str, Any]:
@@ -216,18 +173,10 @@ def compared(config: RunConfig, folder: Path, estimate: float) -> dict[str, Any]
     }
 
 
-def run_config(described: dict[str, Any], folder: Path) -> RunConfig:
+def described_run(described: dict[str, Any], folder: Path) -> RunConfig:
     """The row as a run whose teacher is a folder with a config.json."""
     (folder / "config.json").write_text(json.dumps(described["shape"]))
-    return RunConfig.parse(
-        {
-            "output_path": str(folder / "run"),
-            "teacher": {"kind": "hf", "path": str(folder), "kwargs": {"dtype": "bfloat16"}},
-            "student": {"layout": "hybrid"},
-            "dataset": {"train_dataset": {"disk_path": str(folder)}},
-            **described["run"],
-        }
-    )
+    return run_config(folder, described["run"])
 
 
 def train(config: RunConfig, folder: Path) -> tuple[int, int]:
@@ -267,38 +216,6 @@ def random_models(
             buffer.fill_(0.1)  # rotary frequencies
         use_varlen_attention(model, dtype)
     return teacher, student
-
-
-def trainer_of(config: RunConfig, arguments: Any, teacher: PreTrainedModel, student: PreTrainedModel) -> Any:
-    shape = ModelShape(student.config.hidden_size, student.config.num_hidden_layers)
-    objective = Objective(
-        config.loss_functions,
-        config.layer_mapping,
-        shape,
-        shape,
-        vocabulary_size=student.config.vocab_size,
-        attention_layers=sorted(trained_attention(student)),
-    )
-    asked = OnlineTeacher(
-        teacher,
-        objective.teacher_layers,
-        final_norm=objective.taps_final_norm,
-        attention_layers=objective.attention_layers,
-    )
-    number = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * STEPS
-    return DistillationTrainer(
-        Distiller(student, objective),
-        asked,
-        weights_dtype=compute_dtype(arguments),
-        args=arguments,
-        train_dataset=random_rows(number, config.sequence_length, student.config.vocab_size),
-        data_collator=Collator(pad_token_id=0, sequence_length=config.sequence_length),
-    )
-
-
-def random_rows(number: int, length: int, vocabulary: int) -> Dataset:
-    tokens = torch.randint(vocabulary, (number, length), generator=torch.Generator().manual_seed(0)).tolist()
-    return Dataset.from_dict({"input_ids": tokens, "labels": tokens, "seq_lengths": [[length]] * number})
 
 
 def resident() -> int:
