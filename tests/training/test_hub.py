@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from distillkit.config import UserError
 from distillkit.training import hub
 from tests.training.test_phases import configuration, run
-from tests.training.tiny import save_llama, save_text
+from tests.training.tiny import save_inputs
 
 HUB = {"push_to_hub": True, "hub_model_id": "org/tiny", "hub_private_repo": True, "hub_strategy": "every_save"}
 PHASES = [{"name": "one", "training_args": {"max_steps": 1}}, {"name": "two", "training_args": {"max_steps": 1}}]
@@ -17,12 +17,7 @@ PHASES = [{"name": "one", "training_args": {"max_steps": 1}}, {"name": "two", "t
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "teacher": save_llama(folder / "teacher", 0),
-        "text": save_text(folder / "train.jsonl"),
-        "held_out": save_text(folder / "valid.jsonl", documents=10),
-    }
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

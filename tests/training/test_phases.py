@@ -19,19 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distillkit.config import RunConfig, UserError
 from distillkit.config.phases import phases_of
 from distillkit.training import distill, models
-from tests.training.tiny import BYTES, save_llama, save_text
+from tests.training.tiny import BYTES, save_inputs
 
 NAMES = ["alignment", "distillation", "long"]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "teacher": save_llama(folder / "teacher", 0),
-        "text": save_text(folder / "train.jsonl"),
-        "held_out": save_text(folder / "valid.jsonl", documents=10),
-    }
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def description(inputs, folder, training=None, phases=None, **changes):

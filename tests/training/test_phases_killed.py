@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from distillkit.config import RunConfig
 from tests.training.test_phases import description, run
-from tests.training.tiny import save_llama, save_text
+from tests.training.tiny import save_inputs
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -41,12 +41,7 @@ TRAINING = {"save_steps": 3, "save_total_limit": 1, "logging_steps": 1, "max_ste
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "teacher": save_llama(folder / "teacher", 0),
-        "text": save_text(folder / "train.jsonl"),
-        "held_out": save_text(folder / "valid.jsonl", documents=10),
-    }
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def described(inputs, folder, resume=True):

@@ -66,6 +66,15 @@ def save_text(path, documents=40, words=30):
     return str(path)
 
 
+def save_inputs(folder):
+    """A teacher, text and held-out text."""
+    return {
+        "teacher": save_llama(folder / "teacher", 0),
+        "text": save_text(folder / "train.jsonl"),
+        "held_out": save_text(folder / "valid.jsonl", documents=10),
+    }
+
+
 def row(lengths, seed=0, ignored=0):
     """A row of documents of the given lengths; `ignored` tokens after each first one do not count either."""
     generator = torch.Generator().manual_seed(seed)
