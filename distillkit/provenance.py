@@ -8,11 +8,15 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 SECRET = re.compile(r"((?:token|api_?key|secret|password)['\"]?\s*[=:]\s*)[^\s,{}]+", re.IGNORECASE)
 """A word that ends in one of these is a name whose value is nobody else's business; `tokens` is not."""
+SECRET_KEYS = ("api_key", "token")
+"""Keys of a configuration whose values are as little."""
+HIDDEN = "***"
 PACKAGES = ("distillkit", "torch", "transformers", "accelerate", "datasets", "flash-linear-attention", "lm_eval")
 
 
@@ -35,7 +39,17 @@ def command() -> str:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         nodes = [f"--nnodes={processes // here}"] if processes > here else []
         words = ["torchrun", *nodes, f"--nproc-per-node={here}", "-m", "distillkit"]
-    return shlex.join([*words, *(SECRET.sub(r"\1***", word) for word in sys.argv[1:])])
+    return shlex.join([*words, *(SECRET.sub(rf"\1{HIDDEN}", word) for word in sys.argv[1:])])
+
+
+def without_secrets(value: Any) -> Any:
+    """A configuration as files keep it, which others may read: without keys of servers and tokens of the hub."""
+    if isinstance(value, dict):
+        return {
+            key: HIDDEN if key in SECRET_KEYS and isinstance(inner, str) else without_secrets(inner)
+            for key, inner in value.items()
+        }
+    return [without_secrets(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _processes() -> int:

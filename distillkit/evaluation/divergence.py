@@ -123,14 +123,15 @@ def divergence_table(columns: dict[str, Divergence]) -> Table:
 
 
 def _rows(measured: Sequence[Divergence]) -> Iterator[tuple[str, list[str]]]:
-    yield "KL(teacher‖student), nats per token", [_shown(each.kl, ".4f") for each in measured]
-    yield "same likeliest token", [_shown(each.agreement, ".1%") for each in measured]
-    yield "perplexity, student", [_shown(each.student_perplexity, ".2f") for each in measured]
-    yield "perplexity, teacher", [_shown(each.teacher_perplexity, ".2f") for each in measured]
+    yield "KL(teacher‖student), nats per token", [shown(each.kl, ".4f") for each in measured]
+    yield "same likeliest token", [shown(each.agreement, ".1%") for each in measured]
+    yield "perplexity, student", [shown(each.student_perplexity, ".2f") for each in measured]
+    yield "perplexity, teacher", [shown(each.teacher_perplexity, ".2f") for each in measured]
     yield "tokens measured", [f"{each.tokens:,}" for each in measured]
 
 
-def _shown(value: float | None, form: str) -> str:
+def shown(value: float | None, form: str) -> str:
+    """A number in a table; a dash where it is not known."""
     return "-" if value is None else format(value, form)
 
 

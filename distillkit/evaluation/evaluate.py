@@ -27,7 +27,7 @@ from distillkit.evaluation.progress import EvaluationProgress
 from distillkit.evaluation.results import FAILURES, print_results, write_results
 from distillkit.evaluation.suites import measure
 from distillkit.evaluation.units import Measured, Unit, UnitResults, shortened, units_of
-from distillkit.provenance import commit, machine, versions
+from distillkit.provenance import commit, machine, versions, without_secrets
 
 CONFIG, UNITS = "config.yaml", "units"
 INTERRUPTED = 130
@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     about = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(["distillkit", "evaluate", str(folder / CONFIG)]),
-        "config": asked.model_dump(mode="json"),
+        "config": without_secrets(asked.model_dump(mode="json")),
     }
     evaluation = _Evaluation(config, folder, console)
     try:

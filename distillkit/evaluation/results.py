@@ -1,6 +1,5 @@
 """`results.json` of an evaluation, and what it says in a few lines."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from rich.table import Table
 
 from distillkit.config.suites import TEACHER, EvaluateConfig, ModelConfig
 from distillkit.console import say
+from distillkit.evaluation.divergence import shown
 from distillkit.evaluation.models import trained_length
 from distillkit.evaluation.units import Measured, Unit
 from distillkit.reporting.reading import EVALUATION, FORMAT, RESULTS
-from distillkit.shards import write_whole
+from distillkit.shards import write_json
 
 FAILURES = "failures.log"
 
@@ -69,7 +69,7 @@ def write_results(
             if unit.suite != "model" and measured.made_with != made_with
         ],
     }
-    write_whole(folder / RESULTS, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+    write_json(folder / RESULTS, results)
     return results
 
 
@@ -124,10 +124,10 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
         ("student_perplexity", "perplexity", ".2f"),
         ("student_ece", "calibration error", ".3f"),
     ):
-        cells = {name: _shown(each[key], form) for name, each in divergence.items()}
+        cells = {name: shown(each[key], form) for name, each in divergence.items()}
         of_teacher = key.replace("student_", "teacher_")
         if divergence and of_teacher != key:
-            cells[TEACHER] = _shown(next(iter(divergence.values()))[of_teacher], form)
+            cells[TEACHER] = shown(next(iter(divergence.values()))[of_teacher], form)
         yield label, cells
     benchmarks = results["benchmarks"]
     for task in dict.fromkeys(task for each in benchmarks.values() for task in each):
@@ -135,7 +135,7 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
             metric for each in benchmarks.values() for metric in each.get(task, {}).get("metrics", {})
         ):
             scores = {name: each[task]["metrics"].get(metric) for name, each in benchmarks.items() if task in each}
-            yield f"{task}, {metric}", {name: _shown(each["value"], ".3f") for name, each in scores.items() if each}
+            yield f"{task}, {metric}", {name: shown(each["value"], ".3f") for name, each in scores.items() if each}
     needles = results["needles"]
     for task in dict.fromkeys(task for each in needles.values() for task in each):
         yield task, {name: _share(each[task]) for name, each in needles.items() if task in each}
@@ -144,12 +144,8 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
             at = {
                 name: row[key] for name, rows in results["speed"].items() for row in rows if row["context"] == context
             }
-            yield f"{label} at {context:,} tokens, tokens/s", {name: _shown(rate, ",.1f") for name, rate in at.items()}
+            yield f"{label} at {context:,} tokens, tokens/s", {name: shown(rate, ",.1f") for name, rate in at.items()}
 
 
 def _share(rows: list[Json]) -> str:
     return f"{sum(row['correct'] for row in rows) / sum(row['total'] for row in rows):.1%}"
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

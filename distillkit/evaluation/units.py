@@ -19,7 +19,8 @@ import torch
 from distillkit.config import DatasetSource
 from distillkit.config.suites import ESSAY_TASKS, TEACHER, EvaluateConfig
 from distillkit.data.prepared import file_states
-from distillkit.shards.files import write_whole
+from distillkit.provenance import without_secrets
+from distillkit.shards.files import write_json
 
 VERSIONS = {"model": 2, "divergence": 2, "benchmarks": 1, "needles": 1, "speed": 2}
 """Of each suite's own maths; to be counted up when the same models and settings give other numbers than before."""
@@ -71,9 +72,9 @@ class UnitResults:
         """Keep what was measured."""
         path = self._path(unit, state)
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"suite": unit.suite, "task": unit.task, "settings": unit.settings, "models": state}
+        about = {"suite": unit.suite, "task": unit.task, "settings": unit.settings, "models": without_secrets(state)}
         content = {**about, "made_with": measured.made_with, "seconds": round(seconds, 3), "result": measured.result}
-        write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(path, content)
 
     def _path(self, unit: Unit, state: Any) -> Path:
         decided_by = [VERSIONS[unit.suite], unit.suite, unit.task, unit.settings, state]

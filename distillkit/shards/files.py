@@ -93,6 +93,11 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         file.write(content)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file for people and programs, whole as `write_whole` does."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
 def write_first(path: Path, content: bytes) -> None:
     """Write a file whole, unless there is one: of processes that do so at the same time, one has its way."""
     with suppress(FileExistsError), _whole_or_not_at_all(path, _link) as file:

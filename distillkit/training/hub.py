@@ -10,7 +10,8 @@ from rich.console import Console
 
 from distillkit.config import RunConfig, UserError
 from distillkit.console import say
-from distillkit.training.run_folder import PHASES, RUN, UNTRAINED, read_json, write_json
+from distillkit.shards.files import write_json
+from distillkit.training.run_folder import PHASES, RUN, UNTRAINED, read_json
 
 LEFT_OUT = (f"{PHASES}/*", f"{UNTRAINED}/*", "checkpoint-*", "_*", ".*")
 """What a run keeps in its folder that is not its result."""

@@ -24,7 +24,7 @@ from distillkit.reporting import write_run_report
 from distillkit.reporting.model_card import CARD
 from distillkit.reporting.reading import METRICS
 from distillkit.reporting.report import HTML, MARKDOWN
-from distillkit.shards.files import remove_leftovers
+from distillkit.shards.files import remove_leftovers, write_json
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.checkpoints import complete_checkpoints
 from distillkit.training.distill import Place, distill_once
@@ -45,7 +45,6 @@ from distillkit.training.run_folder import (
     refuse_change,
     refuse_to_overwrite,
     refuse_what_is_not_ours,
-    write_json,
 )
 from distillkit.training.saving import link_student
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from distillkit.config import RunConfig, UserError
 from distillkit.config.errors import shown
-from distillkit.provenance import command, commit, versions
+from distillkit.provenance import command, commit, versions, without_secrets
 from distillkit.reporting.reading import PHASES, RESULTS, RUN
-from distillkit.shards.files import remove_leftovers, write_whole
+from distillkit.shards.files import remove_leftovers, write_json
 from distillkit.training.checkpoints import PREFIX, Checkpoint, complete_checkpoints, delete_incomplete
 
 UNTRAINED = "untrained"
@@ -48,9 +48,6 @@ FREE_TO_CHANGE = (
     "training_args.ddp_timeout",
 )
 """Beginnings of the keys that do not matter to the weights."""
-
-_SECRETS = ("api_key", "token")
-_HIDDEN = "***"
 
 
 @dataclass(frozen=True)
@@ -123,22 +120,8 @@ def origin() -> dict[str, Any]:
 
 def kept_config(config: RunConfig) -> dict[str, Any]:
     """The configuration as files keep it, which others may read: without keys of servers and tokens of the hub."""
-    kept: dict[str, Any] = _without_secrets(config.model_dump(mode="json"))
+    kept: dict[str, Any] = without_secrets(config.model_dump(mode="json"))
     return kept
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: _HIDDEN if key in _SECRETS and isinstance(inner, str) else _without_secrets(inner)
-            for key, inner in value.items()
-        }
-    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old content or the new, never a part."""
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def begun_phases(folder: Path) -> list[Path]:

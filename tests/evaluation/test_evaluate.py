@@ -84,6 +84,17 @@ def whole(places, tmp_path_factory):
     return out, *run(described(places, out, "same", "near", "far"))
 
 
+def test_tokens_of_the_hub_are_in_no_result(places, tmp_path):
+    """What was asked for, secret and all, stays in config.yaml alone, which is there to be run again."""
+    model = {"path": str(places / "near"), "kwargs": {"token": "hf_hidden"}}
+    run(described(places, tmp_path / "out", students={"near": model}, divergence=None))
+    telling = {
+        path.name for path in (tmp_path / "out").rglob("*") if path.is_file() and "hf_hidden" in path.read_text()
+    }
+    assert telling == {"config.yaml"}
+    assert unit_files(tmp_path / "out")
+
+
 def test_it_measures_what_a_run_measures(places, whole):
     _, results, said = whole
     source = DatasetSource(disk_path=str(places / "text.jsonl"))
