@@ -1,0 +1,100 @@
+"""A text as tokens: documents of token ids, small enough to be sent to a machine, and ready where minutes cost.
+
+    python benchmarks/corpus.py --teacher FOLDER [--gguf-file NAME] --data train.parquet --output tokens/train
+    python benchmarks/corpus.py --teacher … --data valid.parquet --output tokens/valid --most-mib 1
+
+writes tokens/train-00.parquet, tokens/train-01.parquet …, none above `--most-mib`. Documents stay whole and in their
+order; a text ends with the tokenizer's EOS token, as a run would end it. `tokens/train-*.parquet` is then a
+`disk_path` of a run: what has a column `input_ids` is not tokenised again.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from measuring import MIB
+from transformers import PreTrainedTokenizerBase
+
+from distillkit.config import DatasetSource
+from distillkit.data.rows import RowFormat, list_entries, running_sums, tokenize_rows
+from distillkit.data.sources import load_source
+from distillkit.pretrained import load_tokenizer
+
+
+def tokenised(path: str, tokenizer: PreTrainedTokenizerBase, processes: int | None = None) -> pa.Table:
+    """The documents behind a `disk_path` in one column `input_ids`, in two bytes per token where ids fit into them."""
+    rows = load_source(DatasetSource(disk_path=path))
+    documents = tokenize_rows(rows, tokenizer, RowFormat(), num_proc=processes, key="--data")
+    lengths, ids = list_entries(documents.with_format("arrow")[:]["input_ids"])
+    width = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
+    offsets = running_sums(lengths)
+    return pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), ids.cast(width))})
+
+
+def write(documents: pa.Table, path: Path, level: int = 3) -> int:
+    """One file; its size in bytes. Pages are as large as they may be, so that the compression sees far back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    at_once = {"row_group_size": max(len(documents), 1), "data_page_size": 2**30}
+    pq.write_table(
+        documents,
+        path,
+        compression="zstd",
+        compression_level=level,
+        use_dictionary=False,
+        write_statistics=False,
+        **at_once,
+    )
+    return path.stat().st_size
+
+
+def count(documents: pa.Table) -> int:
+    return int(list_entries(documents["input_ids"])[0].sum())
+
+
+def write_parts(documents: pa.Table, output: Path, most_bytes: int, level: int) -> list[Path]:
+    """As few files as hold all documents with none of them above `most_bytes`, about alike in tokens."""
+    ends = np.cumsum(list_entries(documents["input_ids"])[0])
+    parts = 1
+    while True:
+        paths, sizes, start = [], [], 0
+        for part in range(parts):
+            end = int(np.searchsorted(ends, ends[-1] * (part + 1) / parts)) + 1
+            paths.append(output.with_name(f"{output.name}-{part:02}.parquet"))
+            sizes.append(write(documents.slice(start, end - start), paths[-1], level))
+            start = end
+        if max(sizes) <= most_bytes or parts == len(documents):
+            return paths
+        parts = max(parts + 1, math.ceil(sum(sizes) / most_bytes))
+        for path in paths:
+            path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="whose tokenizer it is: a folder, a hub id or a .gguf file")
+    parser.add_argument("--gguf-file", help="name of the GGUF file in the teacher's folder")
+    parser.add_argument("--data", required=True, help="the text: a .parquet, .jsonl or .txt file, a folder or pattern")
+    parser.add_argument("--output", type=Path, required=True, help="beginning of the files' names")
+    parser.add_argument("--most-mib", type=float, default=55, help="size of a file, at most")
+    parser.add_argument("--level", type=int, default=19, help="of zstd")
+    parser.add_argument("--processes", type=int)
+    args = parser.parse_args()
+    where = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    start = time.perf_counter()
+    documents = tokenised(args.data, load_tokenizer(args.teacher, **where), args.processes)
+    seconds = time.perf_counter() - start
+    tokens = count(documents)
+    print(f"{tokens:,} tokens in {len(documents):,} documents, tokenised in {seconds:.1f} s", flush=True)
+    for path in write_parts(documents, args.output, int(args.most_mib * MIB), args.level):
+        held = count(pq.read_table(path))
+        row = {"file": path.name, "tokens": held, "mib": round(path.stat().st_size / MIB, 2)}
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""The miniature replication: SmolLM2 becomes hybrid, front-loaded and KDA-only students, each by a run of the product.
+
+    python benchmarks/replication.py --teacher FOLDER --gguf-file NAME --data train.parquet --eval valid.parquet \\
+      --tokens 40M --long-tokens 8M --work /tmp/replication --gpus 4
+    python benchmarks/replication.py … --variants best --set best.phases.short.training_args.learning_rate=1e-3 \\
+      --set all.training_args.torch_compile=true
+
+A variant (benchmarks/variants.py) is a YAML over a recipe of recipes/smollm2: a phase, or several, in rows of
+`--sequence-length`, then one in rows of `--long-sequence-length`. Its students after both are measured by `distillkit
+evaluate`: divergence from the teacher in rows of either length, and needles. Variants stand in a queue, one process
+per GPU. Each is written to `--output` as soon as it is through, one that fails with the last line of its log; the same
+command again goes on where it was stopped and repeats nothing that is finished.
+
+`--data` and `--eval` are text, or tokens that benchmarks/corpus.py has made; `--tokenize` makes them here, once.
+"""
+
+import argparse
+import json
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from corpus import count, tokenised, write
+from measuring import RESULTS, provenance
+from variants import VARIANTS, evaluation_of_teacher, evaluations_of, run_of
+
+from distillkit.cli import main as distillkit
+from distillkit.config.errors import UserError
+from distillkit.config.loading import load_run_config
+from distillkit.config.suites import TEACHER
+from distillkit.config.tokens import parse_tokens
+from distillkit.pretrained import load_tokenizer
+from distillkit.reporting.training import NOT_LOSSES
+from distillkit.shards import write_json
+
+ROOT = Path(__file__).parent.parent
+POINTS = 40
+"""Of a curve; more than a picture shows are not kept."""
+
+Json = dict[str, Any]
+
+
+class Replication:
+    """A queue of variants, and the file that they are written to."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.folder = Path(args.work)
+        self._lock = threading.Lock()
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopped = False
+
+    def write_configurations(self, names: list[str]) -> None:
+        """All YAML files, before any GPU waits. Raises `UserError` for a key or value that cannot be."""
+        for name in names:
+            folder = self.folder / name
+            folder.mkdir(parents=True, exist_ok=True)
+            plan = self._plan(name, folder)
+            for file, described in plan["files"].items():
+                (folder / file).write_text(yaml.safe_dump(described, sort_keys=False))
+            if name != TEACHER:
+                load_run_config(folder / "run.yaml", plan["overrides"])
+
+    def work_off(self, names: list[str]) -> bool:
+        """One worker per GPU; whether all went well."""
+        waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for name in names:
+            waiting.put(name)
+        failed: list[str] = []
+
+        def worker(gpu: int) -> None:
+            while not self._stopped:
+                try:
+                    name = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    self._do(name, gpu)
+                except Exception as error:  # the others go on
+                    failed.append(name)
+                    self._say(name, f"failed: {error}")
+                    if not self._stopped:
+                        self._keep_failure(name, error)
+
+        threads = [threading.Thread(target=worker, args=(gpu,)) for gpu in range(self.args.gpus)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:  # a signal: runs save a checkpoint and evaluations keep what they have
+            self._stopped = True
+            for process in list(self._running.values()):
+                process.terminate()
+            for thread in threads:
+                thread.join()
+        return not failed
+
+    def _do(self, name: str, gpu: int) -> None:
+        """Train a variant and evaluate it, unless that is done already, and write it down."""
+        folder = self.folder / name
+        plan = self._plan(name, folder)
+        done = folder / "part.json"
+        if done.exists() and (former := json.loads(done.read_text()))["plan"] == plan:
+            self._say(name, "is done already")
+            self._keep(name, former["part"])
+            return
+        start = time.perf_counter()
+        if name != TEACHER:
+            self._say(name, "trains")
+            run = [sys.executable, "-m", "distillkit", str(folder / "run.yaml"), *plan["overrides"], "--resume"]
+            self._process(name, run, gpu)
+            self._say(name, f"is trained after {time.perf_counter() - start:.0f} s, and is evaluated")
+        files = [str(folder / file) for file in plan["files"] if file != "run.yaml"]
+        self._process(name, [sys.executable, __file__, "--evaluate", *files], gpu)
+        part = part_of(name, folder, plan)
+        part["seconds_in_all"] = round(time.perf_counter() - start, 1)
+        self._keep(name, part)
+        if part["failures"]:  # the same command tries these again
+            first = part["failures"][0]
+            raise RuntimeError(f"{len(part['failures'])} measurements failed: {first['task']}: {first['error']}")
+        write_json(done, {"plan": plan, "part": part})
+        self._say(name, f"is done after {part['seconds_in_all']:.0f} s")
+
+    def _plan(self, name: str, folder: Path) -> Json:
+        """All that decides what comes out: the YAML files by name, and what the command line changes in the run's."""
+        if name == TEACHER:
+            described = evaluation_of_teacher(folder, self.args)
+            return {"files": {f"{each}.yaml": content for each, content in described.items()}, "overrides": []}
+        run = run_of(name, folder, self.args)
+        overrides = [text for whose, text in self.args.set if whose in ("all", name)]
+        phases = {phase["name"]: f"{position}-{phase['name']}" for position, phase in enumerate(run["phases"], 1)}
+        students = {each: folder / "run" / "phases" / phases[each] for each in ("short", "long")}
+        evaluations = evaluations_of(folder, students, self.args)
+        return {
+            "files": {"run.yaml": run} | {f"{each}.yaml": content for each, content in evaluations.items()},
+            "overrides": overrides,
+        }
+
+    def _process(self, name: str, command: list[str], gpu: int) -> None:
+        """Raises `RuntimeError` with the last line of the log where the command fails."""
+        path = self.folder / name / "log.txt"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        if self.args.gpus > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu)
+        with path.open("ab") as log:
+            log.write(f"\n$ {shlex.join(command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self._running[name] = process
+        if self._stopped:
+            process.terminate()
+        code = process.wait()
+        del self._running[name]
+        if code:
+            lines = path.read_text(errors="replace").strip().splitlines()
+            raise RuntimeError(lines[-1])
+
+    def _keep(self, name: str, part: Json) -> None:
+        """Write a variant, or the teacher, into the file; what else it holds stays."""
+        with self._lock:
+            output = self.args.output
+            former = json.loads(output.read_text()) if output.exists() else {}
+            part = {**part, **provenance(), "command": shlex.join(["python", *shown_command(self.args)])}
+            variants = former.get("variants", {})
+            if name == TEACHER:
+                former = {**former, TEACHER: part}
+            else:
+                variants = {**variants, name: part}
+            ordered = {each: variants[each] for each in VARIANTS if each in variants}
+            content = {"benchmark": "the miniature replication", **former, "variants": ordered}
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(content, indent=1) + "\n")
+
+    def _keep_failure(self, name: str, error: Exception) -> None:
+        """Beside what was measured, where that is much."""
+        former = json.loads(self.args.output.read_text()) if self.args.output.exists() else {}
+        known = former.get(TEACHER) if name == TEACHER else former.get("variants", {}).get(name)
+        self._keep(name, {**(known or {}), "error": str(error)})
+
+    def _say(self, name: str, what: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {name} {what}", flush=True)
+
+
+def part_of(name: str, folder: Path, plan: Json) -> Json:
+    """What the files of a run and of its evaluations tell, without paths of the machine."""
+    found = {
+        file.removesuffix(".yaml"): json.loads((folder / file.removesuffix(".yaml") / "results.json").read_text())
+        for file in plan["files"]
+        if file != "run.yaml"
+    }
+    failures = [failure for results in found.values() for failure in results["failures"]]
+    needles = {model: by_length(tasks) for model, tasks in found["needles"]["needles"].items()}
+    trained = {model: each["trained_length"] for model, each in found["needles"]["models"].items()}
+    if name == TEACHER:
+        return {"needles": needles[TEACHER], "trained_length": trained[TEACHER], "failures": failures}
+    run = json.loads((folder / "run" / "results.json").read_text())
+    phases = [phase_of(folder / "run" / phase["folder"], phase) for phase in run["phases"]]
+    training = run["training"]
+    return {
+        "recipe": plan["files"]["run.yaml"]["extends"].removeprefix(f"{ROOT}/"),
+        "overrides": plan["overrides"],
+        "student": run["config"]["student"],
+        "tokens": training["tokens"],
+        "seconds": training["seconds"],
+        "parameters": run["parameters"],
+        "device": run["machine"]["device"],
+        "phases": phases,
+        "divergence": {
+            each.partition("-")[2]: results["divergence"]
+            for each, results in found.items()
+            if each.startswith("divergence")
+        },
+        "trained_length": trained,
+        "needles": needles,
+        "failures": failures,
+    }
+
+
+def phase_of(folder: Path, phase: Json) -> Json:
+    """What a phase was, and how it went. `held_out`: its divergence at some of its steps, in rows of its length."""
+    results = json.loads((folder / "results.json").read_text())
+    config = results["config"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    training = config["training_args"]
+    names = ("per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "torch_compile")
+    curve = [
+        {
+            name: rounded(value)
+            for name, value in line.items()
+            if name in ("tokens", "seconds") or name not in NOT_LOSSES
+        }
+        for line in thinned(steps)
+    ]
+    held_out = [{**phase["divergence"]["before"], "tokens": 0}] if "before" in phase["divergence"] else []
+    for line in lines:
+        if "eval_kl" in line:
+            told = {key.removeprefix("eval_"): rounded(value) for key, value in line.items() if key.startswith("eval_")}
+            held_out.append({**told, "tokens": round(phase["tokens"] * line["step"] / phase["steps"])})
+    return {
+        **{key: phase[key] for key in ("name", "tokens", "steps", "seconds", "sequence_length", "losses")},
+        "tokens_per_second": round(median(line["tokens_per_second"] for line in steps[1:] or steps)),
+        "loss_functions": [
+            {key: value for key, value in loss.items() if key in ("function", "weight", "temperature")}
+            for loss in config["loss_functions"]
+        ],
+        "trained_parameters": results["parameters"]["trained"],
+        "training_args": {name: training[name] for name in names if name in training},
+        "divergence": phase["divergence"],
+        "held_out": held_out,
+        "curve": curve,
+    }
+
+
+def by_length(tasks: Json) -> Json:
+    """Of each task `correct` and `total` by length, over all depths."""
+    sums: Json = {}
+    for task, rows in tasks.items():
+        for row in rows:
+            found = sums.setdefault(task, {}).setdefault(str(row["length"]), {"correct": 0.0, "total": 0})
+            found["correct"] += row["correct"]
+            found["total"] += row["total"]
+    return sums
+
+
+def thinned(lines: list[Json]) -> list[Json]:
+    """The first, the last and some between them."""
+    step = max(1, -(-len(lines) // POINTS))
+    kept = lines[::step]
+    return kept if not lines or kept[-1] is lines[-1] else [*kept, lines[-1]]
+
+
+def rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def tokenize(args: argparse.Namespace) -> None:
+    """Exchange text for tokens in `--work`, which all phases of all variants then read."""
+    where = {name: args.teacher_section["kwargs"][name] for name in ("gguf_file",) if args.gguf_file}
+    tokenizer = load_tokenizer(args.teacher, **where)
+    for name in ("data", "eval"):
+        path = Path(args.work) / "tokens" / f"{name}.parquet"
+        if not path.exists():
+            start = time.perf_counter()
+            documents = tokenised(getattr(args, name), tokenizer, args.processes)
+            write(documents, path.with_suffix(".partial"))
+            path.with_suffix(".partial").rename(path)
+            seconds = time.perf_counter() - start
+            print(f"{name}: {count(documents):,} tokens, tokenised in {seconds:.1f} s", flush=True)
+        setattr(args, name, str(path))
+
+
+def shown_command(args: argparse.Namespace) -> list[str]:
+    """The words of the command, with names of files instead of a machine's folders."""
+    return ["benchmarks/replication.py", *(Path(word).name if word.startswith("/") else word for word in args.words)]
+
+
+def override(text: str) -> tuple[str, str]:
+    whose, point, rest = text.partition(".")
+    if not point or "=" not in rest or whose not in ("all", *VARIANTS):
+        names = ", ".join(("all", *VARIANTS))
+        raise argparse.ArgumentTypeError(f"{text!r}: must be VARIANT.key=value, of {names}")
+    return whose, rest
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="a folder or hub id")
+    parser.add_argument("--gguf-file", help="name of the GGUF file in the teacher's folder")
+    parser.add_argument("--data", required=True, help="what is learnt from: a file, a folder or a pattern of files")
+    parser.add_argument("--eval", required=True, help="held-out text")
+    parser.add_argument("--haystack", help="text that hides needles; --eval by default, which then must be text")
+    parser.add_argument("--tokens", type=parse_tokens, default="40M", help="of all phases of short rows together")
+    parser.add_argument("--long-tokens", type=parse_tokens, default="8M")
+    parser.add_argument("--work", required=True, help="folder of everything but the result")
+    parser.add_argument("--output", type=Path, default=RESULTS / "replication.json")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, TEACHER], default=[*VARIANTS, TEACHER])
+    parser.add_argument("--set", action="append", type=override, default=[], metavar="VARIANT.KEY=VALUE")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=16, help="short rows per step")
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--long-sequence-length", type=int, default=8192)
+    parser.add_argument(
+        "--alignment-share", type=float, default=0.25, help="of --tokens, where a variant has alignment"
+    )
+    parser.add_argument("--logging-steps", type=int, default=10)
+    parser.add_argument("--held-out-tokens", type=int, default=98304)
+    parser.add_argument("--dtype", default="bfloat16", help="of the students while they are evaluated")
+    parser.add_argument("--needle-tasks", nargs="+", default=["niah_single_1", "niah_single_2", "niah_multikey_1"])
+    parser.add_argument("--needle-lengths", type=int, nargs="+", default=[2**power for power in range(10, 16)])
+    parser.add_argument("--needle-depths", type=int, default=5)
+    parser.add_argument("--needle-samples", type=int, default=4, help="for each length and depth")
+    parser.add_argument("--needle-batch", type=int, help="prompts that are read at a time")
+    parser.add_argument("--tokenize", action="store_true", help="make tokens of the text first")
+    parser.add_argument("--processes", type=int, help="that tokenise")
+    args = parser.parse_args(words)
+    args.words = words
+    args.work, args.data, args.eval = (os.path.abspath(path) for path in (args.work, args.data, args.eval))
+    args.haystack = os.path.abspath(args.haystack) if args.haystack else args.eval
+    args.teacher = os.path.abspath(args.teacher) if os.path.exists(args.teacher) else args.teacher
+    where = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    args.teacher_section = {"kind": "hf", "path": args.teacher, "kwargs": {"dtype": args.dtype, **where}}
+    return args
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if words[:1] == ["--evaluate"]:
+        codes = [distillkit(["evaluate", file]) for file in words[1:]]
+        sys.exit(max(code for code in (0, *codes) if code != 1))  # 1: results tell what could not be measured
+    args = arguments(words)
+    replication = Replication(args)
+    if args.tokenize:
+        tokenize(args)
+    try:
+        replication.write_configurations(args.variants)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(0 if replication.work_off(args.variants) else 1)
+
+
+if __name__ == "__main__":
+    main()
