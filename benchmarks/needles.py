@@ -31,6 +31,7 @@ def measure(args: argparse.Namespace, haystack: str) -> dict[str, Any]:
             "lengths": args.lengths,
             "depths": args.depths,
             "samples": args.samples,
+            "batch_size": args.batch_size,
             "haystack": {"disk_path": haystack},
         }
     )
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts that are answered together")
     parser.add_argument("--haystack", help="text that is the haystack: a .txt, .jsonl or .parquet file")
     parser.add_argument("--output", default="needles.json", help="name of the file in benchmarks/results")
     args = parser.parse_args()
@@ -62,7 +64,7 @@ def main() -> None:
         reference = Path(folder) / "language_reference.txt"
         reference.write_text("\n\n".join(topics[name] for name in sorted(topics)))
         tasks = measure(args, args.haystack or str(reference))
-    names = ("dtype", "lengths", "depths", "samples")
+    names = ("dtype", "lengths", "depths", "samples", "batch_size")
     result = {
         "what": "RULER's needles: sum of scores by length and depth, greedy answers",
         "settings": {

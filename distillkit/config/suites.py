@@ -110,7 +110,12 @@ class NeedlesConfig(Section):
     samples: int = Field(4, gt=0, description="prompts for each length and depth")
     haystack: DatasetSource | None = Field(None, description="prose that hides the needles: repo_id or disk_path")
     seed: int = Field(42, ge=0, description="seed of keys, values and text")
-    prefill_tokens: int = Field(8192, gt=0, description="tokens of a prompt that are read at a time")
+    batch_size: int = Field(
+        8,
+        gt=0,
+        description="prompts of one length that are answered together; the KV cache of so many must fit into memory",
+    )
+    prefill_tokens: int = Field(8192, gt=0, description="tokens that are read at a time, of all prompts of a batch")
 
     @model_validator(mode="after")
     def check_haystack(self) -> Self:

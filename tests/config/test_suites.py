@@ -50,6 +50,7 @@ def line_of(data: dict[str, Any]) -> str:
             {"needles": {"lengths": [9], "tasks": ["niah"]}},
             "needles.tasks[0]: must be one of niah_single_1, niah_single_2,",
         ),
+        ({"needles": {"lengths": [9], "batch_size": 0}}, "needles.batch_size: must be > 0, got 0"),
         ({"needles": {"lengths": [9]}}, "needles.haystack: is missing: niah_single_2 hides its needles in prose"),
         ({"divergence": {"dataset": {"disk_path": "x"}}}, "teacher: is missing: divergence compares students with a"),
         (

@@ -21,9 +21,10 @@ from ..training.tiny import tokenizer as byte_tokenizer
 
 
 class Oracle(PreTrainedModel, GenerationMixin):
-    """Reads the text of its tokens and writes what stands beside the keys in the question.
+    """Reads the text of its tokens and writes what stands beside the keys in the question, row by row.
 
-    Its cache is the tokens so far, so it sees a prompt that comes in pieces as any other model does.
+    Its cache is the tokens so far, so it sees a prompt that comes in pieces as any other model does; what the mask
+    tells it to leave out it has not seen.
     """
 
     config_class = LlamaConfig
@@ -32,23 +33,30 @@ class Oracle(PreTrainedModel, GenerationMixin):
         super().__init__(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id))
         self.weight = nn.Parameter(torch.zeros(1))
         self.tokenizer, self.answer = tokenizer, answer
-        self.pieces = []
+        self.pieces, self.masks = [], []
 
-    def forward(self, input_ids, past_key_values, use_cache, logits_to_keep):
+    def forward(self, input_ids, past_key_values, use_cache, logits_to_keep, attention_mask=None, position_ids=None):
         assert use_cache and logits_to_keep == 1
-        self.pieces.append(input_ids.shape[1])
-        seen = SimpleNamespace(
-            tokens=[*(past_key_values.tokens if past_key_values else []), *input_ids[0].tolist()], answer=None
-        )
-        if past_key_values is not None and past_key_values.answer is not None:
-            past_key_values.tokens, seen = seen.tokens, past_key_values
-        text = self.tokenizer.decode(seen.tokens[-200:])
-        if seen.answer is None and re.search(r"mentioned in the provided text (is|are)$", text):
-            written = self.tokenizer(self.answer(self.tokenizer.decode(seen.tokens)), add_special_tokens=False)
-            seen.answer = iter([*written["input_ids"], self.tokenizer.eos_token_id])
-        logits = torch.zeros(1, 1, self.config.vocab_size)
-        logits[..., 0 if seen.answer is None else next(seen.answer)] = 1.0
-        return CausalLMOutputWithPast(logits=logits, past_key_values=seen)
+        self.pieces.append(tuple(input_ids.shape))
+        self.masks.append(attention_mask)
+        rows = past_key_values or [SimpleNamespace(tokens=[], answer=None) for _ in input_ids]
+        logits = torch.zeros(len(rows), 1, self.config.vocab_size)
+        for index, row in enumerate(rows):
+            tokens = input_ids[index]
+            if attention_mask is not None:
+                real = attention_mask[index, -len(tokens) :].bool()
+                tokens, positions = tokens[real], position_ids[index, real].tolist()
+                assert positions == list(range(len(row.tokens), len(row.tokens) + len(positions)))
+            row.tokens += tokens.tolist()
+            logits[index, 0, self._next(row)] = 1.0
+        return CausalLMOutputWithPast(logits=logits, past_key_values=rows)
+
+    def _next(self, row):
+        text = self.tokenizer.decode(row.tokens[-200:])
+        if row.answer is None and re.search(r"mentioned in the provided text (is|are)$", text):
+            written = self.tokenizer(self.answer(self.tokenizer.decode(row.tokens)), add_special_tokens=False)
+            row.answer = iter(written["input_ids"])
+        return 0 if row.answer is None else next(row.answer, self.tokenizer.eos_token_id)
 
 
 def asked(text):
@@ -105,8 +113,8 @@ def test_the_prompt_comes_in_pieces_and_the_answer_ends_with_the_last_value(tmp_
     (row,) = measure_needles(oracle, tokenizer, settings(tmp_path, depths=1, prefill_tokens=300), "niah_single_1")
     assert row["depth"] == 0.5 and row["correct"] == 1
     prompt = int(row["prompt_tokens_mean"])
-    assert oracle.pieces[:4] == [300, 300, 300, prompt - 900]
-    assert set(oracle.pieces[4:]) == {1} and len(oracle.pieces) < 4 + 16
+    assert oracle.pieces[:4] == [(1, 300), (1, 300), (1, 300), (1, prompt - 900)]
+    assert set(oracle.pieces[4:]) == {(1, 1)} and len(oracle.pieces) < 4 + 16
 
 
 @needs_smollm2
@@ -114,7 +122,29 @@ def test_an_answer_ends_after_128_tokens(tmp_path):
     oracle = Oracle(smollm2_tokenizer(), lambda text: " and so on" * 100 + copy_needles(text))
     (row,) = measure_needles(oracle, smollm2_tokenizer(), settings(tmp_path, depths=1), "niah_single_1")
     assert row["correct"] == 0
-    assert oracle.pieces.count(1) == 127  # the first token is the prompt's
+    assert oracle.pieces.count((1, 1)) == 127  # the first token is the prompt's
+
+
+def some(text):
+    """Answers of unequal length: all values, half of them, none; then the end, then what does not count."""
+    values = copy_needles(text)
+    kind = sum(map(ord, values)) % 3
+    return [values, values.split(", ")[0] + "</s>" + values, "I do not know." + "</s>" + values][kind]
+
+
+@pytest.mark.parametrize("task", ["niah_multivalue", "niah_single_2"])
+def test_prompts_are_answered_together_as_they_are_alone(task, tmp_path):
+    """In a tokenizer of bytes prompts are of unequal length; what is padded is no part of them."""
+    asked = settings(tmp_path, lengths=[1200, 1500], depths=3, samples=3, prefill_tokens=2000)
+    rows = {}
+    for size in (1, 4):
+        oracle = Oracle(byte_tokenizer(), some)
+        rows[size] = measure_needles(oracle, byte_tokenizer(), asked.model_copy(update={"batch_size": size}), task)
+    assert rows[4] == rows[1]
+    assert len({row["correct"] for row in rows[1]}) > 1
+    assert {shape[0] for shape in oracle.pieces} == {4, 1}  # nine of a length
+    assert max(tokens for together, tokens in oracle.pieces if together == 4) == 500  # 2,000 of all four
+    assert any(mask is not None for mask in oracle.masks)
 
 
 def test_a_model_that_runs_is_measured(tmp_path):
@@ -129,7 +159,7 @@ def test_a_model_that_runs_is_measured(tmp_path):
         progress=lambda done, total: told.append((done, total)),
     )
     assert [(row["correct"], row["total"]) for row in rows] == [(0, 1)] * 4
-    assert told[0] == (800, 3600) and told[-1] == (3600, 3600) and len(told) == 4
+    assert told == [(1600, 3600), (3600, 3600)]  # both depths of a length at a time
 
 
 def test_a_haystack_without_text_is_told(tmp_path):
