@@ -1,4 +1,7 @@
-"""Tests marked `gpu` are skipped where there is no CUDA device."""
+"""Tests marked `gpu` are skipped where there is no CUDA device, and where there is one no kernel is tuned for them."""
+
+import gc
+from functools import cache
 
 import pytest
 
@@ -12,6 +15,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def untuned(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        keep_one_configuration_of_each_kernel()
+
+
+@cache
+def keep_one_configuration_of_each_kernel() -> None:
+    """That of flash-linear-attention's with four warps and few stages; all compute the same.
+
+    To try them out takes minutes for every shape and dtype: some need a minute to compile. The shared memory of an A100
+    or H100 holds what these need, in float32, too.
+    """
+    from distillkit.model.kda_attention import FLA_AVAILABLE
+
+    if not FLA_AVAILABLE:
+        return
+    import fla.layers  # noqa: F401 — its kernels are among them
+    from triton.runtime.autotuner import Autotuner
+
+    for tuner in gc.get_objects():
+        if issubclass(type(tuner), Autotuner):
+            tuner.configs = [min(tuner.configs, key=lambda each: (abs(each.num_warps - 4), each.num_stages))]
 
 
 CHATML = (

@@ -1,9 +1,4 @@
-"""On CUDA: flash-linear-attention's kernels against the equation and against the PyTorch form.
-
-The kernels run in one of their configurations each: all compute the same, and to try them out takes minutes per shape.
-"""
-
-import gc
+"""On CUDA: flash-linear-attention's kernels against the equation and against the PyTorch form."""
 
 import pytest
 import torch
@@ -31,23 +26,6 @@ KERNELS = pytest.mark.parametrize(
     ],
     ids=["head 64", "head 128", "plain gate", "float32"],
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def untuned():
-    """Each kernel in one configuration, of four warps and few stages: others take ten times as long to compile.
-
-    The shared memory of an A100 or H100 holds what they need in float32, too.
-    """
-    import fla.layers  # noqa: F401 — its kernels are among them
-    from triton.runtime.autotuner import Autotuner
-
-    every = {tuner: tuner.configs for tuner in gc.get_objects() if issubclass(type(tuner), Autotuner)}
-    for tuner, configs in every.items():
-        tuner.configs = [min(configs, key=lambda each: (abs(each.num_warps - 4), each.num_stages))]
-    yield
-    for tuner, configs in every.items():
-        tuner.configs = configs
 
 
 @pytest.fixture(autouse=True)
