@@ -125,12 +125,12 @@ def evaluation_of_teacher(folder: Path, args: argparse.Namespace) -> dict[str, J
 
 
 def needles_of(args: argparse.Namespace) -> Json:
-    batch = {"batch_size": args.needle_batch} if args.needle_batch else {}
     return {
         "tasks": args.needle_tasks,
         "lengths": args.needle_lengths,
         "depths": args.needle_depths,
         "samples": args.needle_samples,
         "haystack": {"disk_path": args.haystack},
-        **batch,
+        "batch_size": args.needle_batch,
+        "prefill_tokens": args.needle_prefill_tokens,
     }
