@@ -51,6 +51,7 @@ def document_boundaries(position_ids: Int[Tensor, "1 tokens"]) -> tuple[Int[Tens
     return cu_seqlens, int(cu_seqlens.diff().max())
 
 
+@torch.compiler.disable
 def varlen_attention(
     module: nn.Module,
     query: Float[Tensor, "batch heads tokens head_dim"],

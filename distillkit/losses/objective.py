@@ -9,7 +9,8 @@ gives: then the gradients of a step's micro-batches add up to those of the undiv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,14 +22,22 @@ from torch.utils.checkpoint import checkpoint
 
 from distillkit.config import LossConfig, UserError
 from distillkit.losses.alignment import AlignedLayer, aligned_losses
-from distillkit.losses.functions import ATTENTION_LOSSES, DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES, RANKING_LOSSES
+from distillkit.losses.functions import (
+    ATTENTION_LOSSES,
+    DISTRIBUTION_LOSSES,
+    HIDDEN_STATE_LOSSES,
+    RANKING_LOSSES,
+    masked_totals,
+)
 from distillkit.losses.ranking import preference_pair_counts
 from distillkit.losses.vocabulary_head import (
     IGNORED_LABEL,
     DistributionTerm,
     TeacherChunks,
+    TermTotals,
     chunk_tokens_within,
     chunked_vocabulary_losses,
+    term_totals,
 )
 
 # What a chunk's logits, and all that losses make of them, may take. (On a CPU not less: glibc gives memory back to the
@@ -91,6 +100,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.vocabulary_size = vocabulary_size
+        self._compiled_totals: TermTotals | None = None
+        self._pair_sum = pair_sum
         hints = [loss.sparse_chunk_length for loss in loss_functions if loss.sparse_chunk_length is not None]
         self.chunk_tokens = chunk_tokens or min(hints, default=None)
         terms = _terms(loss_functions)
@@ -117,6 +128,16 @@ class Objective(nn.Module):
             self.attention_layers = sorted(attention_layers)
         self.student_layers = sorted({student_layer for student_layer, _ in self.pairs})
         self.teacher_layers = sorted({teacher_layer for _, teacher_layer in self.pairs})
+
+    @contextmanager
+    def compiled(self, backend: str, mode: str | None) -> Iterator[None]:
+        """Within, losses of logits and of hidden states are compiled: their passes over memory become few."""
+        self._compiled_totals = torch.compile(term_totals, backend=backend, mode=mode)
+        self._pair_sum = torch.compile(pair_sum, backend=backend, mode=mode)
+        try:
+            yield
+        finally:
+            self._compiled_totals, self._pair_sum = None, pair_sum
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -169,7 +190,9 @@ class Objective(nn.Module):
             assert final_hidden_states is not None
             normalizers = {term.name: normalizer for term in self.terms} | dict(preference_pairs or {})
             loss, sums, counts = chunked_vocabulary_losses(
-                final_hidden_states.flatten(0, 1)[rows],
+                final_hidden_states.flatten(0, 1).index_select(
+                    0, rows
+                ),  # whose gradient is quicker than that of [rows]
                 head_weight,
                 head_bias,
                 shifted_labels(labels).flatten()[rows],
@@ -178,9 +201,12 @@ class Objective(nn.Module):
                 normalizers,
                 self.chunk_tokens or _affordable_chunk(head_weight),
                 self.vocabulary_size,
+                self._compiled_totals,
             )
         for term in self.hidden_terms:
-            sums[term.name] = self._hidden_sum(term.function, rows, student_hidden_states, teacher_hidden_states)
+            sums[term.name] = self._hidden_sum(
+                term.function, _counted(labels), student_hidden_states, teacher_hidden_states
+            )
             counts[term.name] = torch.full_like(sums[term.name], len(rows))
             loss = loss + term.weight * sums[term.name] / torch.as_tensor(normalizer).clamp(min=1)
         if self.attention_terms:
@@ -190,25 +216,24 @@ class Objective(nn.Module):
         return ObjectiveResult(loss, {name: value.detach() for name, value in sums.items()}, counts)
 
     def _hidden_sum(
-        self, function: str, rows: Tensor, student_states: Mapping[int, Tensor], teacher_states: Mapping[int, Tensor]
+        self,
+        function: str,
+        counted: Bool[Tensor, " batch_tokens"],
+        student_states: Mapping[int, Tensor],
+        teacher_states: Mapping[int, Tensor],
     ) -> Float[Tensor, ""]:
-        """Σ over rows of one hidden-state loss, averaged over the pairs of layers.
+        """Σ over counted positions of one hidden-state loss, averaged over the pairs of layers.
 
         Each pair's float32 intermediates are made again in the backward pass: kept, those of 36 layers at 32k tokens
         would take more memory than the model.
         """
 
-        def pair_sum(student: Tensor, teacher: Tensor, projection: nn.Linear | None) -> Tensor:
-            student, teacher = student.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows]
-            if projection is not None:
-                student = projection(student.to(projection.weight.dtype))
-            per_token, _ = HIDDEN_STATE_LOSSES[function](student, teacher)
-            return per_token.sum()
-
         projections = self.projections or [None] * len(self.pairs)
         per_pair = [
             checkpoint(
-                pair_sum,
+                self._pair_sum,
+                function,
+                counted,
                 student_states[student_layer],
                 teacher_states[teacher_layer],
                 projection,
@@ -218,6 +243,24 @@ class Objective(nn.Module):
             for (student_layer, teacher_layer), projection in zip(self.pairs, projections, strict=True)
         ]
         return torch.stack(per_pair).mean()
+
+
+def pair_sum(
+    function: str,
+    counted: Bool[Tensor, " batch_tokens"],
+    student: Float[Tensor, "batch tokens width"],
+    teacher: Float[Tensor, "batch tokens teacher_width"],
+    projection: nn.Linear | None,
+) -> Float[Tensor, ""]:
+    """Σ over the counted positions of one hidden-state loss, for one pair of layers.
+
+    It is computed everywhere: to gather those that count, nearly all where documents are packed, takes longer.
+    """
+    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+    if projection is not None:
+        student = projection(student.to(projection.weight.dtype))
+    total, _ = masked_totals(*HIDDEN_STATE_LOSSES[function](student, teacher), counted)
+    return total
 
 
 def _counted(labels: Int[Tensor, "batch tokens"]) -> Bool[Tensor, " batch_tokens"]:

@@ -28,6 +28,8 @@ IGNORED_LABEL = -100
 LIVE_COPIES = 9
 
 TeacherChunks = Callable[[slice], Distribution]
+TermTotals = Callable[..., Tensor]
+"""`term_totals`, or what torch.compile made of it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def chunked_vocabulary_losses(
     normalizers: Mapping[str, float | Tensor],
     chunk_tokens: int,
     vocabulary_size: int | None = None,
+    compiled_totals: TermTotals | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor], dict[str, Tensor]]:
     """(loss, sums, counts): loss = Σ_terms weight · (Σ_tokens sums) / normalizer, sums and counts per term's name.
 
@@ -59,6 +62,8 @@ def chunked_vocabulary_losses(
     A normalizer below 1 is taken as 1, so that a step in which nothing counts has loss 0.
     `vocabulary_size`: student and teacher are both taken given that the token is one of their first so many, for
     models that share a tokenizer and pad its embeddings differently. Labels must lie below it.
+    `compiled_totals`: `term_totals` as torch.compile has it. It is asked for all terms at once, which then read the
+    logits together; uncompiled, one term's intermediate results exist at a time.
     """
     if not terms:
         return at_least_float32(hidden_states.new_zeros(())), {}, {}
@@ -75,7 +80,7 @@ def chunked_vocabulary_losses(
     ]
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, weight, bias)]
     said_by = teacher if asks_teacher else None
-    work = _Work(labels, said_by, terms, scales, chunk_tokens, vocabulary_size, wants, loss_dtype)
+    work = _Work(labels, said_by, terms, scales, chunk_tokens, vocabulary_size, wants, loss_dtype, compiled_totals)
     loss, sums, counts = _ChunkedHead.apply(hidden_states, weight, bias, work)
     names = [term.name for term in terms]
     return loss, dict(zip(names, sums.unbind(), strict=True)), dict(zip(names, counts.unbind(), strict=True))
@@ -96,6 +101,7 @@ class _Work:
     vocabulary_size: int | None
     wants: Sequence[bool]  # gradients of hidden_states, weight, bias
     loss_dtype: torch.dtype
+    compiled_totals: TermTotals | None
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -154,20 +160,36 @@ def _run_chunks(
 def _judge(
     logits: Float[Tensor, "tokens vocab"], teacher: Distribution | None, labels: Int[Tensor, " tokens"], work: _Work
 ) -> tuple[Float[Tensor, "2 terms"], Float[Tensor, "tokens vocab"] | None]:
-    """Every term's (sum, count) over one chunk and the gradient of the weighted whole, one term's graph at a time."""
-    mask = labels != IGNORED_LABEL
+    """Every term's (sum, count) over one chunk and the gradient of the weighted whole."""
     gradient: Tensor | None = None
     totals = []
-    for term, scale in zip(work.terms, work.scales, strict=True):
+    together = len(work.terms) if work.compiled_totals is not None else 1
+    for first in range(0, len(work.terms), together):
+        group = slice(first, first + together)
         with torch.set_grad_enabled(any(work.wants)):
             leaf = logits.detach().requires_grad_(any(work.wants))
-            sums, counts = DISTRIBUTION_LOSSES[term.function](leaf, teacher, labels, **term.options)
-            total, count = masked_totals(sums, counts, mask)
+            sums_and_counts = (work.compiled_totals or term_totals)(leaf, teacher, labels, work.terms[group])
         if any(work.wants):
-            (part,) = torch.autograd.grad(total, leaf, scale)
+            scales = torch.stack([*work.scales[group]])
+            (part,) = torch.autograd.grad(sums_and_counts, leaf, torch.stack([scales, torch.zeros_like(scales)]))
             gradient = part if gradient is None else gradient.add_(part)
-        totals.append(torch.stack([total.detach(), count.detach()]))
-    return torch.stack(totals, dim=1), gradient
+        totals.append(sums_and_counts.detach())
+    return torch.cat(totals, dim=1), gradient
+
+
+def term_totals(
+    logits: Float[Tensor, "tokens vocab"],
+    teacher: Distribution | None,
+    labels: Int[Tensor, " tokens"],
+    terms: Sequence[DistributionTerm],
+) -> Float[Tensor, "2 terms"]:
+    """Each term's (sum, count) over the tokens that have a label."""
+    mask = labels != IGNORED_LABEL
+    totals = []
+    for term in terms:
+        sums, counts = DISTRIBUTION_LOSSES[term.function](logits, teacher, labels, **term.options)
+        totals.append(torch.stack(masked_totals(sums, counts, mask)))
+    return torch.stack(totals, dim=1)
 
 
 def _matmul_dtype(hidden_states: Tensor) -> torch.dtype:

@@ -81,6 +81,8 @@ class KimiDeltaAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.layer_idx = layer_idx
         self.gate_lower_bound = gate_lower_bound
+        self.keep_intermediates = False
+        """Keep what fla's kernels would make again in the backward pass; for layers that are checkpointed anyway."""
         key_dim, kv_dim = num_heads * head_dim, num_kv_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, key_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, kv_dim, bias=qkv_bias)
@@ -137,18 +139,19 @@ class KimiDeltaAttention(nn.Module):
 
     def _mix(self, x: torch.Tensor, documents: Documents | None, cache: KDACacheLayer | None) -> torch.Tensor:
         """``[batch, tokens, hidden_size]`` → ``[batch, tokens, heads, head_dim]``."""
-        projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        conv_weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
+        projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        weights: list[torch.Tensor] = [self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]
         kernels = FLA_AVAILABLE and x.is_cuda
+        conv_state = None
         if kernels and cache is None:
-            cu_seqlens = None if documents is None else documents.cu_seqlens
-            convolved, _ = causal_conv1d(projected, conv_weight, activation="silu", cu_seqlens=cu_seqlens)
-            conv_state = None
+            convolved = _convolve_with_kernels(projected, weights, documents)
         else:
             conv_state = None if cache is None else cache.conv_state
-            convolved, conv_state = short_convolution(projected, conv_weight, conv_state, documents)
-        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        query, key, value = convolved.unflatten(-1, (-1, self.head_dim)).split(sizes, dim=-2)
+            joined, conv_state = short_convolution(
+                torch.cat(projected, dim=-1), torch.cat(weights).squeeze(1), conv_state, documents
+            )
+            convolved = list(joined.split([each.shape[-1] for each in projected], dim=-1))
+        query, key, value = (each.unflatten(-1, (-1, self.head_dim)) for each in convolved)
         if self.num_kv_heads != self.num_heads:
             repeats = self.num_heads // self.num_kv_heads
             key, value = key.repeat_interleave(repeats, dim=-2), value.repeat_interleave(repeats, dim=-2)
@@ -175,6 +178,7 @@ class KimiDeltaAttention(nn.Module):
             return recurrent_kda(query, key, value, decay, beta, state)
         return chunk_kda(query, key, value, decay, beta, state, documents)
 
+    @torch.compiler.disable
     def _attend_with_kernels(
         self,
         inputs: list[torch.Tensor],
@@ -196,7 +200,24 @@ class KimiDeltaAttention(nn.Module):
         inputs = [x.contiguous() for x in inputs]
         if keep_state and inputs[0].shape[1] <= 64 and not torch.is_grad_enabled():
             return fla_recurrent_kda(*inputs, **options)
-        return fla_chunk_kda(*inputs, safe_gate=self.gate_lower_bound is not None, **options)
+        return fla_chunk_kda(
+            *inputs,
+            safe_gate=self.gate_lower_bound is not None,
+            disable_recompute=self.keep_intermediates,
+            **options,
+        )
+
+
+@torch.compiler.disable
+def _convolve_with_kernels(
+    projected: list[torch.Tensor], weights: list[torch.Tensor], documents: Documents | None
+) -> list[torch.Tensor]:
+    """Queries, keys and values each by themselves: joined, they would be copied once to join and once to part."""
+    cu_seqlens = None if documents is None else documents.cu_seqlens
+    return [
+        causal_conv1d(x, weight.squeeze(1), activation="silu", cu_seqlens=cu_seqlens)[0]
+        for x, weight in zip(projected, weights, strict=True)
+    ]
 
 
 def short_convolution(

@@ -2,7 +2,7 @@
 
 The sizes are those that fla 0.6.0 allocates (fla/ops/kda/chunk.py, chunk_fwd.py, chunk_bwd.py, chunk_intra.py and
 fla/modules/causal_conv1d/ops.py): its forward pass keeps the normalised queries and keys, the values, both gates and
-two matrices [64, 64] per chunk, and its backward pass makes everything else again.
+two matrices [64, 64] per chunk; its backward pass makes everything else again, unless the layer keeps that as well.
 """
 
 from collections.abc import Callable
@@ -26,17 +26,15 @@ def mix_as_kernels_do(kda: KimiDeltaAttention, count_flops: Callable[[int], None
     """Let a layer without data do what it does on CUDA with fla; `count_flops` is told of the kernels' work."""
 
     def mix(x: Tensor, documents: Any, cache: Any) -> Tensor:
-        projected = torch.cat([kda.q_proj(x), kda.k_proj(x), kda.v_proj(x)], dim=-1)
-        conv_weight = torch.cat([kda.q_conv1d.weight, kda.k_conv1d.weight, kda.v_conv1d.weight]).squeeze(1)
-        convolved = _Convolution.apply(projected, conv_weight)
-        sizes = [kda.num_heads, kda.num_kv_heads, kda.num_kv_heads]
-        query, key, value = convolved.unflatten(-1, (-1, kda.head_dim)).split(sizes, dim=-2)
+        projections = ((kda.q_proj, kda.q_conv1d), (kda.k_proj, kda.k_conv1d), (kda.v_proj, kda.v_conv1d))
+        convolved = [_Convolution.apply(project(x), convolve.weight) for project, convolve in projections]
+        query, key, value = (each.unflatten(-1, (-1, kda.head_dim)) for each in convolved)
         if kda.num_kv_heads != kda.num_heads:
             repeats = kda.num_heads // kda.num_kv_heads
             key, value = key.repeat_interleave(repeats, dim=-2), value.repeat_interleave(repeats, dim=-2)
         gate = kda.f_proj(x).unflatten(-1, (-1, kda.head_dim))
         inputs = [each.contiguous() for each in (query, key, value, gate, kda.b_proj(x))]
-        return _Kernel.apply(*inputs, kda.A_log, kda.dt_bias, count_flops)
+        return _Kernel.apply(*inputs, kda.A_log, kda.dt_bias, kda.keep_intermediates, count_flops)
 
     kda._mix = mix  # type: ignore[method-assign]
 
@@ -65,6 +63,7 @@ class _Kernel(torch.autograd.Function):
         beta: Tensor,
         A_log: Tensor,
         dt_bias: Tensor,
+        keep_intermediates: bool,
         count_flops: Callable[[int], None],
     ) -> Tensor:
         tokens, heads, head_dim = query.shape[0] * query.shape[1], query.shape[2], query.shape[3]
@@ -79,28 +78,32 @@ class _Kernel(torch.autograd.Function):
         others = [torch.empty_like(each) for each in (key, value, key, value)]
         states = _states(query)
         output = torch.empty_like(value)
+        kept = [decay, *others, torch.empty_like(query), states] if keep_intermediates else []
         del decay, others, states
-        ctx.save_for_backward(*normalised, *norms, value, gate, beta, sigmoid, A_log, dt_bias, *matrices)
+        ctx.save_for_backward(*kept, *normalised, *norms, value, gate, beta, sigmoid, A_log, dt_bias, *matrices)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        query, key, _, _, value, gate, beta, _, A_log, dt_bias, matrix, _ = ctx.saved_tensors
+        *kept, query, key, _, _, value, gate, beta, _, A_log, dt_bias, matrix, _ = ctx.saved_tensors
         count_flops, flops = ctx.flops
-        count_flops(3 * flops)  # part of the forward pass again, and two products for each of its own
-        decay = torch.empty_like(gate, dtype=torch.float32)
-        again = [torch.empty_like(each) for each in (key, value, query, key, value)]
-        states, state_gradients = _states(query), _states(query)
+        count_flops((2 if kept else 3) * flops)  # two products for each of the forward pass, part of which comes again
+        again = kept or [
+            torch.empty_like(gate, dtype=torch.float32),
+            *(torch.empty_like(each) for each in (key, value, query, key, value)),
+            _states(query),
+        ]
+        state_gradients = _states(query)
         matrix_gradients = [torch.empty_like(matrix, dtype=torch.float32) for _ in range(2)]
         wide = [torch.empty_like(each, dtype=torch.float32) for each in (query, key, gate)]
         value_gradients = [torch.empty_like(value) for _ in range(2)]
         intra = [torch.empty_like(each) for each in wide]
-        del states, state_gradients, again, wide, matrix_gradients, decay
+        del state_gradients, kept, again, wide, matrix_gradients
         narrow = [torch.empty_like(each) for each in (query, key, gate)]
         del intra
         gradients = (narrow[0], narrow[1], value_gradients[-1], narrow[2], torch.empty_like(beta))
-        return *gradients, torch.empty_like(A_log), torch.empty_like(dt_bias), None
+        return *gradients, torch.empty_like(A_log), torch.empty_like(dt_bias), None, None
 
 
 def _states(query: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ three things stand in for others where the run is on CUDA: fla's kernels (`kerne
 and the padding of a vocabulary that is no multiple of 64.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.decoder import head
 from distillkit.teacher.signal import Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller
+from distillkit.training.models import checkpoint_layers
 from distillkit.training.wiring import objective_of, online_teacher
 from distillkit.varlen_attention import VARLEN
 
@@ -127,10 +127,9 @@ def _checkpoint_layers(student: PreTrainedModel, settings: Settings, cuda: bool)
     options: dict[str, Any] = {"use_reentrant": False}
     if cuda:
         options["context_fn"] = lambda: (nullcontext(), CudaAutocast())
-    every = {} if settings.checkpoint_every is None else {"every_n_layers": settings.checkpoint_every}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # as training.models has it
-        student.gradient_checkpointing_enable(options, **every)
+    if settings.checkpoint_every is not None:
+        options["every_n_layers"] = settings.checkpoint_every
+    checkpoint_layers(student, options)
 
 
 def _teacher_and_objective(

@@ -40,13 +40,14 @@ from distillkit.training.arguments import (
 from distillkit.training.batches import Collator, padding_token
 from distillkit.training.budget import set_steps
 from distillkit.training.checkpoints import flush_files
+from distillkit.training.compilation import compiled_step
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import level_padding
 from distillkit.training.interruption import EXIT_CODE, SaveRequests, any_rank
 from distillkit.training.models import Models, load_models
 from distillkit.training.optimizers import OptimizerLine
 from distillkit.training.origins import note_origins
-from distillkit.training.precision import cast_for_saving, compiled_layers, compute_dtype
+from distillkit.training.precision import cast_for_saving, compute_dtype
 from distillkit.training.processes import first_process_first
 from distillkit.training.progress import MetricsFile, ProgressDisplay, finish_trackers
 from distillkit.training.results import print_results, write_results
@@ -253,12 +254,9 @@ def _train(run: Run, models: Models, trainer: DistillationTrainer) -> None:
     checkpoint, techniques = run.folder.checkpoint, run.techniques
     if checkpoint is not None and checkpoint.reached_the_end():
         return
-    compiled = compiled_layers(
-        models.student,
-        techniques.torch_compile_backend,
-        techniques.torch_compile_mode,
-        trainer.model.objective.attention_layers,
-    )
+    teacher = None if isinstance(models.teacher, CapturedTeacher) else models.teacher
+    backend, mode = techniques.torch_compile_backend, techniques.torch_compile_mode
+    compiled = compiled_step(models.student, teacher, trainer.model.objective, backend, mode)
     with compiled if techniques.torch_compile else nullcontext():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
 

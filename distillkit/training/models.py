@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
@@ -18,6 +19,7 @@ from distillkit.config.phases import WHERE_THE_ORIGINAL_IS
 from distillkit.config.teacher import DatasetTeacherConfig
 from distillkit.console import say
 from distillkit.conversion.convert import convert
+from distillkit.model import KimiDeltaAttention
 from distillkit.pretrained import load_model, load_tokenizer, where
 from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.captured import CapturedTeacher
@@ -90,7 +92,7 @@ def load_models(
     with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
         check_head(student, "model")
     if techniques.gradient_checkpointing:
-        _checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
+        checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     vocabulary_size = common_vocabulary(teacher, student, tokenizer, teachers_tokenizer)
     return Models(teacher, student, tokenizer, vocabulary_size, embedding_rows, freezing)
 
@@ -118,12 +120,21 @@ def _freeze_all_but_attention(student: PreTrainedModel, freezing: Freezing, cons
     return replace(freezing, trainable=freezing.trainable - idle, frozen=freezing.frozen + idle)
 
 
-def _checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Gradient checkpointing, with the options that Trainer takes for it."""
+def checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Gradient checkpointing, with the options that Trainer takes for it.
+
+    A checkpointed layer is run again just before its backward pass: what KDA's kernels keep in between is short-lived,
+    and to keep all of it is quicker than to make part of it a third time.
+    """
     layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.17 does not know the new name of this method
         student.gradient_checkpointing_enable(options, **layers)
+    for layer in student.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for module in layer.modules():
+                if isinstance(module, KimiDeltaAttention):
+                    module.keep_intermediates = layer.gradient_checkpointing
 
 
 def _origin(

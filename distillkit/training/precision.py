@@ -12,11 +12,7 @@ the last forward pass used; float32 after a float32 run, so that nothing is roun
 measured on the student as saved. Checkpoints, from which a run goes on, keep the float32 masters.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 
@@ -59,23 +55,3 @@ def stays_float32(model: PreTrainedModel, name: str) -> bool:
     """Whether transformers would load the parameter `name` in float32 even in a 16-bit model."""
     kept = model._keep_in_fp32_modules_strict or ()
     return any(part in kept for part in name.split("."))
-
-
-@contextmanager
-def compiled_layers(
-    model: PreTrainedModel, backend: str, mode: str | None, attention_layers: Iterable[int] = ()
-) -> Iterator[None]:
-    """Within, each decoder layer's forward is compiled, and that of the attention of `attention_layers` by itself.
-
-    Layers only: one compiled graph serves all layers of a kind, hooks and gradient checkpointing stay outside of it,
-    and parameter names do not change. Attention alignment calls no layer, but its attention.
-    """
-    layers: nn.ModuleList = model.get_decoder().layers
-    modules = [*layers, *(layers[index].self_attn for index in attention_layers)]
-    for module in modules:
-        module.forward = torch.compile(module.forward, backend=backend, mode=mode)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward

@@ -228,13 +228,12 @@ def test_projections_where_they_are_needed_or_forced():
 
 def test_hidden_state_losses_keep_nothing_but_their_inputs():
     objective = Objective(FLAGSHIP, "all", ModelShape(8, 2), ModelShape(8, 2))
-    labels = torch.zeros(2, 5, dtype=torch.int64)
     states = {layer: torch.randn(2, 5, 8, requires_grad=True) for layer in (1, 2)}
     theirs = {layer: torch.randn(2, 5, 8) for layer in (1, 2)}
     inputs = {x.data_ptr() for x in (*states.values(), *theirs.values())}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        objective._hidden_sum("hs_cosine", counted_rows(labels), states, theirs)
+        objective._hidden_sum("hs_cosine", torch.ones(10, dtype=torch.bool), states, theirs)
     assert {x.data_ptr() for x in kept if x.is_floating_point() and x.numel() > 8} <= inputs
 
 

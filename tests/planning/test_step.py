@@ -16,7 +16,7 @@ from distillkit.planning.settings import Settings
 from distillkit.planning.step import chunk_tokens, rehearse
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze_matching
-from distillkit.training.models import _checkpoint_layers
+from distillkit.training.models import checkpoint_layers
 from distillkit.training.precision import cast_for_training
 from distillkit.training.wiring import objective_of, online_teacher
 from tests.planning.small import ATTENTION, DISTRIBUTION, FROZEN, HIDDEN, run, teacher_config
@@ -69,7 +69,7 @@ def real_step(config, family):
     settings = Settings.of(config)
     teacher, student = models(config, family)
     if settings.gradient_checkpointing:
-        _checkpoint_layers(student, {"use_reentrant": False})
+        checkpoint_layers(student, {"use_reentrant": False})
     objective = objective_of(config, student, teacher, 512, chunk_tokens(config.loss_functions, 512, cuda=False))
     asked = online_teacher(config, teacher, objective, 512)
     distiller = Distiller(student, objective).train()

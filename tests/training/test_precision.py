@@ -4,7 +4,7 @@ import torch
 from transformers import TrainingArguments
 
 from distillkit.training.freezing import freeze
-from distillkit.training.precision import cast_for_saving, cast_for_training, compiled_layers, compute_dtype
+from distillkit.training.precision import cast_for_saving, cast_for_training, compute_dtype
 from tests.training.tiny import batch, llama, row
 
 
@@ -66,12 +66,3 @@ def test_the_dtype_that_computes_is_the_one_of_the_training_arguments(tmp_path):
     settings = {"output_dir": str(tmp_path), "use_cpu": True}
     assert compute_dtype(TrainingArguments(**settings)) == torch.float32
     assert compute_dtype(TrainingArguments(**settings, bf16=True)) == torch.bfloat16
-
-
-def test_compiled_layers_compute_the_same_and_leave_no_trace():
-    model, inputs = llama(0), batch(row([5, 3]))["input_ids"]
-    names, expected = list(model.state_dict()), model(inputs).logits
-    with compiled_layers(model, "eager", None):
-        torch.testing.assert_close(model(inputs).logits, expected)
-        assert list(model.state_dict()) == names
-    assert "forward" not in vars(model.model.layers[0])

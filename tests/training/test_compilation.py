@@ -1,0 +1,72 @@
+"""A compiled step is the step: losses and gradients, of the student and of what it learns from."""
+
+import pytest
+import torch
+
+from distillkit.config import LossConfig
+from distillkit.losses import ModelShape, Objective
+from distillkit.teacher.attention import trained_attention
+from distillkit.teacher.online import OnlineTeacher
+from distillkit.training.compilation import compiled_step
+from distillkit.training.distiller import Distiller
+from distillkit.training.models import checkpoint_layers
+from tests.model.students import student
+from tests.training.tiny import VOCAB, batch, llama, row
+
+SHAPE = {"hidden_size": 32, "vocab_size": VOCAB, "initializer_range": 0.2}
+ONE_PHASE = [
+    LossConfig(function="cross_entropy", weight=0.2),
+    LossConfig(function="kl", weight=0.2, temperature=2.0),
+    LossConfig(function="hs_cosine", weight=0.6),
+]
+ALIGNMENT = [LossConfig(function="attn_mse", weight=1.0)]
+BATCHES = [batch(row([5, 1, 70], seed=3)), batch(row([40, 36], seed=4)), batch(row([20, 20, 36], seed=5))]
+
+
+def steps(losses, *, backend=None, checkpointing=False, top_k=None):
+    """The losses of some batches one after the other, and the sum of their gradients."""
+    model, teacher = student(config_changes=SHAPE).double().train(), llama(0, layers=4, dtype=torch.float64)
+    if checkpointing:
+        checkpoint_layers(model, {"use_reentrant": False})
+    shapes = [ModelShape(each.config.hidden_size, each.config.num_hidden_layers) for each in (model, teacher)]
+    aligned = list(trained_attention(model)) if losses is ALIGNMENT else []
+    objective = Objective(losses, "all", *shapes, attention_layers=aligned, chunk_tokens=32)
+    online = OnlineTeacher(
+        teacher, objective.teacher_layers, final_norm=False, top_k=top_k, attention_layers=objective.attention_layers
+    )
+    distiller = Distiller(model, objective)
+
+    def run():
+        outputs = []
+        for each in BATCHES:
+            output = distiller(**each, normalizer=torch.tensor(90.0), signal=online.signal(each))
+            output["loss"].backward()
+            outputs.append({"loss": output["loss"].detach(), **output["sums"]})
+        return outputs
+
+    if backend is None:
+        found = run()
+    else:
+        with compiled_step(model, teacher, objective, backend, None):
+            found = run()
+    left = [name for each in (model, teacher) for name, part in each.named_modules() if "forward" in vars(part)]
+    assert not left, "compilation leaves no trace"
+    return found, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"losses": ONE_PHASE},
+        {"losses": ONE_PHASE, "top_k": 7},
+        {"losses": ONE_PHASE, "checkpointing": True},
+        {"losses": ALIGNMENT},
+    ],
+    ids=["dense", "sparse", "checkpointing", "alignment"],
+)
+def test_a_compiled_step_has_the_losses_and_gradients_of_the_step(case):
+    expected, expected_gradients = steps(**case)
+    found, gradients = steps(**case, backend="aot_eager")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(gradients, expected_gradients)
