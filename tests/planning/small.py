@@ -10,7 +10,7 @@ from distillkit.config import RunConfig
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -49,7 +49,7 @@ def run(teacher="a/teacher", text="text.jsonl", losses=DISTRIBUTION, arguments=N
     data = {
         "output_path": "runs/never",
         "teacher": {"kind": "hf", "path": teacher, "kwargs": {"dtype": "bfloat16"}},
-        "student": {"layout": "hybrid"},
+        "student": {"full_attention_layers": [1]},
         "sequence_length": 256,
         "dataset": {"train_dataset": {"disk_path": text}, "eval_dataset": {"disk_path": f"{text}.held-out"}},
         "loss_functions": losses,

@@ -144,7 +144,7 @@ def test_frozen_weights_cost_no_gradient_and_no_product():
     """A step has three products for a weight that trains and two for one that does not."""
     everything = rehearsed(run(losses=DISTRIBUTION[:1]), "arcee")
     frozen = rehearsed(run(losses=DISTRIBUTION[:1], frozen_res=[r"\.mlp\."]), "arcee")
-    tokens, mlp = 512, 4 * 2 * 64 * 256
+    tokens, mlp = 512, 2 * 2 * 64 * 256
     difference = sum(everything.flops.values()) - sum(frozen.flops.values())
     assert difference == 2 * mlp * tokens
 
@@ -168,8 +168,8 @@ def test_accumulated_gradients_and_ranks_are_there_beside_the_activations():
 
 def test_no_real_memory_is_taken():
     """More than a test may take is rehearsed: nothing has data."""
-    config = run(losses=DISTRIBUTION, sequence_length=1024, arguments={"per_device_train_batch_size": 512})
+    config = run(losses=DISTRIBUTION, sequence_length=1024, arguments={"per_device_train_batch_size": 256})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cost = rehearsed(config, "llama", cuda=True)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
-    assert cost.allocated > 15 * 2**30
+    assert cost.allocated > 6 * 2**30
