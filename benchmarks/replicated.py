@@ -1,0 +1,250 @@
+"""The section of the replication: students beside each other and beside what the write-up found at 4.5B parameters."""
+
+from itertools import pairwise
+
+from tabled import Json, Part, grid
+
+from distillkit.reporting import numbers
+from distillkit.reporting.colours import series
+from distillkit.reporting.plots import Axis, Mark, Series, line_chart
+
+TITLES = {
+    "hybrid": "hybrid",
+    "front_loaded": "front-loaded",
+    "kda_only": "KDA only",
+    "radlads": "hybrid, RADLADS",
+    "hybrid_grouped": "hybrid, grouped heads",
+    "hybrid_rope": "hybrid with RoPE",
+    "best": "hybrid, best recipe",
+}
+"""Names of variants as tables have them, in their order."""
+
+SHORT_TITLES = {"radlads": "RADLADS", "hybrid_grouped": "grouped", "hybrid_rope": "with RoPE", "best": "best recipe"}
+SINGLE, MULTIKEY = ("niah_single_1", "niah_single_2"), ("niah_multikey_1",)
+
+
+def replication(content: Json) -> list[Part]:
+    """Divergence, needles and claims; of a variant that failed, its error."""
+    variants = {name: content["variants"][name] for name in TITLES if name in content["variants"]}
+    done = {name: variant for name, variant in variants.items() if "phases" in variant}
+    parts: list[Part] = []
+    if done:
+        parts += [
+            divergence(done),
+            *curve(done),
+            "By position in the document, rows of the long phase's length, after the long phase:",
+            positions(done, "long"),
+            "The same before it, by students that have seen short rows only:",
+            positions(done, "short"),
+        ]
+        parts += found_needles(done, content.get("teacher"))
+        parts += ["Beside the write-up:", claims(done)]
+    parts += [f"{TITLES[name]}: {variant['error']}" for name, variant in variants.items() if "error" in variant]
+    return parts
+
+
+def measured(variant: Json, student: str, position: int = 0) -> Json:
+    """The divergence of a variant's student (`short`, `long`), in rows of the first or second length."""
+    lengths = list(variant["divergence"])
+    found: Json = variant["divergence"][lengths[position]].get(student, {})
+    return found
+
+
+def kl(variant: Json, student: str, position: int = 0) -> float:
+    value = measured(variant, student, position).get("kl")
+    return float("nan") if value is None else float(value)
+
+
+def divergence(done: dict[str, Json]) -> str:
+    first = next(iter(done.values()))
+    short, long = (numbers.count(int(length)) for length in list(first["divergence"])[:2])
+    header = [
+        "student",
+        "tokens, short + long",
+        "KL untrained",
+        f"KL after short rows, at {short}",
+        f"KL after long rows, at {short}",
+        f"KL after long rows, at {long}",
+        "same likeliest token",
+        "perplexity",
+        "teacher's",
+        "tokens/s, short",
+    ]
+    lines = []
+    for name, variant in done.items():
+        phases = {phase["name"]: phase for phase in variant["phases"]}
+        tokens = [
+            sum(each["tokens"] for each in variant["phases"] if (each["name"] == "long") is of) for of in (False, True)
+        ]
+        before = variant["phases"][0]["divergence"].get("before", {}).get("kl")
+        end = measured(variant, "long")
+        lines.append(
+            [
+                TITLES[name],
+                " + ".join(map(numbers.amount, tokens)),
+                numbers.shown(before, numbers.decimals),
+                numbers.shown(kl(variant, "short"), three),
+                numbers.shown(kl(variant, "long"), three),
+                numbers.shown(kl(variant, "long", 1), three),
+                numbers.shown(end.get("agreement"), numbers.percent),
+                numbers.shown(end.get("student_perplexity"), numbers.decimals),
+                numbers.shown(end.get("teacher_perplexity"), numbers.decimals),
+                numbers.rate(phases["short"]["tokens_per_second"]),
+            ]
+        )
+    return grid(header, lines)
+
+
+def three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def whole_percent(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+def curve(done: dict[str, Json]) -> list[Part]:
+    """Held-out divergence over tokens while rows are short; long rows have another measure."""
+    lines = []
+    for index, (name, variant) in enumerate(done.items()):
+        tokens, x, y = 0, [], []
+        for phase in variant["phases"]:
+            if phase["sequence_length"] != variant["phases"][0]["sequence_length"]:
+                break
+            for point in phase["held_out"]:
+                if point["tokens"] or not x:
+                    x.append(float(tokens + point["tokens"]))
+                    y.append(point["kl"])
+            tokens += phase["tokens"]
+        lines.append(Series(SHORT_TITLES.get(name, TITLES[name]), x[1:], y[1:], series(index)))
+    if not any(line.x for line in lines):
+        return []
+    length = numbers.length(next(iter(done.values()))["phases"][0]["sequence_length"])
+    return [
+        line_chart(
+            "replication-kl",
+            f"Divergence from the teacher, rows of {length} tokens",
+            lines,
+            Axis("tokens trained on", numbers.amount),
+            Axis("KL(teacher‖student), nats per token", numbers.decimals, log10=True),
+        )
+    ]
+
+
+def positions(done: dict[str, Json], student: str) -> str:
+    """Divergence by how many tokens were there to predict from, a column for each variant."""
+    found = {
+        name: {(row["from"], row["to"]): row["kl"] for row in measured(variant, student, 1).get("positions", [])}
+        for name, variant in done.items()
+    }
+    buckets = sorted({bucket for rows in found.values() for bucket in rows})
+    lines = [
+        [f"{start:,}–{end:,}", *(numbers.shown(rows.get((start, end)), three) for rows in found.values())]
+        for start, end in buckets
+    ]
+    return grid(["position", *(TITLES[name] for name in found)], lines)
+
+
+def share(needles: Json, tasks: tuple[str, ...], length: str) -> float | None:
+    """Found of all that were asked for, over the tasks."""
+    rows = [needles[task][length] for task in tasks if length in needles.get(task, {})]
+    total = sum(row["total"] for row in rows)
+    return sum(row["correct"] for row in rows) / total if total else None
+
+
+def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
+    """Tables and pictures of single and multikey needles, after the phase of long rows."""
+    models = {"teacher": teacher["needles"]} if teacher and "needles" in teacher else {}
+    models |= {
+        TITLES[name]: variant["needles"]["long"] for name, variant in done.items() if "long" in variant["needles"]
+    }
+    models |= {
+        f"{TITLES[name]}, short rows only": variant["needles"]["short"]
+        for name, variant in done.items()
+        if name in ("hybrid", "kda_only") and "short" in variant["needles"]
+    }
+    parts: list[Part] = []
+    trained = next(iter(done.values()))["trained_length"]["long"]
+    for tasks, title in ((SINGLE, "Single needles"), (MULTIKEY, "Multikey needles")):
+        lengths = sorted({int(each) for needles in models.values() for task in tasks for each in needles.get(task, {})})
+        if not lengths:
+            continue
+        rows = [
+            [name, *(numbers.shown(share(needles, tasks, str(each)), numbers.percent) for each in lengths)]
+            for name, needles in models.items()
+        ]
+        parts += [f"{title} found ({', '.join(tasks)}), by tokens of the prompt:"]
+        parts += [grid(["", *map(numbers.length, lengths)], rows)]
+        titles = {"teacher": "teacher", **{TITLES[name]: SHORT_TITLES.get(name, TITLES[name]) for name in done}}
+        drawn = []
+        for name, label in titles.items():
+            points = (
+                [(float(each), share(models[name], tasks, str(each))) for each in lengths] if name in models else []
+            )
+            known = [(x, y) for x, y in points if y is not None]
+            colour = "teacher" if name == "teacher" else series(list(titles).index(name) - 1)
+            drawn.append(Series(label, [x for x, _ in known], [y for _, y in known], colour))
+        parts.append(
+            line_chart(
+                f"replication-{title.split()[0].lower()}",
+                f"{title} found after training on {numbers.length(trained)}",
+                [line for line in drawn if line.x],
+                Axis("tokens of the prompt", numbers.length, log2=True, ticks=[float(each) for each in lengths]),
+                Axis("share found", whole_percent, limits=(-0.03, 1.05), ticks=[0, 0.25, 0.5, 0.75, 1]),
+                [Mark(float(trained), "trained length")],
+            )
+        )
+    return parts
+
+
+def claims(done: dict[str, Json]) -> str:
+    """What the write-up says of AFM-4.5B, and what these files say of SmolLM2-135M."""
+    ends = {name: kl(variant, "long") for name, variant in done.items()}
+    lines = [["KL of about 0.2 after some 300M tokens", _lowest(done)]]
+    layouts = [name for name in ("hybrid", "kda_only", "front_loaded") if name in ends]
+    if len(layouts) == 3:
+        order = sorted(layouts, key=ends.__getitem__)
+        told = " < ".join(f"{TITLES[name]} {ends[name]:.3f}" for name in order)
+        hybrid, worst = ends["hybrid"] < ends["kda_only"], order[-1] == "front_loaded"
+        lines += [
+            ["the hybrid recovers more than KDA alone", f"{'yes' if hybrid else 'no'}: KL {told}"],
+            ["front-loaded full attention is worst", f"{'yes' if worst else 'no'}: KL {told}"],
+        ]
+    for name, claim in (
+        ("hybrid", "the hybrid finds single needles at its trained length, and crashes past it"),
+        ("kda_only", "KDA alone finds single needles past its trained length, and several keys smoothly less"),
+    ):
+        if name in done:
+            lines.append([claim, _past(done[name])])
+    for name, claim in (
+        ("radlads", "(RADLADS) alignment first"),
+        ("hybrid_grouped", "(ours) grouped heads"),
+        ("hybrid_rope", "(ours) RoPE kept"),
+    ):
+        if name in done and "hybrid" in done:
+            lines.append([claim, f"KL {ends[name]:.3f}, the one-phase hybrid {ends['hybrid']:.3f}"])
+    return grid(["AFM-4.5B, the write-up", "SmolLM2-135M, measured"], lines, words=True)
+
+
+def _lowest(done: dict[str, Json]) -> str:
+    name, student = min(
+        ((name, student) for name in done for student in ("short", "long")),
+        key=lambda each: kl(done[each[0]], each[1]) if measured(done[each[0]], each[1]) else float("inf"),
+    )
+    phases = done[name]["phases"]
+    tokens = sum(phase["tokens"] for phase in phases if student == "long" or phase["name"] != "long")
+    return f"{kl(done[name], student):.3f} after {numbers.amount(tokens)} tokens ({TITLES[name]})"
+
+
+def _past(variant: Json) -> str:
+    """Single and multikey needles from half the trained length to whatever was measured past it."""
+    needles, trained = variant["needles"].get("long", {}), variant["trained_length"]["long"]
+    told = []
+    for tasks, title in ((SINGLE, "single"), (MULTIKEY, "multikey")):
+        lengths = sorted({int(each) for task in tasks for each in needles.get(task, {}) if int(each) >= trained / 2})
+        found = [(length, share(needles, tasks, str(length)) or 0.0) for length in lengths]
+        drops = [(a[1] - b[1], b[0]) for a, b in pairwise(found)]
+        at = ", ".join(f"{100 * value:.0f} % at {numbers.length(length)}" for length, value in found)
+        worst = max(drops, default=(0.0, 0))
+        told.append(f"{title} {at}" + (f" (largest step down at {numbers.length(worst[1])})" if worst[0] > 0 else ""))
+    return f"trained to {numbers.length(trained)}: " + "; ".join(told)

@@ -1,0 +1,48 @@
+"""What the tables of docs/results.md are made of."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from distillkit.reporting import numbers
+from distillkit.reporting.document import Picture
+
+Json = dict[str, Any]
+Part = str | Picture
+"""Markdown, or a picture."""
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
+    """A table of Markdown: the first column to the left, the others to the right unless they are words."""
+    lines = [list(header), ["---", *["---" if words else "---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: Any) -> str:
+    """A value of a result file in a cell, to four figures where it is a number."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return numbers.NOTHING
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else numbers.figures(value)
+
+
+def source(file: str, content: Json, command: str) -> str:
+    """Where numbers come from: the file, the commands that wrote it, and what they ran on."""
+    machine = first_of("machine", content) or {}
+    gpu, cpu = machine.get("gpu") or machine.get("device"), machine.get("cpu") or content.get("cpu")
+    threads = f", {machine['threads']} threads" if "threads" in machine else ""
+    device = gpu if gpu and gpu != "cpu" else f"{cpu}{threads}"
+    commands = dict.fromkeys(all_of("command", content) or [command])
+    return f"[{file}](../benchmarks/results/{file}): {'; '.join(f'`{each}`' for each in commands)}, on {device}."
+
+
+def all_of(key: str, content: Json) -> list[Any]:
+    """What a file has under a key: of the whole, or else of each of its parts."""
+    if key in content:
+        return [content[key]]
+    return [found for part in content.values() if isinstance(part, dict) for found in all_of(key, part)]
+
+
+def first_of(key: str, content: Json) -> Any:
+    return next(iter(all_of(key, content)), None)
