@@ -38,7 +38,8 @@ def printed(plan):
 def test_afm_recipe_has_the_published_sizes(text):
     """4.62 B, 4.94 B and 0.89 B trainable without MLPs; the step of 4 rows of 2,048 fits on an H100."""
     arguments = {"per_device_train_batch_size": 4, "gradient_checkpointing": True}
-    config = run(AFM, text, losses=DISTRIBUTION, sequence_length=2048, arguments=arguments, frozen_res=FROZEN)
+    shape = {"student": {"layout": "hybrid"}, "sequence_length": 2048}
+    config = run(AFM, text, losses=DISTRIBUTION, arguments=arguments, frozen_res=FROZEN, **shape)
     plan = plan_run(config)
     text = printed(plan)
     assert plan.teacher_parameters == 4_619_189_760
