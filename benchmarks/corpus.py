@@ -21,9 +21,12 @@ from measuring import MIB
 from transformers import PreTrainedTokenizerBase
 
 from distillkit.config import DatasetSource
+from distillkit.config.loading import load_run_config
+from distillkit.config.phases import phases_of
+from distillkit.data import build_datasets
 from distillkit.data.rows import RowFormat, list_entries, running_sums, tokenize_rows
 from distillkit.data.sources import load_source
-from distillkit.pretrained import load_tokenizer
+from distillkit.pretrained import load_tokenizer, where
 
 
 def tokenised(path: str, tokenizer: PreTrainedTokenizerBase, processes: int | None = None) -> pa.Table:
@@ -74,6 +77,17 @@ def write_parts(documents: pa.Table, output: Path, most_bytes: int, level: int) 
             path.unlink()
 
 
+def prepare_rows(files: list[str]) -> None:
+    """The rows of all phases of some runs, each kind once, in the folders where the runs will look for them."""
+    phases = [phase.config for file in files for phase in phases_of(load_run_config(Path(file)))]
+    for config in {phase.dataset.prepared_dataset_path: phase for phase in phases}.values():
+        start = time.perf_counter()
+        assert config.teacher.kind == "hf"
+        tokenizer = load_tokenizer(config.teacher.path, **where(config.teacher.kwargs))
+        build_datasets(config.dataset, tokenizer, config.sequence_length)
+        print(f"{config.dataset.prepared_dataset_path}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="whose tokenizer it is: a folder, a hub id or a .gguf file")
@@ -84,9 +98,9 @@ def main() -> None:
     parser.add_argument("--level", type=int, default=19, help="of zstd")
     parser.add_argument("--processes", type=int)
     args = parser.parse_args()
-    where = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    gguf = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     start = time.perf_counter()
-    documents = tokenised(args.data, load_tokenizer(args.teacher, **where), args.processes)
+    documents = tokenised(args.data, load_tokenizer(args.teacher, **gguf), args.processes)
     seconds = time.perf_counter() - start
     tokens = count(documents)
     print(f"{tokens:,} tokens in {len(documents):,} documents, tokenised in {seconds:.1f} s", flush=True)

@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 import yaml
-from corpus import count, tokenised, write
+from corpus import count, prepare_rows, tokenised, write
 from measuring import RESULTS, provenance
 from variants import VARIANTS, evaluation_of_teacher, evaluations_of, run_of
 
@@ -38,7 +38,7 @@ from distillkit.config.errors import UserError
 from distillkit.config.loading import load_run_config
 from distillkit.config.suites import TEACHER
 from distillkit.config.tokens import parse_tokens
-from distillkit.pretrained import load_tokenizer
+from distillkit.pretrained import load_tokenizer, where
 from distillkit.reporting.training import NOT_LOSSES
 from distillkit.shards import write_json
 
@@ -131,6 +131,24 @@ class Replication:
         write_json(done, {"plan": plan, "part": part})
         self._say(name, f"is done after {part['seconds_in_all']:.0f} s")
 
+    def prepare_rows(self, names: list[str]) -> None:
+        """Begin with the rows of all phases, while models are still loaded; runs wait for those that they need."""
+        files = [str(self.folder / name / "run.yaml") for name in names if name != TEACHER]
+        with (self.folder / "rows.txt").open("ab") as log:
+            command = [sys.executable, __file__, "--rows", *files]
+            self._running["rows"] = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment(None))
+
+    def _environment(self, gpu: int | None) -> dict[str, str]:
+        """Of a process on one of several GPUs; None is for one that needs none."""
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": paths}
+        if gpu is None:
+            return {**environment, "CUDA_VISIBLE_DEVICES": ""}
+        if self.args.gpus > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.args.gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu]
+        return environment
+
     def _plan(self, name: str, folder: Path) -> Json:
         """All that decides what comes out: the YAML files by name, and what the command line changes in the run's."""
         if name == TEACHER:
@@ -149,14 +167,10 @@ class Replication:
     def _process(self, name: str, command: list[str], gpu: int) -> None:
         """Raises `RuntimeError` with the last line of the log where the command fails."""
         path = self.folder / name / "log.txt"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        if self.args.gpus > 1:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu)
         with path.open("ab") as log:
             log.write(f"\n$ {shlex.join(command)}\n".encode())
             log.flush()
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment(gpu))
         self._running[name] = process
         if self._stopped:
             process.terminate()
@@ -287,8 +301,7 @@ def rounded(value: Any) -> Any:
 
 def tokenize(args: argparse.Namespace) -> None:
     """Exchange text for tokens in `--work`, which all phases of all variants then read."""
-    where = {name: args.teacher_section["kwargs"][name] for name in ("gguf_file",) if args.gguf_file}
-    tokenizer = load_tokenizer(args.teacher, **where)
+    tokenizer = load_tokenizer(args.teacher, **where(args.teacher_section["kwargs"]))
     for name in ("data", "eval"):
         path = Path(args.work) / "tokens" / f"{name}.parquet"
         if not path.exists():
@@ -350,8 +363,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     args.work, args.data, args.eval = (os.path.abspath(path) for path in (args.work, args.data, args.eval))
     args.haystack = os.path.abspath(args.haystack) if args.haystack else args.eval
     args.teacher = os.path.abspath(args.teacher) if os.path.exists(args.teacher) else args.teacher
-    where = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    args.teacher_section = {"kind": "hf", "path": args.teacher, "kwargs": {"dtype": args.dtype, **where}}
+    gguf = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    args.teacher_section = {"kind": "hf", "path": args.teacher, "kwargs": {"dtype": args.dtype, **gguf}}
     return args
 
 
@@ -360,6 +373,8 @@ def main() -> None:
     if words[:1] == ["--evaluate"]:
         codes = [distillkit(["evaluate", file]) for file in words[1:]]
         sys.exit(max(code for code in (0, *codes) if code != 1))  # 1: results tell what could not be measured
+    if words[:1] == ["--rows"]:
+        return prepare_rows(words[1:])
     args = arguments(words)
     replication = Replication(args)
     if args.tokenize:
@@ -369,6 +384,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    replication.prepare_rows(args.variants)
     sys.exit(0 if replication.work_off(args.variants) else 1)
 
 
