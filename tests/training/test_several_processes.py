@@ -1,6 +1,7 @@
 """A whole run of two processes that nobody watches over, as srun and mpirun start them: each of them must end."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -11,13 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distillkit.cli import main
 from distillkit.config import RunConfig
 from distillkit.data import dataset
 from distillkit.training import distill
 from tests.training.captures import captured, configuration
 from tests.training.tiny import BYTES, save_llama, save_text
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(180)
+
+# Imports torch once, and forks clean processes from there; to start anew takes each process ten seconds of a core.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.training.test_several_processes"])
 
 
 @pytest.fixture(scope="module")
@@ -32,36 +38,82 @@ def inputs(tmp_path_factory):
     }
 
 
-def two_processes(config, *command):
-    """Exit code and standard error of each."""
+def saved(config):
     path = Path(f"{config.output_path}.yaml")
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return str(path)
+
+
+def environments():
+    """What tells each of two processes of the other."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
+    return [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def two_commands(config):
+    """Exit code and standard error of each, as a user's two processes of `python -m distillkit`."""
+    started = [
         subprocess.Popen(
-            [sys.executable, *command, str(path)],
-            env={
-                **os.environ,
-                **common,
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-            },
+            [sys.executable, "-m", "distillkit", saved(config)],
+            env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[2])},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in ("0", "1")
+        for environment in environments()
     ]
     try:
-        said = [process.communicate(timeout=60)[1] for process in processes]
+        said = [process.communicate(timeout=90)[1] for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    return [(process.returncode, errors) for process, errors in zip(processes, said, strict=True)]
+    return [(process.returncode, errors) for process, errors in zip(started, said, strict=True)]
+
+
+def run_as(environment, function, path, said):
+    os.environ |= environment
+    with said.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.exit(function(path))
+
+
+def two_forks(config, function, folder):
+    """Exit code and standard error of each, of processes that call the function with the configuration's path."""
+    path, said = saved(config), [folder / f"said by {rank}" for rank in ("0", "1")]
+    started = [
+        processes.Process(target=run_as, args=(environment, function, path, file))
+        for environment, file in zip(environments(), said, strict=True)
+    ]
+    for process in started:
+        process.start()
+    try:
+        for process in started:
+            process.join(60)
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.exitcode, file.read_text()) for process, file in zip(started, said, strict=True)]
+
+
+def command(path):
+    return main([path])
+
+
+def noted(path):
+    """A run, and beside it a file of what its tokeniser was called for by each process."""
+    described = RunConfig.parse(yaml.safe_load(Path(path).read_text()))
+    tokenize_rows = dataset.tokenize_rows
+
+    def tokenize_and_note(*given, key, **options):
+        with Path(described.output_path).with_name(f"tokenised by {os.environ['RANK']}").open("a") as file:
+            file.write(f"{key}\n")
+        return tokenize_rows(*given, key=key, **options)
+
+    dataset.tokenize_rows = tokenize_and_note
+    distill(described)
 
 
 def of_text(inputs, folder, **changes):
@@ -83,32 +135,19 @@ def test_a_mistake_that_the_first_process_finds_ends_both_and_is_told_once(input
     shard.write_bytes(shard.read_bytes()[:-10])
     config = configuration(inputs["student"], str(data), tmp_path / "run")
     line = "error: dataset.train_dataset.disk_path: shard-00001.parquet: is truncated"
-    assert_first_alone_speaks(two_processes(config, "-m", "distillkit"), line)
+    assert_first_alone_speaks(two_commands(config), line)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/model.safetensors").touch()
     line = "error: output_path: "
     config = of_text(inputs, tmp_path / "taken")
-    assert_first_alone_speaks(two_processes(config, "-m", "distillkit"), line)
+    assert_first_alone_speaks(two_forks(config, command, tmp_path), line)
 
 
 def test_text_is_tokenised_once(inputs, tmp_path):
     config = of_text(inputs, tmp_path / "run", evaluation={"num_tokens": 50})
-    for code, errors in two_processes(config, __file__):
+    for code, errors in two_forks(config, noted, tmp_path):
         assert code == 0, errors
     assert sorted(path.name for path in tmp_path.glob("tokenised*")) == ["tokenised by 0"]
     assert (tmp_path / "tokenised by 0").read_text() == "dataset.train_dataset\ndataset.eval_dataset\n"
     assert not list((tmp_path / "run").glob("*prepared*"))
     assert json.loads((tmp_path / "run/results.json").read_text())["training"]["step"] == 1
-
-
-if __name__ == "__main__":
-    described = RunConfig.parse(yaml.safe_load(Path(sys.argv[1]).read_text()))
-    tokenize_rows = dataset.tokenize_rows
-
-    def noted(*given, key, **options):
-        with Path(described.output_path).with_name(f"tokenised by {os.environ['RANK']}").open("a") as file:
-            file.write(f"{key}\n")
-        return tokenize_rows(*given, key=key, **options)
-
-    dataset.tokenize_rows = noted
-    distill(described)
