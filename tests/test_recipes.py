@@ -28,8 +28,8 @@ OFFLINE = "smollm2/offline.yaml"
 ONLINE = [name for name in ALL if name not in (*CAPTURES, OFFLINE)]
 VARIANTS = [name for name in ALL if "\nextends: " in "\n" + (RECIPES / name).read_text()]
 
-LAYERS = 8
-FULL_ATTENTION = {"hybrid": [3, 7], "front_loaded": [0, 1], "kda_only": []}
+LAYERS = 4
+FULL_ATTENTION = {"hybrid": [3], "front_loaded": [0], "kda_only": []}
 STEPS = 2
 ROWS = 2
 QUIET = Console(quiet=True)
