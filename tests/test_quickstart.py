@@ -14,9 +14,9 @@ REPOSITORY = Path(__file__).parents[1]
 SMALL = [
     "training_args.max_steps=2",
     "training_args.per_device_train_batch_size=1",
-    "sequence_length=128",
-    "evaluation.num_tokens=256",
-    "evaluation.max_new_tokens=8",
+    "sequence_length=64",
+    "evaluation.num_tokens=128",
+    "evaluation.max_new_tokens=2",
 ]
 
 
@@ -36,7 +36,7 @@ def test_quickstart_converts_distils_measures_and_writes(tmp_path):
     assert "model card: runs/quickstart/student/README.md" in printed
     results = json.loads((student / "results.json").read_text())
     before, after = results["divergence"]["before"], results["divergence"]["after"]
-    assert before["tokens"] == after["tokens"] == 256
+    assert before["tokens"] == after["tokens"] == 128
     assert before["teacher_perplexity"] == pytest.approx(after["teacher_perplexity"])
     assert 1 < before["kl"] < 8  # a fresh conversion is far from its teacher, and nearer than chance (ln 49152 = 10.8)
     told = f"| KL(teacher‖student), nats per token | {before['kl']:.4f} | {after['kl']:.4f} |"
