@@ -8,6 +8,7 @@ gives: then the gradients of a step's micro-batches add up to those of the undiv
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,7 +102,7 @@ class Objective(nn.Module):
         super().__init__()
         self.vocabulary_size = vocabulary_size
         self._compiled_totals: TermTotals | None = None
-        self._pair_sum = pair_sum
+        self._compiled_pair_sum: Callable[..., Tensor] | None = None
         hints = [loss.sparse_chunk_length for loss in loss_functions if loss.sparse_chunk_length is not None]
         self.chunk_tokens = chunk_tokens or min(hints, default=None)
         terms = _terms(loss_functions)
@@ -133,11 +134,11 @@ class Objective(nn.Module):
     def compiled(self, backend: str, mode: str | None) -> Iterator[None]:
         """Within, losses of logits and of hidden states are compiled: their passes over memory become few."""
         self._compiled_totals = torch.compile(term_totals, backend=backend, mode=mode)
-        self._pair_sum = torch.compile(pair_sum, backend=backend, mode=mode)
+        self._compiled_pair_sum = torch.compile(pair_sum, backend=backend, mode=mode)
         try:
             yield
         finally:
-            self._compiled_totals, self._pair_sum = None, pair_sum
+            self._compiled_totals, self._compiled_pair_sum = None, None
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -225,21 +226,13 @@ class Objective(nn.Module):
         """Σ over counted positions of one hidden-state loss, averaged over the pairs of layers.
 
         Each pair's float32 intermediates are made again in the backward pass: kept, those of 36 layers at 32k tokens
-        would take more memory than the model.
+        would take more memory than the model. Compiled, the loss keeps none.
         """
-
+        again = functools.partial(checkpoint, pair_sum, use_reentrant=False, preserve_rng_state=False)
+        sum_of = self._compiled_pair_sum or again
         projections = self.projections or [None] * len(self.pairs)
         per_pair = [
-            checkpoint(
-                self._pair_sum,
-                function,
-                counted,
-                student_states[student_layer],
-                teacher_states[teacher_layer],
-                projection,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+            sum_of(function, counted, student_states[student_layer], teacher_states[teacher_layer], projection)
             for (student_layer, teacher_layer), projection in zip(self.pairs, projections, strict=True)
         ]
         return torch.stack(per_pair).mean()

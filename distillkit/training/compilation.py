@@ -1,7 +1,7 @@
-"""torch.compile, applied from outside to the parts of a step that repeat: decoder layers and losses.
+"""torch.compile, applied from outside to the parts of a step that repeat: those of decoder layers, and losses.
 
 What is compiled are functions, not modules: hooks, gradient checkpointing and DDP stay around them, parameter names do
-not change, and one graph serves all layers of a kind. The attention kernels of flash-linear-attention and of packed
+not change, and one graph serves all layers. The attention kernels of flash-linear-attention and of packed
 documents are left as they are.
 """
 
@@ -9,31 +9,28 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from distillkit.losses import Objective
 
 GRAPHS = 64
-"""Graphs of one function before torch.compile gives up on it. Teacher's and student's layers share their class; each
-kind of attention, dtype and number of documents in a batch may want its own, the last until it is taken as variable."""
+"""Graphs of one function before torch.compile gives up on it. Teacher and student share their classes; each dtype and
+number of documents in a batch may want its own graph, the latter until it is taken as variable."""
 
 
 @contextmanager
 def compiled_step(
     student: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, backend: str, mode: str | None
 ) -> Iterator[None]:
-    """Within, the layers of both models and the losses are compiled.
+    """Within, the parts of both models' layers (attention, MLP, norms) and the losses are compiled.
 
-    teacher: None where it is captured. Losses of attention outputs call the student's attention alone, and take the
-    teacher's where it is called: then the parts of its layers are compiled, each by itself.
+    Parts and not layers: transformers checkpoints inside of a layer's forward, and a graph that holds a checkpoint may
+    not be broken, as the attention kernels break it; and attention alignment calls attention alone.
+
+    teacher: None where it is captured.
     """
-
-    aligned = objective.attention_layers
-    modules: list[nn.Module] = [*_layers(student)]
-    modules += [_layers(student).get_submodule(f"{index}.self_attn") for index in aligned]
-    for layer in [] if teacher is None else _layers(teacher):
-        modules += layer.children() if aligned else [layer]
+    models = [student] if teacher is None else [student, teacher]
+    modules = [part for model in models for layer in model.get_decoder().layers for part in layer.children()]
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
         for module in modules:
@@ -41,8 +38,3 @@ def compiled_step(
             stack.callback(delattr, module, "forward")
         stack.enter_context(objective.compiled(backend, mode))
         yield
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    layers: nn.ModuleList = model.get_decoder().layers
-    return layers
