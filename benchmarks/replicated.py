@@ -23,9 +23,16 @@ SHORT_TITLES = {"radlads": "RADLADS", "hybrid_grouped": "grouped", "hybrid_rope"
 SINGLE, MULTIKEY = ("niah_single_1", "niah_single_2"), ("niah_multikey_1",)
 
 
+def title(name: str, short: bool = False) -> str:
+    """Of a variant, or of a trial of one (`best-a`)."""
+    base, _, trial = name.partition("-")
+    told = SHORT_TITLES.get(base, TITLES[base]) if short else TITLES[base]
+    return f"{told}, {trial}" if trial else told
+
+
 def replication(content: Json) -> list[Part]:
     """Divergence, needles and claims; of a variant that failed, its error."""
-    variants = {name: content["variants"][name] for name in TITLES if name in content["variants"]}
+    variants = content["variants"]
     done = {name: variant for name, variant in variants.items() if "phases" in variant}
     parts: list[Part] = []
     if done:
@@ -39,7 +46,7 @@ def replication(content: Json) -> list[Part]:
         ]
         parts += found_needles(done, content.get("teacher"))
         parts += ["Beside the write-up:", claims(done)]
-    parts += [f"{TITLES[name]}: {variant['error']}" for name, variant in variants.items() if "error" in variant]
+    parts += [f"{title(name)}: {variant['error']}" for name, variant in variants.items() if "error" in variant]
     return parts
 
 
@@ -80,7 +87,7 @@ def divergence(done: dict[str, Json]) -> str:
         end = measured(variant, "long")
         lines.append(
             [
-                TITLES[name],
+                title(name),
                 " + ".join(map(numbers.amount, tokens)),
                 numbers.shown(before, numbers.decimals),
                 numbers.shown(kl(variant, "short"), three),
@@ -116,7 +123,7 @@ def curve(done: dict[str, Json]) -> list[Part]:
                     x.append(float(tokens + point["tokens"]))
                     y.append(point["kl"])
             tokens += phase["tokens"]
-        lines.append(Series(SHORT_TITLES.get(name, TITLES[name]), x[1:], y[1:], series(index)))
+        lines.append(Series(title(name, short=True), x[1:], y[1:], series(index)))
     if not any(line.x for line in lines):
         return []
     length = numbers.length(next(iter(done.values()))["phases"][0]["sequence_length"])
@@ -142,7 +149,7 @@ def positions(done: dict[str, Json], student: str) -> str:
         [f"{start:,}–{end:,}", *(numbers.shown(rows.get((start, end)), three) for rows in found.values())]
         for start, end in buckets
     ]
-    return grid(["position", *(TITLES[name] for name in found)], lines)
+    return grid(["position", *(title(name) for name in found)], lines)
 
 
 def share(needles: Json, tasks: tuple[str, ...], length: str) -> float | None:
@@ -156,16 +163,16 @@ def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
     """Tables and pictures of single and multikey needles, after the phase of long rows."""
     models = {"teacher": teacher["needles"]} if teacher and "needles" in teacher else {}
     models |= {
-        TITLES[name]: variant["needles"]["long"] for name, variant in done.items() if "long" in variant["needles"]
+        title(name): variant["needles"]["long"] for name, variant in done.items() if "long" in variant["needles"]
     }
     models |= {
-        f"{TITLES[name]}, short rows only": variant["needles"]["short"]
+        f"{title(name)}, short rows only": variant["needles"]["short"]
         for name, variant in done.items()
         if name in ("hybrid", "kda_only") and "short" in variant["needles"]
     }
     parts: list[Part] = []
     trained = next(iter(done.values()))["trained_length"]["long"]
-    for tasks, title in ((SINGLE, "Single needles"), (MULTIKEY, "Multikey needles")):
+    for tasks, kind in ((SINGLE, "Single needles"), (MULTIKEY, "Multikey needles")):
         lengths = sorted({int(each) for needles in models.values() for task in tasks for each in needles.get(task, {})})
         if not lengths:
             continue
@@ -173,9 +180,9 @@ def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
             [name, *(numbers.shown(share(needles, tasks, str(each)), numbers.percent) for each in lengths)]
             for name, needles in models.items()
         ]
-        parts += [f"{title} found ({', '.join(tasks)}), by tokens of the prompt:"]
+        parts += [f"{kind} found ({', '.join(tasks)}), by tokens of the prompt:"]
         parts += [grid(["", *map(numbers.length, lengths)], rows)]
-        titles = {"teacher": "teacher", **{TITLES[name]: SHORT_TITLES.get(name, TITLES[name]) for name in done}}
+        titles = {"teacher": "teacher", **{title(name): title(name, short=True) for name in done}}
         drawn = []
         for name, label in titles.items():
             points = (
@@ -186,8 +193,8 @@ def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
             drawn.append(Series(label, [x for x, _ in known], [y for _, y in known], colour))
         parts.append(
             line_chart(
-                f"replication-{title.split()[0].lower()}",
-                f"{title} found after training on {numbers.length(trained)}",
+                f"replication-{kind.split()[0].lower()}",
+                f"{kind} found after training on {numbers.length(trained)}",
                 [line for line in drawn if line.x],
                 Axis("tokens of the prompt", numbers.length, log2=True, ticks=[float(each) for each in lengths]),
                 Axis("share found", whole_percent, limits=(-0.03, 1.05), ticks=[0, 0.25, 0.5, 0.75, 1]),
@@ -204,7 +211,7 @@ def claims(done: dict[str, Json]) -> str:
     layouts = [name for name in ("hybrid", "kda_only", "front_loaded") if name in ends]
     if len(layouts) == 3:
         order = sorted(layouts, key=ends.__getitem__)
-        told = " < ".join(f"{TITLES[name]} {ends[name]:.3f}" for name in order)
+        told = " < ".join(f"{title(name)} {ends[name]:.3f}" for name in order)
         hybrid, worst = ends["hybrid"] < ends["kda_only"], order[-1] == "front_loaded"
         lines += [
             ["the hybrid recovers more than KDA alone", f"{'yes' if hybrid else 'no'}: KL {told}"],
@@ -233,18 +240,18 @@ def _lowest(done: dict[str, Json]) -> str:
     )
     phases = done[name]["phases"]
     tokens = sum(phase["tokens"] for phase in phases if student == "long" or phase["name"] != "long")
-    return f"{kl(done[name], student):.3f} after {numbers.amount(tokens)} tokens ({TITLES[name]})"
+    return f"{kl(done[name], student):.3f} after {numbers.amount(tokens)} tokens ({title(name)})"
 
 
 def _past(variant: Json) -> str:
     """Single and multikey needles from half the trained length to whatever was measured past it."""
     needles, trained = variant["needles"].get("long", {}), variant["trained_length"]["long"]
     told = []
-    for tasks, title in ((SINGLE, "single"), (MULTIKEY, "multikey")):
+    for tasks, kind in ((SINGLE, "single"), (MULTIKEY, "multikey")):
         lengths = sorted({int(each) for task in tasks for each in needles.get(task, {}) if int(each) >= trained / 2})
         found = [(length, share(needles, tasks, str(length)) or 0.0) for length in lengths]
         drops = [(a[1] - b[1], b[0]) for a, b in pairwise(found)]
         at = ", ".join(f"{100 * value:.0f} % at {numbers.length(length)}" for length, value in found)
         worst = max(drops, default=(0.0, 0))
-        told.append(f"{title} {at}" + (f" (largest step down at {numbers.length(worst[1])})" if worst[0] > 0 else ""))
+        told.append(f"{kind} {at}" + (f" (largest step down at {numbers.length(worst[1])})" if worst[0] > 0 else ""))
     return f"trained to {numbers.length(trained)}: " + "; ".join(told)

@@ -4,6 +4,7 @@
       --tokens 40M --long-tokens 8M --work /tmp/replication --gpus 4
     python benchmarks/replication.py … --variants best --set best.phases.short.training_args.learning_rate=1e-3 \\
       --set all.training_args.torch_compile=true
+    python benchmarks/replication.py … --variants best-a best-b --set best-a.phases.alignment.tokens=2M    # two trials
 
 A variant (benchmarks/variants.py) is a YAML over a recipe of recipes/smollm2: a phase, or several, in rows of
 `--sequence-length`, then one in rows of `--long-sequence-length`. Its students after both are measured by `distillkit
@@ -25,13 +26,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
 from corpus import count, prepare_rows, tokenised, write
 from measuring import RESULTS, provenance
-from variants import VARIANTS, evaluation_of_teacher, evaluations_of, run_of
+from outcomes import part_of
+from variants import VARIANTS, base, evaluation_of_teacher, evaluations_of, run_of
 
 from distillkit.cli import main as distillkit
 from distillkit.config.errors import UserError
@@ -39,13 +40,9 @@ from distillkit.config.loading import load_run_config
 from distillkit.config.suites import TEACHER
 from distillkit.config.tokens import parse_tokens
 from distillkit.pretrained import load_tokenizer, where
-from distillkit.reporting.training import NOT_LOSSES
 from distillkit.shards import write_json
 
 ROOT = Path(__file__).parent.parent
-POINTS = 40
-"""Of a curve; more than a picture shows are not kept."""
-
 Json = dict[str, Any]
 
 
@@ -155,7 +152,7 @@ class Replication:
             described = evaluation_of_teacher(folder, self.args)
             return {"files": {f"{each}.yaml": content for each, content in described.items()}, "overrides": []}
         run = run_of(name, folder, self.args)
-        overrides = [text for whose, text in self.args.set if whose in ("all", name)]
+        overrides = [text for whose, text in self.args.set if whose in ("all", base(name), name)]
         phases = {phase["name"]: f"{position}-{phase['name']}" for position, phase in enumerate(run["phases"], 1)}
         students = {each: folder / "run" / "phases" / phases[each] for each in ("short", "long")}
         evaluations = evaluations_of(folder, students, self.args)
@@ -191,7 +188,7 @@ class Replication:
                 former = {**former, TEACHER: part}
             else:
                 variants = {**variants, name: part}
-            ordered = {each: variants[each] for each in VARIANTS if each in variants}
+            ordered = {each: variants[each] for each in sorted(variants, key=place)}
             content = {"benchmark": "the miniature replication", **former, "variants": ordered}
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(content, indent=1) + "\n")
@@ -204,99 +201,6 @@ class Replication:
 
     def _say(self, name: str, what: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {name} {what}", flush=True)
-
-
-def part_of(name: str, folder: Path, plan: Json) -> Json:
-    """What the files of a run and of its evaluations tell, without paths of the machine."""
-    found = {
-        file.removesuffix(".yaml"): json.loads((folder / file.removesuffix(".yaml") / "results.json").read_text())
-        for file in plan["files"]
-        if file != "run.yaml"
-    }
-    failures = [failure for results in found.values() for failure in results["failures"]]
-    needles = {model: by_length(tasks) for model, tasks in found["needles"]["needles"].items()}
-    trained = {model: each["trained_length"] for model, each in found["needles"]["models"].items()}
-    if name == TEACHER:
-        return {"needles": needles[TEACHER], "trained_length": trained[TEACHER], "failures": failures}
-    run = json.loads((folder / "run" / "results.json").read_text())
-    phases = [phase_of(folder / "run" / phase["folder"], phase) for phase in run["phases"]]
-    training = run["training"]
-    return {
-        "recipe": plan["files"]["run.yaml"]["extends"].removeprefix(f"{ROOT}/"),
-        "overrides": plan["overrides"],
-        "student": run["config"]["student"],
-        "tokens": training["tokens"],
-        "seconds": training["seconds"],
-        "parameters": run["parameters"],
-        "device": run["machine"]["device"],
-        "phases": phases,
-        "divergence": {
-            each.partition("-")[2]: results["divergence"]
-            for each, results in found.items()
-            if each.startswith("divergence")
-        },
-        "trained_length": trained,
-        "needles": needles,
-        "failures": failures,
-    }
-
-
-def phase_of(folder: Path, phase: Json) -> Json:
-    """What a phase was, and how it went. `held_out`: its divergence at some of its steps, in rows of its length."""
-    results = json.loads((folder / "results.json").read_text())
-    config = results["config"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    training = config["training_args"]
-    names = ("per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "torch_compile")
-    curve = [
-        {
-            name: rounded(value)
-            for name, value in line.items()
-            if name in ("tokens", "seconds") or name not in NOT_LOSSES
-        }
-        for line in thinned(steps)
-    ]
-    held_out = [{**phase["divergence"]["before"], "tokens": 0}] if "before" in phase["divergence"] else []
-    for line in lines:
-        if "eval_kl" in line:
-            told = {key.removeprefix("eval_"): rounded(value) for key, value in line.items() if key.startswith("eval_")}
-            held_out.append({**told, "tokens": round(phase["tokens"] * line["step"] / phase["steps"])})
-    return {
-        **{key: phase[key] for key in ("name", "tokens", "steps", "seconds", "sequence_length", "losses")},
-        "tokens_per_second": round(median(line["tokens_per_second"] for line in steps[1:] or steps)),
-        "loss_functions": [
-            {key: value for key, value in loss.items() if key in ("function", "weight", "temperature")}
-            for loss in config["loss_functions"]
-        ],
-        "trained_parameters": results["parameters"]["trained"],
-        "training_args": {name: training[name] for name in names if name in training},
-        "divergence": phase["divergence"],
-        "held_out": held_out,
-        "curve": curve,
-    }
-
-
-def by_length(tasks: Json) -> Json:
-    """Of each task `correct` and `total` by length, over all depths."""
-    sums: Json = {}
-    for task, rows in tasks.items():
-        for row in rows:
-            found = sums.setdefault(task, {}).setdefault(str(row["length"]), {"correct": 0.0, "total": 0})
-            found["correct"] += row["correct"]
-            found["total"] += row["total"]
-    return sums
-
-
-def thinned(lines: list[Json]) -> list[Json]:
-    """The first, the last and some between them."""
-    step = max(1, -(-len(lines) // POINTS))
-    kept = lines[::step]
-    return kept if not lines or kept[-1] is lines[-1] else [*kept, lines[-1]]
-
-
-def rounded(value: Any) -> Any:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def tokenize(args: argparse.Namespace) -> None:
@@ -314,6 +218,18 @@ def tokenize(args: argparse.Namespace) -> None:
         setattr(args, name, str(path))
 
 
+def place(name: str) -> tuple[int, str]:
+    """Among the variants of the file."""
+    return [*VARIANTS].index(base(name)), name
+
+
+def variant(name: str) -> str:
+    if base(name) not in VARIANTS and name != TEACHER:
+        names = ", ".join((*VARIANTS, TEACHER))
+        raise argparse.ArgumentTypeError(f"{name!r}: must be one of {names}, or a trial of one such as best-a")
+    return name
+
+
 def shown_command(args: argparse.Namespace) -> list[str]:
     """The words of the command, with names of files instead of a machine's folders."""
     return ["benchmarks/replication.py", *(Path(word).name if word.startswith("/") else word for word in args.words)]
@@ -321,7 +237,7 @@ def shown_command(args: argparse.Namespace) -> list[str]:
 
 def override(text: str) -> tuple[str, str]:
     whose, point, rest = text.partition(".")
-    if not point or "=" not in rest or whose not in ("all", *VARIANTS):
+    if not point or "=" not in rest or base(whose) not in ("all", *VARIANTS):
         names = ", ".join(("all", *VARIANTS))
         raise argparse.ArgumentTypeError(f"{text!r}: must be VARIANT.key=value, of {names}")
     return whose, rest
@@ -338,7 +254,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--long-tokens", type=parse_tokens, default="8M")
     parser.add_argument("--work", required=True, help="folder of everything but the result")
     parser.add_argument("--output", type=Path, default=RESULTS / "replication.json")
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, TEACHER], default=[*VARIANTS, TEACHER])
+    parser.add_argument("--variants", nargs="+", type=variant, default=[*VARIANTS, TEACHER])
     parser.add_argument("--set", action="append", type=override, default=[], metavar="VARIANT.KEY=VALUE")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16, help="short rows per step")

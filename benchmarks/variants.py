@@ -8,6 +8,9 @@ from typing import Any
 RECIPES = Path(__file__).parent.parent / "recipes" / "smollm2"
 SEED = 42
 
+SHORT_SHARE = 0.1
+"""Of the tokens of `best`: its alignment."""
+
 Json = dict[str, Any]
 
 KL = [{"function": "kl", "weight": 1.0}]
@@ -25,7 +28,7 @@ def one_phase(args: argparse.Namespace) -> list[Json]:
 
 def radlads(args: argparse.Namespace) -> list[Json]:
     """Alignment, distillation and longer rows (arXiv 2505.03005), out of the same budget as one phase."""
-    alignment, distillation = _shares(args)
+    alignment, distillation = _shares(args.tokens, args.alignment_share)
     schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}
     return [
         {"name": "alignment", "tokens": alignment, "loss_functions": ALIGNMENT, "training_args": schedule},
@@ -36,7 +39,7 @@ def radlads(args: argparse.Namespace) -> list[Json]:
 
 def best(args: argparse.Namespace) -> list[Json]:
     """For the lowest divergence: a short alignment, then every parameter by KL and a little of the hidden states."""
-    alignment, distillation = _shares(args)
+    alignment, distillation = _shares(args.tokens, SHORT_SHARE)
     losses = [*KL, {"function": "hs_cosine", "weight": 0.2}]
     return [
         {"name": "alignment", "tokens": alignment, "loss_functions": ALIGNMENT},
@@ -52,9 +55,9 @@ def _longer(args: argparse.Namespace) -> Json:
     return {"sequence_length": args.long_sequence_length, "training_args": training}
 
 
-def _shares(args: argparse.Namespace) -> tuple[int, int]:
-    alignment = max(1, round(args.alignment_share * args.tokens))
-    return alignment, max(1, args.tokens - alignment)
+def _shares(tokens: int, share: float) -> tuple[int, int]:
+    alignment = max(1, round(share * tokens))
+    return alignment, max(1, tokens - alignment)
 
 
 ALL_TRAIN: Json = {"frozen_res": [], "training_args": {"adam_beta2": 0.95}}
@@ -70,9 +73,14 @@ VARIANTS: dict[str, tuple[str, Json, Callable[[argparse.Namespace], list[Json]]]
 """Name → recipe, what differs from it at the top level, and the phases."""
 
 
+def base(name: str) -> str:
+    """The variant that `best-a` is a trial of, beside `best` itself: its own folder, its own --set."""
+    return name.partition("-")[0]
+
+
 def run_of(name: str, folder: Path, args: argparse.Namespace) -> Json:
     """The whole YAML of a variant's run, into `folder`/run; rows of one length are prepared once for all variants."""
-    recipe, changes, phases_of = VARIANTS[name]
+    recipe, changes, phases_of = VARIANTS[base(name)]
     phases = phases_of(args)
     for position, phase in enumerate(phases):
         length = phase.get("sequence_length", args.sequence_length)
