@@ -271,7 +271,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--needle-depths", type=int, default=5)
     parser.add_argument("--needle-samples", type=int, default=4, help="for each length and depth")
     parser.add_argument("--needle-batch", type=int, default=16, help="prompts that are answered together")
-    parser.add_argument("--needle-prefill-tokens", type=int, default=65536, help="of all these, read at a time")
+    parser.add_argument("--needle-prefill-tokens", type=int, default=32768, help="of all these, read at a time")
     parser.add_argument("--tokenize", action="store_true", help="make tokens of the text first")
     parser.add_argument("--processes", type=int, help="that tokenise")
     args = parser.parse_args(words)
