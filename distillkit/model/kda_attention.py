@@ -164,6 +164,7 @@ class KimiDeltaAttention(nn.Module):
             cache.store(conv_state, state)
         return output
 
+    @torch.compiler.disable  # every set of documents would be another graph
     def _attend(
         self,
         inputs: list[torch.Tensor],
@@ -220,6 +221,7 @@ def _convolve_with_kernels(
     ]
 
 
+@torch.compiler.disable
 def short_convolution(
     x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor | None, documents: Documents | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
