@@ -25,6 +25,7 @@ class Settings:
     gradient_checkpointing: bool
     checkpoint_every: int | None
     """Every so many layers one is checkpointed; None: every layer."""
+    torch_compile: bool
     warmup: float
     """Steps; below 1 a share of all."""
     max_steps: int
@@ -51,6 +52,7 @@ class Settings:
             learning_rate=float(_value(given, "learning_rate")),
             gradient_checkpointing=any(given.get(f"{name}_checkpointing") for name in ("gradient", "activation")),
             checkpoint_every=checkpointing.get("every_n_layers"),
+            torch_compile=any(given.get(f"torch_compile{end}") for end in ("", "_backend", "_mode")),
             warmup=float(_value(given, "warmup_steps") or given.get("warmup_ratio") or 0),
             max_steps=int(_value(given, "max_steps")),
             num_train_epochs=float(_value(given, "num_train_epochs")),

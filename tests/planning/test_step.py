@@ -13,7 +13,7 @@ from distillkit.conversion.convert import student_on_meta
 from distillkit.losses import Objective
 from distillkit.planning.models import student_config, student_model, teacher_on_meta
 from distillkit.planning.settings import Settings
-from distillkit.planning.step import chunk_tokens, rehearse
+from distillkit.planning.step import COMPILED, chunk_tokens, rehearse
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze_matching
 from distillkit.training.models import checkpoint_layers
@@ -164,6 +164,15 @@ def test_accumulated_gradients_and_ranks_are_there_beside_the_activations():
     weights = student_model(config, student_config(config, teacher_config())).parameters()
     assert several.memory["gradients"] == 4 * sum(weight.numel() for weight in weights)
     assert ranks.memory["gradients"] == 2 * several.memory["gradients"]
+
+
+def test_compiled_steps_keep_a_share_of_the_activations_on_cuda_alone():
+    eager, compiled = run(losses=HIDDEN), run(losses=HIDDEN, arguments={"torch_compile": True})
+    on_cuda = [rehearsed(each, "llama", cuda=True) for each in (eager, compiled)]
+    assert on_cuda[1].kept == pytest.approx(COMPILED * on_cuda[0].kept, abs=1)
+    assert on_cuda[1].memory["student weights"] == on_cuda[0].memory["student weights"]
+    assert on_cuda[1].flops == on_cuda[0].flops
+    assert rehearsed(compiled, "llama").memory == rehearsed(eager, "llama").memory
 
 
 def test_no_real_memory_is_taken():
