@@ -77,6 +77,8 @@ def small(name: str, teacher: Path, train: Path, held_out: Path, output: Path) -
     ]
     if recipe["teacher"]["kind"] == "hf":
         overrides.append(f"teacher.path={teacher}")
+    if recipe.get("training_args", {}).get("torch_compile"):  # the CPU's compiler takes minutes for tiny models, too
+        overrides.append("training_args.torch_compile=false")
     if "gguf_file" in recipe["teacher"].get("kwargs", {}):
         overrides.append(f"teacher.kwargs={{dtype: {recipe['teacher']['kwargs']['dtype']}}}")
     phases = [
