@@ -45,6 +45,8 @@ def replication(content: Json) -> list[Part]:
             positions(done, "short"),
         ]
         parts += found_needles(done, content.get("teacher"))
+        devices = ", ".join(sorted({variant["device"] for variant in done.values()}))
+        parts += [f"Trained and measured on {devices}."]
         parts += ["Beside the write-up:", claims(done)]
     parts += [f"{title(name)}: {variant['error']}" for name, variant in variants.items() if "error" in variant]
     return parts
@@ -75,11 +77,9 @@ def divergence(done: dict[str, Json]) -> str:
         "same likeliest token",
         "perplexity",
         "teacher's",
-        "tokens/s, short",
     ]
     lines = []
     for name, variant in done.items():
-        phases = {phase["name"]: phase for phase in variant["phases"]}
         tokens = [
             sum(each["tokens"] for each in variant["phases"] if (each["name"] == "long") is of) for of in (False, True)
         ]
@@ -96,7 +96,6 @@ def divergence(done: dict[str, Json]) -> str:
                 numbers.shown(end.get("agreement"), numbers.percent),
                 numbers.shown(end.get("student_perplexity"), numbers.decimals),
                 numbers.shown(end.get("teacher_perplexity"), numbers.decimals),
-                numbers.rate(phases["short"]["tokens_per_second"]),
             ]
         )
     return grid(header, lines)
@@ -168,7 +167,7 @@ def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
     models |= {
         f"{title(name)}, short rows only": variant["needles"]["short"]
         for name, variant in done.items()
-        if name in ("hybrid", "kda_only") and "short" in variant["needles"]
+        if name in ("hybrid", "kda_only", "best") and "short" in variant["needles"]
     }
     parts: list[Part] = []
     trained = next(iter(done.values()))["trained_length"]["long"]
@@ -180,7 +179,8 @@ def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
             [name, *(numbers.shown(share(needles, tasks, str(each)), numbers.percent) for each in lengths)]
             for name, needles in models.items()
         ]
-        parts += [f"{kind} found ({', '.join(tasks)}), by tokens of the prompt:"]
+        asked = [task for task in tasks if any(task in needles for needles in models.values())]
+        parts += [f"{kind} found ({', '.join(asked)}), by tokens of the prompt:"]
         parts += [grid(["", *map(numbers.length, lengths)], rows)]
         titles = {"teacher": "teacher", **{title(name): title(name, short=True) for name in done}}
         drawn = []
@@ -220,6 +220,7 @@ def claims(done: dict[str, Json]) -> str:
     for name, claim in (
         ("hybrid", "the hybrid finds single needles at its trained length, and crashes past it"),
         ("kda_only", "KDA alone finds single needles past its trained length, and several keys smoothly less"),
+        ("best", "(ours) the best recipe, hybrid"),
     ):
         if name in done:
             lines.append([claim, _past(done[name])])
@@ -253,5 +254,8 @@ def _past(variant: Json) -> str:
         drops = [(a[1] - b[1], b[0]) for a, b in pairwise(found)]
         at = ", ".join(f"{100 * value:.0f} % at {numbers.length(length)}" for length, value in found)
         worst = max(drops, default=(0.0, 0))
+        if all(value == 0 for _, value in found):
+            told.append(f"{kind} none from {numbers.length(lengths[0])} on")
+            continue
         told.append(f"{kind} {at}" + (f" (largest step down at {numbers.length(worst[1])})" if worst[0] > 0 else ""))
     return f"trained to {numbers.length(trained)}: " + "; ".join(told)

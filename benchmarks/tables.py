@@ -226,6 +226,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Json], list[Part]]]] = {
     "parity": ("parity.json", "pytest -m gpu", parity),
     "replication": ("replication.json", "python benchmarks/replication.py", replication),
     "throughput": ("throughput.json", "python benchmarks/throughput.py", throughput),
+    "throughput_policies": ("throughput_policies.json", "python benchmarks/throughput.py", throughput),
+    "throughput_smollm2": ("throughput_smollm2.json", "python benchmarks/throughput.py", throughput),
     "start_up": ("start_up.json", "python benchmarks/start_up.py", start_up),
     "decoding_afm": (
         "decoding_afm.json",
@@ -290,7 +292,8 @@ def section(name: str, results: Path) -> list[Part]:
         return []
     content: Any = json.loads((results / file).read_text())
     heading = [HEADINGS[name]] if name in HEADINGS else []
-    return [*heading, *shown(content), source(file, content, command)]
+    note = [f"Note: {content['note']}."] if "note" in content else []
+    return [*heading, *shown(content), *note, source(file, content, command)]
 
 
 def markdown(part: Part) -> str:
