@@ -47,6 +47,7 @@ def variant(kl, found_at_1k, found_at_2k):
     of_students = {name: {"kl": kl, "agreement": 0.5, "positions": []} for name in ("short", "long")}
     found = {"1024": {"correct": found_at_1k, "total": 4}, "2048": {"correct": found_at_2k, "total": 4}}
     return {
+        "device": "a GPU",
         "phases": [phase("short", 3000, 512, kl), phase("long", 1000, 1024, kl)],
         "divergence": {"512": of_students, "1024": of_students},
         "trained_length": {"short": 512, "long": 1024},
