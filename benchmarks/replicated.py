@@ -254,6 +254,8 @@ def _past(variant: Json) -> str:
         drops = [(a[1] - b[1], b[0]) for a, b in pairwise(found)]
         at = ", ".join(f"{100 * value:.0f} % at {numbers.length(length)}" for length, value in found)
         worst = max(drops, default=(0.0, 0))
+        if not found:
+            continue
         if all(value == 0 for _, value in found):
             told.append(f"{kind} none from {numbers.length(lengths[0])} on")
             continue

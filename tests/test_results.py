@@ -56,7 +56,7 @@ def variant(kl, found_at_1k, found_at_2k):
 
 
 def test_claims_follow_the_measured_order_and_a_failed_variant_keeps_its_error(tables, tmp_path):
-    variants = {"hybrid": variant(0.25, 4, 1), "kda_only": variant(0.5, 4, 3), "front_loaded": variant(0.4, 4, 0)}
+    variants = {"hybrid": variant(0.25, 4, 1), "kda_only": variant(0.5, 0, 0), "front_loaded": variant(0.4, 4, 0)}
     content = {"variants": {**variants, "best": {"error": "out of memory"}}, "command": "made up"}
     (tmp_path / "replication.json").write_text(json.dumps(content))
     page, pictures = tables.written("<!-- replication -->\n<!-- end of replication -->", tmp_path)
@@ -64,6 +64,7 @@ def test_claims_follow_the_measured_order_and_a_failed_variant_keeps_its_error(t
     assert "| no: KL hybrid 0.250 < front-loaded 0.400 < KDA only 0.500 |" in page  # front-loaded is not worst
     assert "| KL of about 0.2 after some 300M tokens | 0.250 after 3k tokens (hybrid) |" in page
     assert "trained to 1k: single 100 % at 1k, 25 % at 2k (largest step down at 2k)" in page
+    assert "trained to 1k: single none from 1k on |" in page
     assert "hybrid, best recipe: out of memory" in page
     assert {picture.name for picture in pictures} == {"replication-kl", "replication-single"}
 
