@@ -38,8 +38,7 @@ def radlads(args: argparse.Namespace) -> list[Json]:
 
 
 def best(args: argparse.Namespace) -> list[Json]:
-    """For the lowest divergence, as recipes/smollm2/closest.yaml has it: a short alignment, then every parameter by KL and
-    a little of the hidden states."""
+    """recipes/smollm2/closest.yaml: a short alignment, then every parameter by KL and a little of the hidden states."""
     alignment, distillation = _shares(args.tokens, BEST_ALIGNMENT_SHARE)
     return [
         {"name": "alignment", "tokens": alignment, "loss_functions": ALIGNMENT},
