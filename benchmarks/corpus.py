@@ -60,7 +60,7 @@ def count(documents: pa.Table) -> int:
 
 
 def write_parts(documents: pa.Table, output: Path, most_bytes: int, level: int) -> list[Path]:
-    """As few files as hold all documents with none of them above `most_bytes`, about alike in tokens."""
+    """As few files as hold all documents with none above `most_bytes`, if documents allow, about alike in tokens."""
     ends = np.cumsum(list_entries(documents["input_ids"])[0])
     parts = 1
     while True:
@@ -70,7 +70,7 @@ def write_parts(documents: pa.Table, output: Path, most_bytes: int, level: int) 
             paths.append(output.with_name(f"{output.name}-{part:02}.parquet"))
             sizes.append(write(documents.slice(start, end - start), paths[-1], level))
             start = end
-        if max(sizes) <= most_bytes or parts == len(documents):
+        if max(sizes) <= most_bytes or parts >= len(documents):  # a document is not cut
             return paths
         parts = max(parts + 1, math.ceil(sum(sizes) / most_bytes))
         for path in paths:

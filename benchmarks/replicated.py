@@ -45,8 +45,6 @@ def replication(content: Json) -> list[Part]:
             positions(done, "short"),
         ]
         parts += found_needles(done, content.get("teacher"))
-        devices = ", ".join(sorted({variant["device"] for variant in done.values()}))
-        parts += [f"Trained and measured on {devices}."]
         parts += ["Beside the write-up:", claims(done)]
     parts += [f"{title(name)}: {variant['error']}" for name, variant in variants.items() if "error" in variant]
     return parts
@@ -74,7 +72,7 @@ def divergence(done: dict[str, Json]) -> str:
         f"KL after short rows, at {short}",
         f"KL after long rows, at {short}",
         f"KL after long rows, at {long}",
-        "same likeliest token",
+        f"same likeliest token, after long rows, at {short}",
         "perplexity",
         "teacher's",
     ]

@@ -30,7 +30,8 @@ def number(value: Any) -> str:
 def source(file: str, content: Json, command: str) -> str:
     """Where numbers come from: the file, the commands that wrote it, and what they ran on."""
     machine = first_of("machine", content) or {}
-    gpu, cpu = machine.get("gpu") or machine.get("device"), machine.get("cpu") or content.get("cpu")
+    gpu = machine.get("gpu") or machine.get("device") or first_of("device", content)
+    cpu = machine.get("cpu") or content.get("cpu")
     threads = f", {machine['threads']} threads" if "threads" in machine else ""
     device = gpu if gpu and gpu != "cpu" else f"{cpu}{threads}"
     commands = dict.fromkeys(all_of("command", content) or [command])

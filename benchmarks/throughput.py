@@ -1,16 +1,16 @@
 """Training steps on a GPU: tokens per second, peak memory, and where the time goes, at the shapes of real models.
 
-    python benchmarks/throughput.py                                    # on CUDA: all rows
-    python benchmarks/throughput.py --rows reference ours --output some.json
-    python benchmarks/throughput.py --shape tiny --rows reference eager ours       # a try, on a CPU
+    python benchmarks/throughput.py                                    # on CUDA
+    python benchmarks/throughput.py --rows reference "compiled, nothing checkpointed" --output some.json
+    python benchmarks/throughput.py --shape tiny --rows reference eager compiled   # a try, on a CPU
     python benchmarks/throughput.py --complete throughput.json         # adds what distillkit plan counts; needs no GPU
 
 Teacher and hybrid student have random weights, made on the device; tokens are random, one document per row. The recipe
 is the one-phase recipe: 0.2 cross-entropy, 0.2 KL at temperature 2, 0.6 cosine of all layers' outputs, bf16 autocast
 over float32 masters. Rows are steps of the product's own trainer, but `reference`: a training loop as one writes it
-first, with all logits at once, eager, every layer checkpointed, and PyTorch's AdamW as it comes. The rows between the
-two add one thing each. Every row is the median of some steps after those in which kernels are tuned and compiled; two
-more steps are profiled, and the time of their kernels is sorted by the kernels' names. The file is written after each.
+first, with all logits at once, eager, every layer checkpointed, and PyTorch's AdamW as it comes. A row is the median of
+some steps after those in which kernels are tuned and compiled; two more are profiled, and the time of their kernels is
+sorted by the kernels' names. The file is written after each row.
 
 `gflop_per_token` is what the product's plan counts for the same step, recomputation included; `share_of_matmul_rate`
 is that by the tokens per second over the rate of one large bf16 product in the same process.
@@ -96,7 +96,6 @@ class StepClock(TrainerCallback):
         self._profiled_from = profiled_from
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        now()
         self.moments.append(now())
         if state.global_step == self._profiled_from and torch.cuda.is_available():
             self.profiler = profile(activities=[ProfilerActivity.CUDA])
@@ -306,7 +305,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="afm-4.5b")
     parser.add_argument("--layers", type=int, help="so many instead of the shape's")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(USUAL))
-    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=3, help="at least 1")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profiled", type=int, default=2)
     parser.add_argument("--gpu", default="H100", help="as for distillkit plan")

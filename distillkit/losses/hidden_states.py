@@ -40,8 +40,9 @@ class HiddenStateTaps:
             model(**batch)
         taps.states[6]
 
-    The decoder must have `embed_tokens`, `layers` and `norm`, as every Llama-like model of transformers has. Where its
-    layers are compiled, enter once for the whole training: torch.compile does not notice hooks that change later.
+    The decoder must have `embed_tokens`, `layers` and `norm`, as every Llama-like model of transformers has. Where a
+    layer is compiled as a module (`layer.compile()`, not its forward), enter once for the whole training: torch.compile
+    does not notice hooks that change later.
     Raises ValueError for an index outside 0..L.
     """
 

@@ -191,9 +191,7 @@ class Objective(nn.Module):
             assert final_hidden_states is not None
             normalizers = {term.name: normalizer for term in self.terms} | dict(preference_pairs or {})
             loss, sums, counts = chunked_vocabulary_losses(
-                final_hidden_states.flatten(0, 1).index_select(
-                    0, rows
-                ),  # whose gradient is quicker than that of [rows]
+                final_hidden_states.flatten(0, 1).index_select(0, rows),
                 head_weight,
                 head_bias,
                 shifted_labels(labels).flatten()[rows],
@@ -226,10 +224,12 @@ class Objective(nn.Module):
         """Σ over counted positions of one hidden-state loss, averaged over the pairs of layers.
 
         Each pair's float32 intermediates are made again in the backward pass: kept, those of 36 layers at 32k tokens
-        would take more memory than the model. Compiled, the loss keeps none.
+        would take more memory than the model. Compiled and without a projection, the loss keeps none of them.
         """
-        again = functools.partial(checkpoint, pair_sum, use_reentrant=False, preserve_rng_state=False)
-        sum_of = self._compiled_pair_sum or again
+        kept = self._compiled_pair_sum is not None and not self.projections
+        sum_of: Callable[..., Tensor] = self._compiled_pair_sum or pair_sum
+        if not kept:
+            sum_of = functools.partial(checkpoint, sum_of, use_reentrant=False, preserve_rng_state=False)
         projections = self.projections or [None] * len(self.pairs)
         per_pair = [
             sum_of(function, counted, student_states[student_layer], teacher_states[teacher_layer], projection)

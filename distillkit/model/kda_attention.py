@@ -242,7 +242,9 @@ def short_convolution(
         state = x.new_zeros(count, taps - 1, channels)
     if documents is None and tokens == 1:  # decoding; a convolution takes several times as long to start
         window = torch.cat([state, x], dim=1)
-        return F.silu((window * weight.t()).sum(1, keepdim=True)), window[:, 1:].clone()
+        dtype = torch.promote_types(x.dtype, torch.float32)  # a convolution adds up unrounded products, too
+        output = (window.to(dtype) * weight.t().to(dtype)).sum(1, keepdim=True)
+        return F.silu(output.to(x.dtype)), window[:, 1:].clone()
     if documents is None:
         padded = torch.cat([state, x], dim=1)
         output = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=channels).transpose(1, 2)

@@ -37,8 +37,9 @@ from distillkit.varlen_attention import VARLEN
 TEACHER, FORWARD, BACKWARD, UPDATE = "teacher's pass", "student's forward pass", "backward pass", "optimizer step"
 
 COMPILED = 0.66
-"""Of an eager step's activations, what a compiled one takes: the most of four steps on one H100, where it was 0.52 to
-0.66 (benchmarks/results/throughput.json, throughput_smollm2.json)."""
+"""Of an eager step's activations, what a compiled one takes in which nothing is checkpointed: 0.52 at AFM-4.5B's
+shapes, 0.66 at SmolLM2's (one H100; benchmarks/results/throughput.json, throughput_smollm2.json). Compiled steps with
+checkpointing took 0.6 to 0.9, and are planned as eager ones."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,8 @@ def _step(
     with ledger.during(UPDATE):
         _bytes(optimizer.working)
     del states, buckets
-    share = COMPILED if settings.torch_compile and cuda else 1.0
+    lean = settings.torch_compile and not settings.gradient_checkpointing and distiller.objective.needs_hidden_states
+    share = COMPILED if lean and cuda else 1.0
     memory = {kind: size for kind, size in ledger.peak.items() if size}
     memory["activations"] = round(share * memory["activations"])
     return StepCost(

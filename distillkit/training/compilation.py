@@ -5,17 +5,19 @@ not change, and one graph serves all layers. The attention kernels of flash-line
 documents are left as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from distillkit.losses import Objective
 
 GRAPHS = 64
-"""Graphs of one function before torch.compile gives up on it. Teacher and student share their classes; each dtype and
-number of documents in a batch may want its own graph, the latter until it is taken as variable."""
+"""Graphs of one function before torch.compile gives up on it: teacher and student share their classes, and each dtype,
+with gradients and without, wants its own."""
 
 
 @contextmanager
@@ -34,7 +36,14 @@ def compiled_step(
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
         for module in modules:
+            stack.callback(_restore, module, vars(module).get("forward"))
             module.forward = torch.compile(module.forward, backend=backend, mode=mode)
-            stack.callback(delattr, module, "forward")
         stack.enter_context(objective.compiled(backend, mode))
         yield
+
+
+def _restore(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Give a module its forward back: that of its class, or its own, such as accelerate's of a dispatched model."""
+    del module.forward
+    if forward is not None:
+        module.forward = forward

@@ -173,6 +173,12 @@ def test_compiled_steps_keep_a_share_of_the_activations_on_cuda_alone():
     assert on_cuda[1].memory["student weights"] == on_cuda[0].memory["student weights"]
     assert on_cuda[1].flops == on_cuda[0].flops
     assert rehearsed(compiled, "llama").memory == rehearsed(eager, "llama").memory
+    checkpointed = [
+        run(losses=HIDDEN, arguments={"torch_compile": compile, "gradient_checkpointing": True})
+        for compile in (False, True)
+    ]
+    costs = [rehearsed(each, "llama", cuda=True) for each in checkpointed]
+    assert costs[0].memory == costs[1].memory
 
 
 def test_no_real_memory_is_taken():
