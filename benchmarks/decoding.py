@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from measuring import RESULTS, provenance
-from steps import AFM, SMOLLM2
+from steps import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distillkit.config import StudentConfig
@@ -32,11 +32,6 @@ from distillkit.pretrained import load_model
 from distillkit.training.precision import cast_for_training
 
 MODELS = ("teacher", "hybrid", "kda_only")
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": SMOLLM2 | {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1},
-    "smollm2-135m": SMOLLM2,
-    "afm-4.5b": AFM,
-}
 FLAT = 0.10
 """The most that the flatness of a model without attention may be."""
 

@@ -43,6 +43,17 @@ AFM = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 65536,
 }
+TINY = {
+    **SMOLLM2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 515,
+}
+SHAPES = {"tiny": TINY, "smollm2-135m": SMOLLM2, "afm-4.5b": AFM}
 
 FROZEN = ["embed_tokens", "lm_head", r"norm\.weight", r"\.mlp\."]
 ONE_PHASE = [

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from measuring import RESULTS, provenance
 from memory import random_models
-from steps import AFM, FROZEN, ONE_PHASE, SMOLLM2, run_config, trainer_of
+from steps import FROZEN, ONE_PHASE, SHAPES, run_config, trainer_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainerCallback
@@ -45,9 +45,6 @@ from distillkit.training.models import checkpoint_layers
 from distillkit.training.precision import compute_dtype
 
 GIB = 2**30
-TINY = {**SMOLLM2, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
-TINY |= {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 515}
-SHAPES = {"afm-4.5b": AFM, "smollm2-135m": SMOLLM2, "tiny": TINY}
 BATCHES = {"afm-4.5b": (4, 2048, 32768), "smollm2-135m": (16, 2048, 32768), "tiny": (2, 64, 128)}
 """Rows and tokens of a short batch, and tokens of a long one of a single row."""
 

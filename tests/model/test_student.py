@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from distillkit.model import KDAHybridConfig, KDAHybridForCausalLM, KimiDeltaAttention
+from distillkit.model.kda_attention import short_convolution
 
 from .students import FAMILIES, FULL, KDA, LAYOUTS, base_config, student, tokens
 
@@ -274,3 +275,15 @@ def test_packed_rows_refuse_what_would_hide_their_boundaries_from_full_attention
 def test_configuration_refuses_what_it_cannot_build(options, message):
     with pytest.raises(ValueError, match=message):
         KDAHybridConfig(base_config(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_token_is_convolved_as_in_its_sequence(dtype):
+    x, weight = torch.randn(2, 9, 6, dtype=dtype), torch.randn(6, 4, dtype=dtype)
+    expected, last = short_convolution(x, weight, None, None)
+    state, outputs = None, []
+    for token in x.split(1, dim=1):
+        output, state = short_convolution(token, weight, state, None)
+        outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected)
+    assert torch.equal(state, last)
