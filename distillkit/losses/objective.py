@@ -183,7 +183,8 @@ class Objective(nn.Module):
         """
         if self.ranking_terms and preference_pairs is None:
             raise ValueError("ranking losses need preference_pairs, the pairs in the whole optimizer step")
-        rows = counted_rows(labels)
+        counted = _counted(labels)
+        rows = counted.nonzero().squeeze(-1)
         loss = torch.zeros((), device=labels.device)
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
@@ -203,13 +204,11 @@ class Objective(nn.Module):
                 self._compiled_totals,
             )
         for term in self.hidden_terms:
-            sums[term.name] = self._hidden_sum(
-                term.function, _counted(labels), student_hidden_states, teacher_hidden_states
-            )
+            sums[term.name] = self._hidden_sum(term.function, counted, student_hidden_states, teacher_hidden_states)
             counts[term.name] = torch.full_like(sums[term.name], len(rows))
             loss = loss + term.weight * sums[term.name] / torch.as_tensor(normalizer).clamp(min=1)
         if self.attention_terms:
-            part, totals = aligned_losses(aligned_layers, _counted(labels), self.attention_terms, normalizer)
+            part, totals = aligned_losses(aligned_layers, counted, self.attention_terms, normalizer)
             loss, sums = loss + part, sums | totals
             counts |= {name: torch.full_like(total, len(rows)) for name, total in totals.items()}
         return ObjectiveResult(loss, {name: value.detach() for name, value in sums.items()}, counts)
