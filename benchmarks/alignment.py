@@ -23,7 +23,6 @@ import gc
 import io
 import json
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -32,8 +31,8 @@ from typing import Any
 import torch
 from measuring import MIB, RESULTS, peak_memory, provenance
 from rich.console import Console
-from steps import AFM, ALIGNMENT, FROZEN, ONE_PHASE, SMOLLM2, run_config, trainer_of
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from steps import AFM, ALIGNMENT, FROZEN, ONE_PHASE, SMOLLM2, StepClock, run_config, trainer_of
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distillkit.config import DatasetSource, RunConfig, StudentConfig
 from distillkit.conversion import student_on_meta
@@ -43,6 +42,7 @@ from distillkit.pretrained import load_tokenizer
 from distillkit.training import distill
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.freezing import freeze
+from distillkit.training.models import checkpoint_layers
 from distillkit.training.precision import cast_for_training
 from distillkit.varlen_attention import use_varlen_attention
 
@@ -51,19 +51,6 @@ SHAPES = {"smollm2": SMOLLM2, "afm": AFM}
 METHODS = {"alignment": ALIGNMENT, "end to end": ONE_PHASE}
 WARM_UP = 3
 """Steps that are made and not counted: kernels are tuned in them."""
-
-
-class StepClock(TrainerCallback):
-    """When each step of the optimizer was done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.moments: list[float] = []
-        self._device = device
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        self.moments.append(time.perf_counter())
 
 
 def measure_time(shape: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -98,7 +85,7 @@ def random_models(shape: str, args: argparse.Namespace) -> tuple[PreTrainedModel
     for model in (teacher, student):
         use_varlen_attention(model, torch.bfloat16)
     if args.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(student, {"use_reentrant": False})
     return teacher, student
 
 
@@ -118,7 +105,7 @@ def steps_of(
         folder, {"sequence_length": args.sequence_length, "loss_functions": losses, "layer_mapping": "all"}
     )
     arguments, _ = build_training_arguments(given, folder, uses_logits=True)
-    clock = StepClock(args.device)
+    clock = StepClock()
     trainer = trainer_of(config, arguments, teacher, student, seed=args.seed, callbacks=[clock])
     if args.device.type == "cuda":
         torch.cuda.empty_cache()

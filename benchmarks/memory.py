@@ -26,17 +26,14 @@ from typing import Any
 
 import torch
 from measuring import RESULTS, in_own_process, peak_memory, provenance
-from steps import AFM, ALIGNMENT, FROZEN, ONE_PHASE, SMOLLM2, run_config, trainer_of
-from transformers import PreTrainedModel
+from steps import AFM, ALIGNMENT, FROZEN, ONE_PHASE, SMOLLM2, random_models, run_config, trainer_of
 from transformers.utils import logging as transformers_logging
 
 from distillkit.config import RunConfig
 from distillkit.planning import plan_run
-from distillkit.planning.models import read_config, student_config, student_model, teacher_on_meta
 from distillkit.training.arguments import build_training_arguments
-from distillkit.training.freezing import freeze
-from distillkit.training.precision import cast_for_training, compute_dtype
-from distillkit.varlen_attention import use_varlen_attention
+from distillkit.training.models import checkpoint_layers
+from distillkit.training.precision import compute_dtype
 
 GIB = 2**30
 STEPS = 3
@@ -189,33 +186,12 @@ def train(config: RunConfig, folder: Path) -> tuple[int, int]:
         torch.cuda.reset_peak_memory_stats()
     teacher, student = random_models(config, compute_dtype(arguments), device)
     if techniques.gradient_checkpointing:
-        student.gradient_checkpointing_enable(dict(techniques.gradient_checkpointing_kwargs))
+        checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     trainer = trainer_of(config, arguments, teacher, student)
     trainer.train()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     speeds = [line["tokens_per_second"] for line in trainer.state.log_history if "tokens_per_second" in line]
     return peak - before, round(speeds[-1])
-
-
-def random_models(
-    config: RunConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Teacher and student as the run has them, frozen and cast before they have memory."""
-    teacher_config = read_config(config.teacher.path, "teacher.path", {}, False)
-    teacher = teacher_on_meta(teacher_config, config.teacher, False)
-    student = student_model(config, student_config(config, teacher_config))
-    freeze(student, config.frozen_res)
-    trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
-    cast_for_training(student, dtype, trained_dtype)
-    for model in (teacher, student):
-        model.to_empty(device=device)
-        model.tie_weights()
-        for parameter in model.parameters():
-            parameter.data.normal_(std=0.02)
-        for buffer in model.buffers():
-            buffer.fill_(0.1)  # rotary frequencies
-        use_varlen_attention(model, dtype)
-    return teacher, student
 
 
 def resident() -> int:

@@ -1,5 +1,6 @@
 """What benchmarks of single training steps share: shapes, recipes, random rows, and the product's trainer on them."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from distillkit.config import RunConfig
+from distillkit.planning.models import read_config, student_config, student_model, teacher_on_meta
 from distillkit.training.batches import Collator
 from distillkit.training.distiller import Distiller
-from distillkit.training.precision import compute_dtype
+from distillkit.training.freezing import freeze
+from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.trainer import DistillationTrainer
 from distillkit.training.wiring import objective_of, online_teacher
+from distillkit.varlen_attention import use_varlen_attention
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -64,6 +68,23 @@ ONE_PHASE = [
 ALIGNMENT = [{"function": "attn_mse", "weight": 1.0}]
 
 
+class StepClock(TrainerCallback):
+    """When each step of the optimizer was done."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.moments.append(now())
+
+
+def now() -> float:
+    """Seconds, once the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def run_config(folder: Path, run: dict[str, Any]) -> RunConfig:
     """`run` as a whole configuration, of a teacher and text that are taken to be in `folder`."""
     return RunConfig.parse(
@@ -75,6 +96,27 @@ def run_config(folder: Path, run: dict[str, Any]) -> RunConfig:
             **run,
         }
     )
+
+
+def random_models(
+    config: RunConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Teacher and student as the run has them, frozen and cast before they have memory."""
+    teacher_config = read_config(config.teacher.path, "teacher.path", {}, False)
+    teacher = teacher_on_meta(teacher_config, config.teacher, False)
+    student = student_model(config, student_config(config, teacher_config))
+    freeze(student, config.frozen_res)
+    trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
+    cast_for_training(student, dtype, trained_dtype)
+    for model in (teacher, student):
+        model.to_empty(device=device)
+        model.tie_weights()
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.02)
+        for buffer in model.buffers():
+            buffer.fill_(0.1)  # rotary frequencies
+        use_varlen_attention(model, dtype)
+    return teacher, student
 
 
 def trainer_of(

@@ -21,7 +21,6 @@ import gc
 import json
 import sys
 import tempfile
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -30,11 +29,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measuring import RESULTS, provenance
-from memory import random_models
-from steps import FROZEN, ONE_PHASE, SHAPES, run_config, trainer_of
+from steps import FROZEN, ONE_PHASE, SHAPES, StepClock, now, random_models, run_config, trainer_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from distillkit.config import RunConfig
@@ -84,16 +82,16 @@ CLASSES = {
 """Parts of kernels' names; the first class that has one in it gets the kernel, and `other` the rest."""
 
 
-class StepClock(TrainerCallback):
-    """When each step was done, and a profile of the steps after `profiled_from`."""
+class ProfiledClock(StepClock):
+    """A clock that also profiles the steps after `profiled_from`."""
 
     def __init__(self, profiled_from: int) -> None:
-        self.moments: list[float] = []
+        super().__init__()
         self.profiler: Any = None
         self._profiled_from = profiled_from
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.moments.append(now())
+        super().on_step_end()
         if state.global_step == self._profiled_from and torch.cuda.is_available():
             self.profiler = profile(activities=[ProfilerActivity.CUDA])
             self.profiler.__enter__()
@@ -102,12 +100,6 @@ class StepClock(TrainerCallback):
         if self.profiler is not None:
             now()
             self.profiler.__exit__(None, None, None)
-
-
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def described_run(row: str, shape: str, folder: Path, layers: int | None) -> RunConfig:
@@ -166,7 +158,7 @@ def product_steps(config: RunConfig, folder: Path, args: argparse.Namespace) -> 
     teacher, student = random_models(config, compute_dtype(arguments), arguments.device)
     if techniques.gradient_checkpointing:
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
-    clock = StepClock(args.warm_up + args.steps)
+    clock = ProfiledClock(args.warm_up + args.steps)
     trainer = trainer_of(config, arguments, teacher, student, callbacks=[clock])
     backend, mode = techniques.torch_compile_backend, techniques.torch_compile_mode
     compiled = compiled_step(student, teacher, trainer.model.objective, backend, mode)
@@ -192,7 +184,7 @@ def reference_steps(config: RunConfig, folder: Path, args: argparse.Namespace) -
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
     batch = config.training_args["per_device_train_batch_size"]
-    clock = StepClock(args.warm_up + args.steps)
+    clock = ProfiledClock(args.warm_up + args.steps)
     reset_peak()
     for step in range(args.warm_up + args.steps + args.profiled):
         input_ids = torch.randint(student.config.vocab_size, (batch, config.sequence_length), device=device)
@@ -229,7 +221,7 @@ def dense_loss(teacher: PreTrainedModel, student: PreTrainedModel, input_ids: to
     return loss + 0.6 * torch.stack(distances).mean()
 
 
-def report(clock: StepClock, args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+def report(clock: ProfiledClock, args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     tokens = config.training_args["per_device_train_batch_size"] * config.sequence_length
     counted = clock.moments[args.warm_up - 1 : args.warm_up + args.steps]
     seconds = [later - earlier for earlier, later in zip(counted, counted[1:], strict=False)]
