@@ -10,11 +10,13 @@ each for light pages and for dark ones.
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from measuring import RESULTS
+from outcomes import by_length
 from replicated import TITLES, replication
 from tabled import Json, Part, grid, number, source
 
@@ -124,14 +126,9 @@ def decoding(content: Json, name: str) -> list[Part]:
     return [shown, grid(header, lines), picture]
 
 
-def flat(content: Json, columns: dict[str, str], at: Callable[[Json], list[Json]]) -> list[Part]:
-    """Some columns of rows that are flat: key → header."""
-    return [grid(list(columns.values()), [[number(row.get(name)) for name in columns] for row in at(content)])]
-
-
-def rows_of(content: Json) -> list[Json]:
-    rows: list[Json] = content["rows"]
-    return rows
+def flat(content: Json, columns: dict[str, str], key: str = "rows") -> list[Part]:
+    """Some columns of the flat rows under a key: their names in the file → headers."""
+    return [grid(list(columns.values()), [[number(row.get(name)) for name in columns] for row in content[key]])]
 
 
 def before_and_after(content: Json) -> list[Part]:
@@ -163,14 +160,12 @@ def alignment(content: Json) -> list[Part]:
 
 
 def needles(content: Json) -> list[Part]:
-    lines = []
-    for task, found in content["tasks"].items():
-        sums: dict[int, list[float]] = {}
-        for row in found["rows"]:
-            of_length = sums.setdefault(row["length"], [0, 0])
-            of_length[0] += row["correct"]
-            of_length[1] += row["total"]
-        lines += [[task, numbers.length(length), f"{a:g} of {b:g}"] for length, (a, b) in sums.items()]
+    found = by_length({task: measured["rows"] for task, measured in content["tasks"].items()})
+    lines = [
+        [task, numbers.length(int(length)), f"{sums['correct']:g} of {sums['total']:g}"]
+        for task, lengths in found.items()
+        for length, sums in lengths.items()
+    ]
     return [grid(["task", "tokens", "found"], lines)]
 
 
@@ -232,33 +227,21 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Json], list[Part]]]] = {
     "decoding_afm": (
         "decoding_afm.json",
         "python benchmarks/decoding.py --shapes afm-4.5b",
-        lambda content: decoding(content, "decoding-afm"),
+        partial(decoding, name="decoding-afm"),
     ),
-    "decoding": (
-        "decoding.json",
-        "python benchmarks/decoding.py",
-        lambda content: decoding(content, "decoding"),
-    ),
+    "decoding": ("decoding.json", "python benchmarks/decoding.py", partial(decoding, name="decoding")),
     "smollm2_hybrid": ("smollm2_hybrid.json", "distillkit recipes/smollm2/hybrid.yaml", before_and_after),
     "quickstart": ("quickstart.json", "scripts/quickstart", before_and_after),
     "alignment": ("alignment.json", "python benchmarks/alignment.py all", alignment),
     "initialization": (
         "initialization.json",
         "python benchmarks/initialization.py",
-        lambda content: flat(content, INITIALIZATION, lambda each: each["results"]),
+        partial(flat, columns=INITIALIZATION, key="results"),
     ),
-    "memory": ("memory.json", "python benchmarks/memory.py", lambda content: flat(content, MEMORY, rows_of)),
-    "losses": ("losses.json", "python benchmarks/losses.py", lambda content: flat(content, LOSSES, rows_of)),
-    "attention": (
-        "attention.json",
-        "python benchmarks/attention.py",
-        lambda content: flat(content, ATTENTION, rows_of),
-    ),
-    "delta_rule": (
-        "delta_rule.json",
-        "python benchmarks/delta_rule.py",
-        lambda content: flat(content, DELTA_RULE, rows_of),
-    ),
+    "memory": ("memory.json", "python benchmarks/memory.py", partial(flat, columns=MEMORY)),
+    "losses": ("losses.json", "python benchmarks/losses.py", partial(flat, columns=LOSSES)),
+    "attention": ("attention.json", "python benchmarks/attention.py", partial(flat, columns=ATTENTION)),
+    "delta_rule": ("delta_rule.json", "python benchmarks/delta_rule.py", partial(flat, columns=DELTA_RULE)),
     "needles": ("needles.json", "python benchmarks/needles.py", needles),
     "survival": ("survival.json", "python benchmarks/survival.py", survival),
     "compression": ("compression.json", "python benchmarks/compression.py", compression),
