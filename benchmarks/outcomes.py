@@ -23,8 +23,9 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
         if file != "run.yaml"
     }
     failures = [failure for results in found.values() for failure in results["failures"]]
-    needles = {model: by_length(tasks) for model, tasks in found["needles"]["needles"].items()}
-    trained = {model: each["trained_length"] for model, each in found["needles"]["models"].items()}
+    of_needles = [results for file, results in found.items() if file.startswith("needles")]
+    needles = {model: by_length(tasks) for results in of_needles for model, tasks in results["needles"].items()}
+    trained = {model: each["trained_length"] for results in of_needles for model, each in results["models"].items()}
     if name == TEACHER:
         return {"needles": needles[TEACHER], "trained_length": trained[TEACHER], "failures": failures}
     run = json.loads((folder / "run" / "results.json").read_text())

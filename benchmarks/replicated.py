@@ -16,10 +16,17 @@ TITLES = {
     "hybrid_grouped": "hybrid, grouped heads",
     "hybrid_rope": "hybrid with RoPE",
     "best": "hybrid, best recipe",
+    "best_kda_only": "KDA only, best recipe",
 }
 """Names of variants as tables have them, in their order."""
 
-SHORT_TITLES = {"radlads": "RADLADS", "hybrid_grouped": "grouped", "hybrid_rope": "with RoPE", "best": "best recipe"}
+SHORT_TITLES = {
+    "radlads": "RADLADS",
+    "hybrid_grouped": "grouped",
+    "hybrid_rope": "with RoPE",
+    "best": "best recipe",
+    "best_kda_only": "KDA only, best",
+}
 SINGLE, MULTIKEY = ("niah_single_1", "niah_single_2"), ("niah_multikey_1",)
 
 

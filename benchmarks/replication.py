@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Replication:
         self.args = args
         self.folder = Path(args.work)
         self._lock = threading.Lock()
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._running: list[subprocess.Popen[bytes]] = []
         self._stopped = False
 
     def write_configurations(self, names: list[str]) -> None:
@@ -96,8 +97,8 @@ class Replication:
                 thread.join()
         finally:  # a signal: runs save a checkpoint and evaluations keep what they have
             self._stopped = True
-            for process in list(self._running.values()):
-                process.terminate()
+            for process in list(self._running):
+                process.terminate()  # nothing where it has ended
             for thread in threads:
                 thread.join()
         return not failed
@@ -115,10 +116,9 @@ class Replication:
         if name != TEACHER:
             self._say(name, "trains")
             run = [sys.executable, "-m", "distillkit", str(folder / "run.yaml"), *plan["overrides"], "--resume"]
-            self._process(name, run, gpu)
+            self._process(folder / "run.txt", run, gpu)
             self._say(name, f"is trained after {time.perf_counter() - start:.0f} s, and is evaluated")
-        files = [str(folder / file) for file in plan["files"] if file != "run.yaml"]
-        self._process(name, [sys.executable, __file__, "--evaluate", *files], gpu)
+        self._evaluate(name, [file for file in plan["files"] if file != "run.yaml"], gpu)
         part = part_of(name, folder, plan)
         part["seconds_in_all"] = round(time.perf_counter() - start, 1)
         self._keep(name, part)
@@ -128,17 +128,32 @@ class Replication:
         write_json(done, {"plan": plan, "part": part})
         self._say(name, f"is done after {part['seconds_in_all']:.0f} s")
 
+    def _evaluate(self, name: str, files: list[str], gpu: int) -> None:
+        """All evaluations of a variant side by side: a GPU waits for the processor that starts the kernels of each."""
+        folder = self.folder / name
+        threads = max((os.cpu_count() or 1) // (len(files) * self.args.gpus), 1)
+        commands = {file: [sys.executable, __file__, "--evaluate", str(folder / file)] for file in files}
+        with ThreadPoolExecutor(len(files)) as side_by_side:
+            started = [
+                side_by_side.submit(self._process, (folder / file).with_suffix(".txt"), command, gpu, threads)
+                for file, command in commands.items()
+            ]
+        for process in started:
+            process.result()
+
     def prepare_rows(self, names: list[str]) -> None:
         """Begin with the rows of all phases, while models are still loaded; runs wait for those that they need."""
         files = [str(self.folder / name / "run.yaml") for name in names if name != TEACHER]
         with (self.folder / "rows.txt").open("ab") as log:
             command = [sys.executable, __file__, "--rows", *files]
-            self._running["rows"] = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment(None))
+            self._running.append(subprocess.Popen(command, stdout=log, stderr=log, env=self._environment(None)))
 
-    def _environment(self, gpu: int | None) -> dict[str, str]:
-        """Of a process on one of several GPUs; None is for one that needs none."""
+    def _environment(self, gpu: int | None, threads: int | None = None) -> dict[str, str]:
+        """Of a process on one of several GPUs; None is for one that needs none. `threads`: its share of the cores."""
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": paths}
+        if threads is not None:
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
         if gpu is None:
             return {**environment, "CUDA_VISIBLE_DEVICES": ""}
         if self.args.gpus > 1:
@@ -161,21 +176,18 @@ class Replication:
             "overrides": overrides,
         }
 
-    def _process(self, name: str, command: list[str], gpu: int) -> None:
+    def _process(self, log: Path, command: list[str], gpu: int, threads: int | None = None) -> None:
         """Raises `RuntimeError` with the last line of the log where the command fails."""
-        path = self.folder / name / "log.txt"
-        with path.open("ab") as log:
-            log.write(f"\n$ {shlex.join(command)}\n".encode())
-            log.flush()
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment(gpu))
-        self._running[name] = process
+        with log.open("ab") as output:
+            output.write(f"\n$ {shlex.join(command)}\n".encode())
+            output.flush()
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=self._environment(gpu, threads))
+        self._running.append(process)
         if self._stopped:
             process.terminate()
         code = process.wait()
-        del self._running[name]
         if code:
-            lines = path.read_text(errors="replace").strip().splitlines()
-            raise RuntimeError(lines[-1])
+            raise RuntimeError(log.read_text(errors="replace").strip().splitlines()[-1])
 
     def _keep(self, name: str, part: Json) -> None:
         """Write a variant, or the teacher, into the file; what else it holds stays."""
@@ -287,8 +299,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
 def main() -> None:
     words = sys.argv[1:]
     if words[:1] == ["--evaluate"]:
-        codes = [distillkit(["evaluate", file]) for file in words[1:]]
-        sys.exit(max(code for code in (0, *codes) if code != 1))  # 1: results tell what could not be measured
+        code = distillkit(["evaluate", *words[1:]])
+        sys.exit(0 if code == 1 else code)  # 1: results tell what could not be measured
     if words[:1] == ["--rows"]:
         return prepare_rows(words[1:])
     args = arguments(words)

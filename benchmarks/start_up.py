@@ -1,4 +1,4 @@
-"""Seconds to the first training step on a fresh machine, and what a kept Triton cache saves.
+"""Seconds to the first training step on a fresh machine, and what is saved by what an earlier one found out.
 
     python benchmarks/start_up.py                             # on CUDA; writes the JSON
     python benchmarks/start_up.py --device cpu --tokens 128 --shapes tiny --output small.json
@@ -6,16 +6,18 @@
 fla's kernels are tuned at their first call, per number and size of heads and dtype, and Triton keeps the outcome in
 TRITON_CACHE_DIR. Each shape is timed in two new processes: with an empty cache, and with the one that the first left. A
 process makes a student of two KDA layers, takes a forward and backward pass over packed documents as training does
-(float32 masters under bf16 autocast), and then, cast to bf16, prefills and decodes as evaluation does. `--keep ARCHIVE`
-packs what was tuned (not what was compiled, which takes little time) for another machine with the same GPU; unpacked
-into TRITON_CACHE_DIR it is found there: `--from ARCHIVE` times just that.
+(float32 masters under bf16 autocast), and then, cast to bf16, prefills and decodes as evaluation does. `--keep FOLDER`
+writes down what was tuned, in the files that fla reads; `--from FOLDER` times a process that begins with them and an
+empty cache. They serve the same GPU, and heads and dtypes that are the same:
+
+    FLA_CACHE_MODE=strict FLA_CONFIG_DIR=FOLDER distillkit CONFIG.yaml
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -50,30 +52,37 @@ SHAPES = {
 }
 
 
+LAUNCH = ("num_warps", "num_stages", "num_ctas", "maxnreg", "ir_override")
+"""What a configuration of Triton has beside the kernel's own constants."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "afm-4.5b"], choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=8192, help="of a row of packed documents")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--keep", type=Path, help="archive to write, of what was tuned")
-    parser.add_argument("--from", dest="kept", type=Path, help="archive to start with")
+    parser.add_argument("--keep", type=Path, help="folder for what was tuned")
+    parser.add_argument("--from", dest="kept", type=Path, help="such a folder, to start with")
     parser.add_argument("--one", choices=list(SHAPES), help="time one shape in this process")
     parser.add_argument("--output", type=Path, default=RESULTS / "start_up.json")
     options = parser.parse_args()
     if options.one is not None:
         print(json.dumps(first_steps(options.one, options.tokens, torch.device(options.device))))
+        if options.keep is not None:
+            keep_tuned(options.keep)
         return
+    keep = [] if options.keep is None else ["--keep", options.keep.absolute()]
+    if options.kept is not None:
+        os.environ |= {"FLA_CONFIG_DIR": str(options.kept.absolute()), "FLA_CACHE_MODE": "strict"}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
             cache = Path(folder) / shape
             cache.mkdir()
             os.environ["TRITON_CACHE_DIR"] = str(cache)
-            if options.kept is not None:
-                with tarfile.open(options.kept) as archive:
-                    archive.extractall(cache, filter="data")
             for state in ("tuned elsewhere",) if options.kept is not None else ("empty", "kept"):
-                timed = in_own_process(__file__, "--one", shape, "--tokens", options.tokens, "--device", options.device)
+                common = ["--tokens", options.tokens, "--device", options.device]
+                timed = in_own_process(__file__, "--one", shape, *common, *(keep if state == "empty" else []))
                 rows.append({"shape": shape, "triton_cache": state, **timed})
                 result = {
                     "benchmark": "seconds to the first step of a new process, by what Triton's cache holds",
@@ -82,8 +91,6 @@ def main() -> None:
                     "rows": rows,
                 }
                 options.output.write_text(json.dumps(result, indent=2) + "\n")
-        if options.keep is not None:
-            keep(Path(folder), options.shapes, options.keep)
 
 
 def first_steps(shape: str, tokens: int, device: torch.device) -> dict[str, float]:
@@ -125,11 +132,26 @@ def timed(work, device: torch.device) -> float:
     return round(time.perf_counter() - start, 2)
 
 
-def keep(folder: Path, shapes: list[str], path: Path) -> None:
-    with tarfile.open(path, "w:xz") as archive:
-        for cache in (folder / shape for shape in shapes):
-            for file in sorted(cache.rglob("*.autotune.json")):
-                archive.add(file, file.relative_to(cache))
+def keep_tuned(folder: Path) -> None:
+    """What fla's kernels chose in this process, added to the files of a folder: `FLA_CONFIG_DIR`."""
+    import triton
+    from fla.ops.utils.cache import AutotuneKey, CachedAutotuner
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for tuner in [each for each in gc.get_objects() if issubclass(type(each), CachedAutotuner)]:
+        if not tuner.cache:
+            continue
+        path = folder / f"{tuner.kernel_name}.json"
+        former = json.loads(path.read_text())["autotune_entries"] if path.exists() else {}
+        chosen = {
+            AutotuneKey.key_hash(key): {
+                "autotune_key": AutotuneKey.normalize_autotune_key(key),
+                "config": {"kwargs": config.kwargs, **{name: getattr(config, name) for name in LAUNCH}},
+            }
+            for key, config in tuner.cache.items()
+        }
+        content = {"kernel_name": tuner.kernel_name, "triton_version": triton.__version__}
+        path.write_text(json.dumps({**content, "autotune_entries": former | chosen}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ VARIANTS: dict[str, tuple[str, Json, Callable[[argparse.Namespace], list[Json]]]
     "hybrid_grouped": ("hybrid.yaml", {"student": {"kv_heads": "grouped"}}, one_phase),
     "hybrid_rope": ("hybrid.yaml", {"student": {"keep_rope": True}}, one_phase),
     "best": ("hybrid.yaml", ALL_TRAIN, best),
+    "best_kda_only": ("kda_only.yaml", ALL_TRAIN, best),
 }
 """Name → recipe, what differs from it at the top level, and the phases."""
 
@@ -108,7 +109,7 @@ def run_of(name: str, folder: Path, args: argparse.Namespace) -> Json:
 
 
 def evaluations_of(folder: Path, students: dict[str, Path], args: argparse.Namespace) -> dict[str, Json]:
-    """The YAML of each evaluation, by name: both divergences, of rows of either length, and needles."""
+    """The YAML of each evaluation, by name: divergences of both students in rows of either length, needles of each."""
     named = {name: {"path": str(path), "kwargs": {"dtype": args.dtype}} for name, path in students.items()}
     told: dict[str, Json] = {}
     for length in dict.fromkeys((args.sequence_length, args.long_sequence_length)):
@@ -122,7 +123,8 @@ def evaluations_of(folder: Path, students: dict[str, Path], args: argparse.Names
                 "layers": False,
             },
         }
-    told["needles"] = {"students": named, "needles": needles_of(args)}
+    for name, student in named.items():
+        told[f"needles-{name}"] = {"students": {name: student}, "needles": needles_of(args)}
     return {name: {"output_path": str(folder / name), **evaluation} for name, evaluation in told.items()}
 
 
