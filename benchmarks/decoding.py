@@ -15,6 +15,7 @@ error, told once the file is written.
 import argparse
 import gc
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def main() -> None:
     settings = {name: vars(args)[name] for name in names}
     result: dict[str, Any] = {
         "what": f"decoding and prefill against the length of the context, batch {args.batch_size}",
+        "command": " ".join(["python benchmarks/decoding.py", *sys.argv[1:]]),
         "settings": {"teacher": args.shapes or args.teacher, "dtype": args.dtype, **settings},
         **provenance("flash-linear-attention"),
         "models": {},

@@ -3,9 +3,11 @@
 from itertools import pairwise
 
 from tabled import Json, Part, grid
+from variants import base
 
 from distillkit.reporting import numbers
 from distillkit.reporting.colours import series
+from distillkit.reporting.document import Picture
 from distillkit.reporting.plots import Axis, Mark, Series, line_chart
 
 TITLES = {
@@ -32,8 +34,8 @@ SINGLE, MULTIKEY = ("niah_single_1", "niah_single_2"), ("niah_multikey_1",)
 
 def title(name: str, short: bool = False) -> str:
     """Of a variant, or of a trial of one (`best-a`)."""
-    base, _, trial = name.partition("-")
-    told = SHORT_TITLES.get(base, TITLES[base]) if short else TITLES[base]
+    variant, trial = base(name), name.partition("-")[2]
+    told = SHORT_TITLES.get(variant, TITLES[variant]) if short else TITLES[variant]
     return f"{told}, {trial}" if trial else told
 
 
@@ -46,15 +48,20 @@ def replication(content: Json) -> list[Part]:
         parts += [
             divergence(done),
             *curve(done),
-            "By position in the document, rows of the long phase's length, after the long phase:",
-            positions(done, "long"),
-            "The same before it, by students that have seen short rows only:",
+            "By position in the document, rows of the long phase's length, by students that have seen short rows only:",
             positions(done, "short"),
+            "The same after the long phase:",
+            positions(done, "long"),
         ]
         parts += found_needles(done, content.get("teacher"))
         parts += ["Beside the write-up:", claims(done)]
     parts += [f"{title(name)}: {variant['error']}" for name, variant in variants.items() if "error" in variant]
     return parts
+
+
+def last_student(variant: Json) -> str:
+    """The one of long rows, unless the variant ended before them."""
+    return "long" if "long" in variant["trained_length"] else "short"
 
 
 def measured(variant: Json, student: str, position: int = 0) -> Json:
@@ -77,11 +84,12 @@ def divergence(done: dict[str, Json]) -> str:
         "tokens, short + long",
         "KL untrained",
         f"KL after short rows, at {short}",
-        f"KL after long rows, at {short}",
-        f"KL after long rows, at {long}",
-        f"same likeliest token, after long rows, at {short}",
+        "same likeliest token",
         "perplexity",
         "teacher's",
+        f"KL after short rows, at {long}",
+        f"KL after long rows, at {short}",
+        f"at {long}",
     ]
     lines = []
     for name, variant in done.items():
@@ -89,18 +97,19 @@ def divergence(done: dict[str, Json]) -> str:
             sum(each["tokens"] for each in variant["phases"] if (each["name"] == "long") is of) for of in (False, True)
         ]
         before = variant["phases"][0]["divergence"].get("before", {}).get("kl")
-        end = measured(variant, "long")
+        end = measured(variant, "short")
         lines.append(
             [
                 title(name),
-                " + ".join(map(numbers.amount, tokens)),
+                " + ".join(numbers.amount(each) for each in tokens if each),
                 numbers.shown(before, numbers.decimals),
                 numbers.shown(kl(variant, "short"), three),
-                numbers.shown(kl(variant, "long"), three),
-                numbers.shown(kl(variant, "long", 1), three),
                 numbers.shown(end.get("agreement"), numbers.percent),
                 numbers.shown(end.get("student_perplexity"), numbers.decimals),
                 numbers.shown(end.get("teacher_perplexity"), numbers.decimals),
+                numbers.shown(kl(variant, "short", 1), three),
+                numbers.shown(kl(variant, "long"), three),
+                numbers.shown(kl(variant, "long", 1), three),
             ]
         )
     return grid(header, lines)
@@ -147,6 +156,7 @@ def positions(done: dict[str, Json], student: str) -> str:
     found = {
         name: {(row["from"], row["to"]): row["kl"] for row in measured(variant, student, 1).get("positions", [])}
         for name, variant in done.items()
+        if measured(variant, student, 1)
     }
     buckets = sorted({bucket for rows in found.values() for bucket in rows})
     lines = [
@@ -164,71 +174,89 @@ def share(needles: Json, tasks: tuple[str, ...], length: str) -> float | None:
 
 
 def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
-    """Tables and pictures of single and multikey needles, after the phase of long rows."""
-    models = {"teacher": teacher["needles"]} if teacher and "needles" in teacher else {}
-    models |= {
-        title(name): variant["needles"]["long"] for name, variant in done.items() if "long" in variant["needles"]
-    }
-    models |= {
-        f"{title(name)}, short rows only": variant["needles"]["short"]
-        for name, variant in done.items()
-        if name in ("hybrid", "kda_only", "best") and "short" in variant["needles"]
-    }
+    """Single and multikey needles: a table and a picture after the phases of short rows, a table after that of long."""
+    judge = {"teacher": teacher["needles"]} if teacher and "needles" in teacher else {}
     parts: list[Part] = []
-    trained = next(iter(done.values()))["trained_length"]["long"]
     for tasks, kind in ((SINGLE, "Single needles"), (MULTIKEY, "Multikey needles")):
-        lengths = sorted({int(each) for needles in models.values() for task in tasks for each in needles.get(task, {})})
-        if not lengths:
-            continue
-        rows = [
-            [name, *(numbers.shown(share(needles, tasks, str(each)), numbers.percent) for each in lengths)]
-            for name, needles in models.items()
-        ]
-        asked = [task for task in tasks if any(task in needles for needles in models.values())]
-        parts += [f"{kind} found ({', '.join(asked)}), by tokens of the prompt:"]
-        parts += [grid(["", *map(numbers.length, lengths)], rows)]
-        titles = {"teacher": "teacher", **{title(name): title(name, short=True) for name in done}}
-        drawn = []
-        for name, label in titles.items():
-            points = (
-                [(float(each), share(models[name], tasks, str(each))) for each in lengths] if name in models else []
-            )
-            known = [(x, y) for x, y in points if y is not None]
-            colour = "teacher" if name == "teacher" else series(list(titles).index(name) - 1)
-            drawn.append(Series(label, [x for x, _ in known], [y for _, y in known], colour))
-        parts.append(
-            line_chart(
-                f"replication-{kind.split()[0].lower()}",
-                f"{kind} found after training on {numbers.length(trained)}",
-                [line for line in drawn if line.x],
-                Axis("tokens of the prompt", numbers.length, log2=True, ticks=[float(each) for each in lengths]),
-                Axis("share found", whole_percent, limits=(-0.03, 1.05), ticks=[0, 0.25, 0.5, 0.75, 1]),
-                [Mark(float(trained), "trained length")],
-            )
-        )
+        for student in ("short", "long"):
+            models = {name: each["needles"][student] for name, each in done.items() if student in each["needles"]}
+            asked = [task for task in tasks if any(task in needles for needles in models.values())]
+            if not asked:
+                continue
+            trained = next(done[name]["trained_length"][student] for name in models)
+            heading = f"{kind} found after training on {numbers.length(trained)}"
+            parts += [f"{heading} ({', '.join(asked)}), by tokens of the prompt:", needle_table(judge | models, tasks)]
+            if student == "short":
+                name = f"replication-{kind.split()[0].lower()}"
+                parts.append(needle_picture(name, heading, judge | models, tasks, [*judge, *done], trained))
     return parts
+
+
+def lengths_of(models: dict[str, Json], tasks: tuple[str, ...]) -> list[int]:
+    return sorted({int(each) for needles in models.values() for task in tasks for each in needles.get(task, {})})
+
+
+def needle_table(models: dict[str, Json], tasks: tuple[str, ...]) -> str:
+    lengths = lengths_of(models, tasks)
+    rows = [
+        [shown_name(name), *(numbers.shown(share(needles, tasks, str(each)), numbers.percent) for each in lengths)]
+        for name, needles in models.items()
+    ]
+    return grid(["", *map(numbers.length, lengths)], rows)
+
+
+def needle_picture(
+    name: str, heading: str, models: dict[str, Json], tasks: tuple[str, ...], order: list[str], trained: int
+) -> Picture:
+    """`order`: all that any picture shows, so that each has one colour in all of them."""
+    lengths = lengths_of(models, tasks)
+    drawn = []
+    for model, needles in models.items():
+        points = [(float(each), share(needles, tasks, str(each))) for each in lengths]
+        known = [(x, y) for x, y in points if y is not None]
+        colour = "teacher" if model == "teacher" else series(order.index(model) - order.count("teacher"))
+        drawn.append(Series(shown_name(model, short=True), [x for x, _ in known], [y for _, y in known], colour))
+    return line_chart(
+        name,
+        heading,
+        [line for line in drawn if line.x],
+        Axis("tokens of the prompt", numbers.length, log2=True, ticks=[float(each) for each in lengths]),
+        Axis("share found", whole_percent, limits=(-0.03, 1.05), ticks=[0, 0.25, 0.5, 0.75, 1]),
+        [Mark(float(trained), "trained length")],
+    )
+
+
+def shown_name(model: str, short: bool = False) -> str:
+    return model if model == "teacher" else title(model, short)
 
 
 def claims(done: dict[str, Json]) -> str:
     """What the write-up says of AFM-4.5B, and what these files say of SmolLM2-135M."""
-    ends = {name: kl(variant, "long") for name, variant in done.items()}
+    ends = {name: kl(variant, last_student(variant)) for name, variant in done.items()}
     lines = [["KL of about 0.2 after some 300M tokens", _lowest(done)]]
     layouts = [name for name in ("hybrid", "kda_only", "front_loaded") if name in ends]
     if len(layouts) == 3:
         order = sorted(layouts, key=ends.__getitem__)
         told = " < ".join(f"{title(name)} {ends[name]:.3f}" for name in order)
-        hybrid, worst = ends["hybrid"] < ends["kda_only"], order[-1] == "front_loaded"
+        closer, worst = ends["hybrid"] < ends["kda_only"], order[-1] == "front_loaded"
         lines += [
-            ["the hybrid recovers more than KDA alone", f"{'yes' if hybrid else 'no'}: KL {told}"],
+            ["the hybrid recovers more than KDA alone", f"{'yes' if closer else 'no'}: KL {told}"],
             ["front-loaded full attention is worst", f"{'yes' if worst else 'no'}: KL {told}"],
         ]
-    for name, claim in (
-        ("hybrid", "the hybrid finds single needles at its trained length, and crashes past it"),
-        ("kda_only", "KDA alone finds single needles past its trained length, and several keys smoothly less"),
-        ("best", "(ours) the best recipe, hybrid"),
+    for alone in (name for name in done if base(name) == "best_kda_only"):
+        hybrid = alone.replace("best_kda_only", "best")
+        if hybrid in ends:
+            told = f"KL {title(hybrid)} {ends[hybrid]:.3f}, {title(alone)} {ends[alone]:.3f}"
+            lines.append(["(ours) the hybrid and KDA alone by the best recipe", told])
+    for names, claim in (
+        (("hybrid", "best"), "the hybrid finds single needles at its trained length, and crashes past it"),
+        (
+            ("kda_only", "best_kda_only"),
+            "KDA alone finds single needles past its trained length, and several keys smoothly less",
+        ),
     ):
-        if name in done:
-            lines.append([claim, _past(done[name])])
+        told_of = [name for name in done if base(name) in names]
+        lines += [[claim if name == told_of[0] else "", f"{title(name)}, {_past(done[name])}"] for name in told_of]
     for name, claim in (
         ("radlads", "(RADLADS) alignment first"),
         ("hybrid_grouped", "(ours) grouped heads"),
@@ -250,8 +278,9 @@ def _lowest(done: dict[str, Json]) -> str:
 
 
 def _past(variant: Json) -> str:
-    """Single and multikey needles from half the trained length to whatever was measured past it."""
-    needles, trained = variant["needles"].get("long", {}), variant["trained_length"]["long"]
+    """Needles of the last student, of both kinds, from half its trained length to whatever was measured past it."""
+    student = last_student(variant)
+    needles, trained = variant["needles"].get(student, {}), variant["trained_length"][student]
     told = []
     for tasks, kind in ((SINGLE, "single"), (MULTIKEY, "multikey")):
         lengths = sorted({int(each) for task in tasks for each in needles.get(task, {}) if int(each) >= trained / 2})

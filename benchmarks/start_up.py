@@ -4,11 +4,13 @@
     python benchmarks/start_up.py --device cpu --tokens 128 --shapes tiny --output small.json
 
 fla's kernels are tuned at their first call, per number and size of heads and dtype, and Triton keeps the outcome in
-TRITON_CACHE_DIR. Each shape is timed in two new processes: with an empty cache, and with the one that the first left. A
+TRITON_CACHE_DIR. Each shape is timed in three new processes: with an empty cache, with the one that the first left, and
+with an empty one and the configurations that the package brings for some GPUs and shapes (distillkit/model/tuned). A
 process makes a student of two KDA layers, takes a forward and backward pass over packed documents as training does
-(float32 masters under bf16 autocast), and then, cast to bf16, prefills and decodes as evaluation does. `--keep FOLDER`
-writes down what was tuned, in the files that fla reads; `--from FOLDER` times a process that begins with them and an
-empty cache. They serve the same GPU, and heads and dtypes that are the same:
+(float32 masters under bf16 autocast), and then, cast to bf16, prefills and decodes as evaluation does.
+
+`--keep FOLDER` writes down what was tuned, in the files that fla reads; `--from FOLDER` times a process that begins
+with such files instead. They serve the same GPU, and heads and dtypes that are the same:
 
     FLA_CACHE_MODE=strict FLA_CONFIG_DIR=FOLDER distillkit CONFIG.yaml
 """
@@ -52,6 +54,7 @@ SHAPES = {
 }
 
 
+STATES = ("empty", "kept", "tuned elsewhere")
 LAUNCH = ("num_warps", "num_stages", "num_ctas", "maxnreg", "ir_override")
 """What a configuration of Triton has beside the kernel's own constants."""
 
@@ -72,15 +75,15 @@ def main() -> None:
             keep_tuned(options.keep)
         return
     keep = [] if options.keep is None else ["--keep", options.keep.absolute()]
-    if options.kept is not None:
-        os.environ |= {"FLA_CONFIG_DIR": str(options.kept.absolute()), "FLA_CACHE_MODE": "strict"}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
-            cache = Path(folder) / shape
-            cache.mkdir()
-            os.environ["TRITON_CACHE_DIR"] = str(cache)
-            for state in ("tuned elsewhere",) if options.kept is not None else ("empty", "kept"):
+            for state in STATES if options.kept is None else ("tuned elsewhere",):
+                cache = Path(folder) / f"{shape}-{'other' if state == 'tuned elsewhere' else 'own'}"
+                os.environ["TRITON_CACHE_DIR"] = str(cache)
+                os.environ["FLA_CACHE_MODE"] = "strict" if state == "tuned elsewhere" else "disabled"
+                if options.kept is not None:
+                    os.environ["FLA_CONFIG_DIR"] = str(options.kept.absolute())
                 common = ["--tokens", options.tokens, "--device", options.device]
                 timed = in_own_process(__file__, "--one", shape, *common, *(keep if state == "empty" else []))
                 rows.append({"shape": shape, "triton_cache": state, **timed})

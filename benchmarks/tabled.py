@@ -29,11 +29,12 @@ def number(value: Any) -> str:
 
 def source(file: str, content: Json, command: str) -> str:
     """Where numbers come from: the file, the commands that wrote it, and what they ran on."""
-    machine = first_of("machine", content) or {}
-    gpu = machine.get("gpu") or machine.get("device") or first_of("device", content)
-    cpu = machine.get("cpu") or content.get("cpu")
-    threads = f", {machine['threads']} threads" if "threads" in machine else ""
-    device = gpu if gpu and gpu != "cpu" else f"{cpu}{threads}"
+    machines = all_of("machine", content)
+    named = [machine.get("gpu") or machine.get("device") for machine in machines] + all_of("device", content)
+    gpus = [gpu for gpu in dict.fromkeys(named) if gpu not in (None, "cpu", "cuda")]
+    cpu = content.get("cpu") or machines[0].get("cpu")
+    threads = f", {machines[0]['threads']} threads" if "threads" in machines[0] else ""
+    device = " and ".join(gpus) or f"{cpu}{threads}"
     commands = dict.fromkeys(all_of("command", content) or [command])
     return f"[{file}](../benchmarks/results/{file}): {'; '.join(f'`{each}`' for each in commands)}, on {device}."
 
@@ -43,7 +44,3 @@ def all_of(key: str, content: Json) -> list[Any]:
     if key in content:
         return [content[key]]
     return [found for part in content.values() if isinstance(part, dict) for found in all_of(key, part)]
-
-
-def first_of(key: str, content: Json) -> Any:
-    return next(iter(all_of(key, content)), None)

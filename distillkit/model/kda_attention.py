@@ -4,6 +4,7 @@ Parameters have the names and shapes of ``fla.layers.KimiDeltaAttention``, so we
 flash-linear-attention installed its kernels do the work; anywhere else the PyTorch form of ``delta_rule`` does.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -15,10 +16,13 @@ from transformers.cache_utils import Cache
 from .cache import KDACacheLayer
 from .delta_rule import chunk_kda, log_decay, recurrent_kda
 from .documents import Documents
+from .tuned_kernels import allow_tuned_kernels, use_tuned_kernels
 
 try:
     if not torch.cuda.is_available():
         raise ImportError
+    allow_tuned_kernels()
+    from fla import __version__ as fla_version
     from fla.modules.causal_conv1d import causal_conv1d
     from fla.ops.kda import chunk_kda as fla_chunk_kda
     from fla.ops.kda import fused_recurrent_kda as fla_recurrent_kda
@@ -187,6 +191,7 @@ class KimiDeltaAttention(nn.Module):
         documents: Documents | None,
         keep_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        _ready_kernels()
         options = {
             "A_log": self.A_log,
             "dt_bias": self.dt_bias,
@@ -209,11 +214,18 @@ class KimiDeltaAttention(nn.Module):
         )
 
 
+@functools.cache
+def _ready_kernels() -> None:
+    """Once, before the first call of a kernel of fla's."""
+    use_tuned_kernels(torch.cuda.get_device_name(), fla_version)
+
+
 @torch.compiler.disable
 def _convolve_with_kernels(
     projected: list[torch.Tensor], weights: list[torch.Tensor], documents: Documents | None
 ) -> list[torch.Tensor]:
     """Queries, keys and values each by themselves: joined, they would be copied once to join and once to part."""
+    _ready_kernels()
     cu_seqlens = None if documents is None else documents.cu_seqlens
     return [
         causal_conv1d(x, weight.squeeze(1), activation="silu", cu_seqlens=cu_seqlens)[0]

@@ -1,0 +1,30 @@
+"""What fla's kernels are tuned to, from files: a run then need not spend its first minutes on finding it out.
+
+At their first call for a size of heads and a dtype the kernels of flash-linear-attention try out some hundreds of
+configurations, which takes two to five minutes on a new machine. fla can be told of a folder in which what was chosen
+is written down. Those in `tuned` are named as fla names GPUs, and hold the heads of SmolLM2-135M and of AFM-4.5B; what
+is not in there is tuned as ever. `python benchmarks/start_up.py --keep FOLDER` writes such files.
+"""
+
+import os
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "tuned"
+TUNED_WITH = "0.6.0"
+"""The version of fla whose kernels these are; another may have others of the same name."""
+
+
+def allow_tuned_kernels() -> None:
+    """To be called before fla is imported, which is when it reads this: configurations for exactly a call's key."""
+    os.environ.setdefault("FLA_CACHE_MODE", "strict")
+
+
+def use_tuned_kernels(gpu: str, fla_version: str) -> None:
+    """Name the folder of this GPU, unless there is none or the user has named another.
+
+    gpu: as CUDA names it, such as "NVIDIA H100 80GB HBM3".
+    """
+    folder = FOLDER / re.sub(r"[^0-9A-Za-z]+", "_", gpu).strip("_")
+    if fla_version == TUNED_WITH and folder.is_dir():
+        os.environ.setdefault("FLA_CONFIG_DIR", str(folder))
