@@ -22,14 +22,16 @@ def number(value: Any) -> str:
     """A value of a result file in a cell, to four figures where it is a number."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return numbers.NOTHING
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else numbers.figures(value)
 
 
 def source(file: str, content: Json, command: str) -> str:
     """Where numbers come from: the file, the commands that wrote it, and what they ran on."""
-    machines = all_of("machine", content)
+    machines = all_of("machine", content) or [{}]
     named = [machine.get("gpu") or machine.get("device") for machine in machines] + all_of("device", content)
     gpus = [gpu for gpu in dict.fromkeys(named) if gpu not in (None, "cpu", "cuda")]
     cpu = content.get("cpu") or machines[0].get("cpu")

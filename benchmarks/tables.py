@@ -199,6 +199,14 @@ MEMORY = {
     "ratio": "ratio",
     "tokens_per_second": "tokens/s",
 }
+PLAN_TIMES = {
+    "step": "step",
+    "compiled": "compiled",
+    "planned_tokens_per_second": "planned tokens/s",
+    "measured_tokens_per_second": "measured tokens/s",
+    "ratio": "ratio",
+    "file": "measured in",
+}
 LOSSES = {"method": "method", "tokens": "tokens", "peak_mib": "peak MiB", "seconds": "seconds"}
 ATTENTION = {
     "attention": "attention",
@@ -239,6 +247,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Json], list[Part]]]] = {
         partial(flat, columns=INITIALIZATION, key="results"),
     ),
     "memory": ("memory.json", "python benchmarks/memory.py", partial(flat, columns=MEMORY)),
+    "plan_times": ("plan_times.json", "python benchmarks/plan_times.py", partial(flat, columns=PLAN_TIMES)),
     "losses": ("losses.json", "python benchmarks/losses.py", partial(flat, columns=LOSSES)),
     "attention": ("attention.json", "python benchmarks/attention.py", partial(flat, columns=ATTENTION)),
     "delta_rule": ("delta_rule.json", "python benchmarks/delta_rule.py", partial(flat, columns=DELTA_RULE)),

@@ -47,10 +47,15 @@ _TABLE = {
     "RTX-3090": (23.5, 71.0),
 }
 
-_SHARES = ((576, 0.060), (2560, 0.24))
-"""(hidden size, share of the peak) of all but attention in runs on one H100 (benchmarks/results/memory.json), by this
-plan's count of operations: SmolLM2-135M and AFM-4.5B's shapes, both at 2,048 tokens per row. Between the two by the
-logarithm of the size; not beyond. Nothing was measured on other GPUs."""
+_EAGER = ((576, 0.060), (2560, 0.24))
+_COMPILED = ((576, 0.16), (2560, 0.43))
+"""(hidden size, share of the peak) of all but attention in runs on one H100 (benchmarks/results: memory.json,
+throughput.json, throughput_smollm2.json, replication.json), by this plan's count of operations: SmolLM2-135M and
+AFM-4.5B's shapes. Between the two by the logarithm of the size; not beyond. Nothing was measured on other GPUs."""
+
+_LAUNCHING = 0.0175
+"""Seconds that a processor takes, per layer of the student, to start the kernels of a micro-batch, however small it is:
+the student's two passes and the teacher's. 0.0172 at AFM-4.5B's shapes and 0.0185 at SmolLM2's, compiled."""
 
 _ATTENTION_SHARE = 0.29
 """The share of flash attention, heads of 64 numbers: what rows of 32,768 tokens took longer than those of 2,048."""
@@ -74,23 +79,33 @@ def find_gpu(name: str) -> GPU:
     raise UserError(f"--gpu: {name!r} is not known; there is {', '.join(_TABLE)} and cpu")
 
 
-def seconds(flops: float, attention: float, gpu: GPU, hidden_size: int, dtype: torch.dtype) -> float | None:
+def seconds(
+    flops: float,
+    attention: float,
+    gpu: GPU,
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    compiled: bool = False,
+    trained_layers: int = 0,
+) -> float | None:
     """How long so many operations take, as far as that can be told before; not in float32, whose peaks are others.
 
-    attention: those of the operations that are softmax attention.
+    attention: those of the operations that are softmax attention. trained_layers: of a student whose layers run forward
+    and backward; their kernels take a processor some time to start.
     """
-    if gpu.cuda and dtype == torch.float32:
+    if not gpu.cuda:
+        return flops / (gpu.tflops * 1e12)
+    if dtype == torch.float32:
         return None
     peak = gpu.tflops * 1e12
-    share = _ATTENTION_SHARE if gpu.cuda else 1.0
-    return (flops - attention) / (peak * share_of_peak(gpu, hidden_size)) + attention / (peak * share)
+    work = (flops - attention) / (peak * share_of_peak(hidden_size, compiled)) + attention / (peak * _ATTENTION_SHARE)
+    return max(work, trained_layers * _LAUNCHING)
 
 
-def share_of_peak(gpu: GPU, hidden_size: int) -> float:
-    """The share of the peak that training reaches; narrow models reach less."""
-    if not gpu.cuda:
-        return 1.0
-    (narrow, low), (wide, high) = _SHARES
+def share_of_peak(hidden_size: int, compiled: bool) -> float:
+    """The share of a GPU's peak that training reaches; narrow models reach less."""
+    (narrow, low), (wide, high) = _COMPILED if compiled else _EAGER
     place = math.log(hidden_size / narrow) / math.log(wide / narrow)
     return low + (high - low) * min(max(place, 0.0), 1.0)
 

@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from distillkit.compression import build_codec
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.config.losses import ATTENTION_FUNCTIONS
 from distillkit.config.phases import Phase, PhaseConfig, phases_of
 from distillkit.planning.advice import about_phase, about_run, remedies
 from distillkit.planning.disk import disk_use
@@ -139,7 +140,7 @@ class _PhaseMaker:
             tokens_per_second=None,
             disk=disk,
         )
-        made = self._timed(made, student.config.hidden_size)
+        made = self._timed(made, student.config)
         warnings += remedies(made, config, settings, self.gpu, self.teacher_parameters)
         self.errors += map(self._named, errors)
         self.warnings += warnings
@@ -158,12 +159,19 @@ class _PhaseMaker:
             self.errors.append(self._named(str(error)))
             return None
 
-    def _timed(self, made: PhasePlan, hidden_size: int) -> PhasePlan:
+    def _timed(self, made: PhasePlan, student: PreTrainedConfig) -> PhasePlan:
         if made.cost is None:
             return made
-        flops = sum(made.cost.flops.values())
-        dtype = self.settings.compute_dtype
-        per_batch = seconds(flops, made.cost.attention_flops, self.gpu, hidden_size, dtype)
+        whole_layers = not {loss.function for loss in self.config.loss_functions} <= {*ATTENTION_FUNCTIONS}
+        per_batch = seconds(
+            sum(made.cost.flops.values()),
+            made.cost.attention_flops,
+            self.gpu,
+            student.hidden_size,
+            self.settings.compute_dtype,
+            compiled=self.settings.torch_compile and whole_layers,
+            trained_layers=student.num_hidden_layers if whole_layers else 0,
+        )
         if per_batch is None:
             return made
         speed = made.micro_batch * self.gpus / per_batch

@@ -138,9 +138,9 @@ def _sum(plan: RunPlan) -> Text:
     untrained = f", {gib(plan.untrained)} of it untrained" if plan.untrained else ""
     parts.append(f"{gib(plan.disk)} on disk{untrained}, {gib(plan.disk_peak)} while it trains")
     ends = (
-        "Held to eight runs on one H100, all with their peak in the forward pass: memory to within 4 %; time, fitted "
-        "to them, to within 40 %. With torch_compile and nothing checkpointed, it is 0 to 15 % above what two more "
-        "took; else torch_compile takes less than is said here, and less time. For all else nothing was measured."
+        "Held to eight runs on one H100, all with their peak in the forward pass: memory to within 4 %. With "
+        "torch_compile and nothing checkpointed, it is 0 to 15 % above what two more took; else torch_compile takes "
+        "less than is said here. Time is fitted to fifteen runs there, to within 20 %. Nothing else was measured."
     )
     return Text(f"{'; '.join(parts)}. {ends}")
 
