@@ -21,7 +21,6 @@ import gc
 import json
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,8 +69,14 @@ ROWS: dict[str, dict[str, Any]] = {
         **ALL,
     },
 }
-USUAL = ("reference", "eager", "compiled", "compiled, every second layer checkpointed", "all parameters")
-USUAL += ("long", "long, all parameters")
+USUAL = (
+    "reference",
+    "eager",
+    "compiled",
+    "compiled, every second layer checkpointed",
+    "compiled, nothing checkpointed",
+)
+USUAL += ("all parameters", "long", "long, all parameters")
 
 CLASSES = {
     "attention": ("flash", "fmha", "pytorch_flash", "varlen"),
@@ -160,10 +165,8 @@ def product_steps(config: RunConfig, folder: Path, args: argparse.Namespace) -> 
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     clock = ProfiledClock(args.warm_up + args.steps)
     trainer = trainer_of(config, arguments, teacher, student, callbacks=[clock])
-    backend, mode = techniques.torch_compile_backend, techniques.torch_compile_mode
-    compiled = compiled_step(student, teacher, trainer.model.objective, backend, mode)
     reset_peak()
-    with compiled if techniques.torch_compile else nullcontext():
+    with compiled_step(student, teacher, trainer.model.objective, techniques.compilation):
         trainer.train()
     return report(clock, args, config)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from distillkit.config import RunConfig
+from distillkit.training.arguments import student_techniques
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,16 @@ class Settings:
         """The settings of a run without phases."""
         given = config.training_args
         dtype = torch.bfloat16 if _value(given, "bf16") else torch.float32
-        checkpointing: dict[str, Any] = {}
-        for name in ("gradient", "activation"):
-            checkpointing |= given.get(f"{name}_checkpointing_kwargs") or {}
+        techniques = student_techniques(given)
         return cls(
             batch_size=_value(given, "per_device_train_batch_size"),
             accumulation=_value(given, "gradient_accumulation_steps"),
             compute_dtype=dtype,
             optim=str(given.get("optim") or "adamw_torch"),
             learning_rate=float(_value(given, "learning_rate")),
-            gradient_checkpointing=any(given.get(f"{name}_checkpointing") for name in ("gradient", "activation")),
-            checkpoint_every=checkpointing.get("every_n_layers"),
-            torch_compile=any(given.get(f"torch_compile{end}") for end in ("", "_backend", "_mode")),
+            gradient_checkpointing=techniques.gradient_checkpointing,
+            checkpoint_every=techniques.gradient_checkpointing_kwargs.get("every_n_layers"),
+            torch_compile=techniques.compilation is not None,
             warmup=float(_value(given, "warmup_steps") or given.get("warmup_ratio") or 0),
             max_steps=int(_value(given, "max_steps")),
             num_train_epochs=float(_value(given, "num_train_epochs")),

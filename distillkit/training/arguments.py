@@ -17,6 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from distillkit.config.errors import UserError
+from distillkit.training.compilation import Compilation
 
 SAVE_MINUTES = 15.0
 """Minutes between checkpoints of a run whose training_args say nothing of saving."""
@@ -28,9 +29,11 @@ class StudentTechniques:
 
     gradient_checkpointing: bool
     gradient_checkpointing_kwargs: dict[str, Any]
-    torch_compile: bool
-    torch_compile_backend: str
-    torch_compile_mode: str | None
+    compilation: Compilation | None
+
+
+_OF_TECHNIQUES = {f"{name}_checkpointing{end}" for name in ("gradient", "activation") for end in ("", "_kwargs")}
+_OF_TECHNIQUES |= {f"torch_compile{end}" for end in ("", "_backend", "_mode")}
 
 
 def build_training_arguments(
@@ -41,8 +44,7 @@ def build_training_arguments(
     `uses_logits`: a loss on the logits gives every parameter of the student a gradient. `project_name` is for trackers.
     Raises UserError for what TrainingArguments refuses.
     """
-    values = dict(given)
-    techniques = _take_techniques(values)
+    values = {name: value for name, value in given.items() if name not in _OF_TECHNIQUES}
     defaults = {
         "report_to": "none",
         "logging_steps": 10,
@@ -71,7 +73,7 @@ def build_training_arguments(
                 f"training_args.report_to: {tracker!r} is not installed; there is {', '.join(installed) or 'none'}"
             )
     _check_optimizer_is_installed(arguments)
-    return arguments, techniques
+    return arguments, student_techniques(given)
 
 
 def _check_optimizer_is_installed(arguments: TrainingArguments) -> None:
@@ -88,17 +90,18 @@ def saves_by_the_clock(given: Mapping[str, Any]) -> bool:
     return "save_steps" not in given and "save_strategy" not in given
 
 
-def _take_techniques(values: dict[str, Any]) -> StudentTechniques:
-    """Move what is for the student alone out of `values`; transformers knows checkpointing by two names."""
-    checkpointing = [values.pop(f"{name}_checkpointing", None) for name in ("gradient", "activation")]
-    kwargs = [values.pop(f"{name}_checkpointing_kwargs", None) for name in ("gradient", "activation")]
-    backend, mode = values.pop("torch_compile_backend", None), values.pop("torch_compile_mode", None)
+def student_techniques(given: Mapping[str, Any]) -> StudentTechniques:
+    """What of `training_args` is for the student alone; transformers knows checkpointing by two names."""
+
+    def value(name: str) -> Any:
+        return given.get(f"gradient_{name}") or given.get(f"activation_{name}")
+
+    backend, mode = given.get("torch_compile_backend"), given.get("torch_compile_mode")
+    compiled = given.get("torch_compile") or backend or mode
     return StudentTechniques(
-        gradient_checkpointing=any(checkpointing),
-        gradient_checkpointing_kwargs={"use_reentrant": False, **(kwargs[0] or kwargs[1] or {})},
-        torch_compile=bool(values.pop("torch_compile", False) or backend or mode),
-        torch_compile_backend=backend or "inductor",
-        torch_compile_mode=mode,
+        gradient_checkpointing=bool(value("checkpointing")),
+        gradient_checkpointing_kwargs={"use_reentrant": False, **(value("checkpointing_kwargs") or {})},
+        compilation=Compilation(backend or "inductor", mode) if compiled else None,
     )
 
 

@@ -7,6 +7,7 @@ documents are left as they are.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,25 +21,36 @@ GRAPHS = 64
 with gradients and without, wants its own."""
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """How torch.compile is to be called."""
+
+    backend: str = "inductor"
+    mode: str | None = None
+
+
 @contextmanager
 def compiled_step(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, backend: str, mode: str | None
+    student: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, how: Compilation | None
 ) -> Iterator[None]:
     """Within, the parts of both models' layers (attention, MLP, norms) and the losses are compiled.
 
     Parts and not layers: transformers checkpoints inside of a layer's forward, and a graph that holds a checkpoint may
     not be broken, as the attention kernels break it; and attention alignment calls attention alone.
 
-    teacher: None where it is captured.
+    teacher: None where it is captured. how: None compiles nothing.
     """
+    if how is None:
+        yield
+        return
     models = [student] if teacher is None else [student, teacher]
     modules = [part for model in models for layer in model.get_decoder().layers for part in layer.children()]
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
         for module in modules:
             stack.callback(_restore, module, vars(module).get("forward"))
-            module.forward = torch.compile(module.forward, backend=backend, mode=mode)
-        stack.enter_context(objective.compiled(backend, mode))
+            module.forward = torch.compile(module.forward, backend=how.backend, mode=how.mode)
+        stack.enter_context(objective.compiled(how.backend, how.mode))
         yield
 
 

@@ -7,7 +7,6 @@ is checkpointed, so a run killed anywhere ends, after `--resume`, as if it had n
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -251,13 +250,11 @@ def _before(run: Run, measure: Measurement | None) -> Divergence | None:
 
 def _train(run: Run, models: Models, trainer: DistillationTrainer) -> None:
     """All steps that are left; none where the checkpoint was the last of its run."""
-    checkpoint, techniques = run.folder.checkpoint, run.techniques
+    checkpoint = run.folder.checkpoint
     if checkpoint is not None and checkpoint.reached_the_end():
         return
     teacher = None if isinstance(models.teacher, CapturedTeacher) else models.teacher
-    backend, mode = techniques.torch_compile_backend, techniques.torch_compile_mode
-    compiled = compiled_step(models.student, teacher, trainer.model.objective, backend, mode)
-    with compiled if techniques.torch_compile else nullcontext():
+    with compiled_step(models.student, teacher, trainer.model.objective, run.techniques.compilation):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
 
 

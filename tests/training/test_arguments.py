@@ -5,6 +5,7 @@ import torch
 
 from distillkit.config.errors import UserError
 from distillkit.training.arguments import build_training_arguments
+from distillkit.training.compilation import Compilation
 
 
 def build(tmp_path, uses_logits=True, **given):
@@ -35,8 +36,8 @@ def test_checkpointing_is_for_the_student_alone_and_not_reentrant(tmp_path, name
 def test_compilation_is_for_the_students_layers_alone(tmp_path):
     arguments, techniques = build(tmp_path, torch_compile_mode="max-autotune")
     assert not arguments.torch_compile
-    assert techniques.torch_compile
-    assert (techniques.torch_compile_backend, techniques.torch_compile_mode) == ("inductor", "max-autotune")
+    assert techniques.compilation == Compilation("inductor", "max-autotune")
+    assert build(tmp_path)[1].compilation is None
 
 
 def test_parameters_without_gradient_are_expected_only_without_losses_on_logits(tmp_path):

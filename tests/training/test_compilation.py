@@ -8,7 +8,7 @@ from distillkit.config import LossConfig
 from distillkit.losses import ModelShape, Objective
 from distillkit.teacher.attention import trained_attention
 from distillkit.teacher.online import OnlineTeacher
-from distillkit.training.compilation import compiled_step
+from distillkit.training.compilation import Compilation, compiled_step
 from distillkit.training.distiller import Distiller
 from distillkit.training.models import checkpoint_layers
 from tests.model.students import student
@@ -59,7 +59,7 @@ def steps(losses, *, backend=None, checkpointing=False, top_k=None):
     parts = [part for each in (model, teacher) for layer in each.model.layers for part in layer.children()]
     names, own = list(model.state_dict()), teacher.model.layers[0].mlp.forward
     teacher.model.layers[0].mlp.forward = own  # as accelerate's hooks of a dispatched model stand there
-    with compiled_step(model, teacher, objective, backend, None):
+    with compiled_step(model, teacher, objective, Compilation(backend)):
         found = run()
         assert all("forward" in vars(part) for part in parts)
         assert list(model.state_dict()) == names
