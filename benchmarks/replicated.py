@@ -26,8 +26,8 @@ SHORT_TITLES = {
     "radlads": "RADLADS",
     "hybrid_grouped": "grouped",
     "hybrid_rope": "with RoPE",
-    "best": "best recipe",
-    "best_kda_only": "KDA only, best",
+    "best": "best",
+    "best_kda_only": "KDA best",
 }
 SINGLE, MULTIKEY = ("niah_single_1", "niah_single_2"), ("niah_multikey_1",)
 
