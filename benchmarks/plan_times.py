@@ -18,27 +18,14 @@ import throughput
 from measuring import RESULTS, provenance
 from steps import SMOLLM2
 from transformers.utils import logging as transformers_logging
-from variants import KL
 
 from distillkit.config import RunConfig
 from distillkit.planning import plan_run
 
 Json = dict[str, Any]
 
-FINAL_LOSSES = [*KL, {"function": "hs_cosine", "weight": 0.2}]
-REPLICATED = {
-    name: memory.row(
-        SMOLLM2,
-        32,
-        2048,
-        loss_functions=FINAL_LOSSES,
-        frozen_res=[],
-        student={"layout": layout},
-        arguments={"torch_compile": True},
-    )
-    for name, layout in (("best-85M", "hybrid"), ("best_kda_only-85M", "kda_only"))
-}
-"""Variants of the replication that had a GPU to themselves: their phase of short rows."""
+REPLICATED = {"best-85M": "hybrid", "best_kda_only-85M": "kda_only"}
+"""Variants of the replication that had an H100 each, and their layouts."""
 
 
 def measured(folder: Path) -> Iterator[tuple[str, str, RunConfig, int]]:
@@ -62,14 +49,20 @@ def measured(folder: Path) -> Iterator[tuple[str, str, RunConfig, int]]:
                 config = throughput.described_run(row["row"], content["shape"], folder, content["layers"])
                 yield file, f"{content['shape']}: {row['row']}", config, row["tokens_per_second"]
     variants = read("replication.json")["variants"]
-    for name, described in REPLICATED.items():
-        phase = next(phase for phase in variants[name]["phases"] if phase["name"] == "short")
-        yield (
-            "replication.json",
-            f"smollm2-135m: {name}",
-            memory.described_run(described, folder),
-            phase["tokens_per_second"],
-        )
+    for name, layout in REPLICATED.items():
+        for phase in variants[name]["phases"]:
+            training = phase["training_args"]
+            described = memory.row(
+                SMOLLM2,
+                training["per_device_train_batch_size"],
+                phase["sequence_length"],
+                loss_functions=phase["loss_functions"],
+                frozen_res=[],
+                student={"layout": layout},
+                arguments={"torch_compile": training["torch_compile"]},
+            )
+            step = f"smollm2-135m: {name}, {phase['name']}"
+            yield "replication.json", step, memory.described_run(described, folder), phase["tokens_per_second"]
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ SINGLE, MULTIKEY = ("niah_single_1", "niah_single_2"), ("niah_multikey_1",)
 
 def title(name: str, short: bool = False) -> str:
     """Of a variant, or of a trial of one (`best-a`)."""
-    variant, trial = base(name), name.partition("-")[2]
+    variant, _, trial = name.partition("-")
     told = SHORT_TITLES.get(variant, TITLES[variant]) if short else TITLES[variant]
     return f"{told}, {trial}" if trial else told
 
@@ -175,7 +175,7 @@ def share(needles: Json, tasks: tuple[str, ...], length: str) -> float | None:
 
 def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
     """Single and multikey needles: a table and a picture after the phases of short rows, a table after that of long."""
-    judge = {"teacher": teacher["needles"]} if teacher and "needles" in teacher else {}
+    teachers = {"teacher": teacher["needles"]} if teacher and "needles" in teacher else {}
     parts: list[Part] = []
     for tasks, kind in ((SINGLE, "Single needles"), (MULTIKEY, "Multikey needles")):
         for student in ("short", "long"):
@@ -185,10 +185,13 @@ def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
                 continue
             trained = next(done[name]["trained_length"][student] for name in models)
             heading = f"{kind} found after training on {numbers.length(trained)}"
-            parts += [f"{heading} ({', '.join(asked)}), by tokens of the prompt:", needle_table(judge | models, tasks)]
+            parts += [
+                f"{heading} ({', '.join(asked)}), by tokens of the prompt:",
+                needle_table(teachers | models, tasks),
+            ]
             if student == "short":
                 name = f"replication-{kind.split()[0].lower()}"
-                parts.append(needle_picture(name, heading, judge | models, tasks, [*judge, *done], trained))
+                parts.append(needle_picture(name, heading, teachers | models, tasks, [*done], trained))
     return parts
 
 
@@ -206,15 +209,15 @@ def needle_table(models: dict[str, Json], tasks: tuple[str, ...]) -> str:
 
 
 def needle_picture(
-    name: str, heading: str, models: dict[str, Json], tasks: tuple[str, ...], order: list[str], trained: int
+    name: str, heading: str, models: dict[str, Json], tasks: tuple[str, ...], students: list[str], trained: int
 ) -> Picture:
-    """`order`: all that any picture shows, so that each has one colour in all of them."""
+    """`students`: all that any picture shows, so that each has one colour in all of them."""
     lengths = lengths_of(models, tasks)
     drawn = []
     for model, needles in models.items():
         points = [(float(each), share(needles, tasks, str(each))) for each in lengths]
         known = [(x, y) for x, y in points if y is not None]
-        colour = "teacher" if model == "teacher" else series(order.index(model) - order.count("teacher"))
+        colour = "teacher" if model == "teacher" else series(students.index(model))
         drawn.append(Series(shown_name(model, short=True), [x for x, _ in known], [y for _, y in known], colour))
     return line_chart(
         name,
@@ -286,7 +289,7 @@ def _past(variant: Json) -> str:
         lengths = sorted({int(each) for task in tasks for each in needles.get(task, {}) if int(each) >= trained / 2})
         found = [(length, share(needles, tasks, str(length)) or 0.0) for length in lengths]
         drops = [(a[1] - b[1], b[0]) for a, b in pairwise(found)]
-        at = ", ".join(f"{100 * value:.0f} % at {numbers.length(length)}" for length, value in found)
+        at = ", ".join(f"{numbers.percent(value)} at {numbers.length(length)}" for length, value in found)
         worst = max(drops, default=(0.0, 0))
         if not found:
             continue

@@ -8,9 +8,9 @@
 
 A variant (benchmarks/variants.py) is a YAML over a recipe of recipes/smollm2: a phase, or several, in rows of
 `--sequence-length`, then one in rows of `--long-sequence-length`. Its students after both are measured by `distillkit
-evaluate`: divergence from the teacher in rows of either length, and needles. Variants stand in a queue, one process
-per GPU. Each is written to `--output` as soon as it is through, one that fails with the last line of its log; the same
-command again goes on where it was stopped and repeats nothing that is finished.
+evaluate`: divergence from the teacher in rows of either length, and needles. Variants stand in a queue, one per GPU at
+a time; the evaluations of one run side by side. Each is written to `--output` as soon as it is through, one that fails
+with the last line of its log; the same command again goes on where it was stopped and repeats nothing that is finished.
 
 `--data` and `--eval` are text, or tokens that benchmarks/corpus.py has made; `--tokenize` makes them here, once.
 """

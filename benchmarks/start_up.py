@@ -12,7 +12,7 @@ process makes a student of two KDA layers, takes a forward and backward pass ove
 `--keep FOLDER` writes down what was tuned, in the files that fla reads; `--from FOLDER` times a process that begins
 with such files instead. They serve the same GPU, and heads and dtypes that are the same:
 
-    FLA_CACHE_MODE=strict FLA_CONFIG_DIR=FOLDER distillkit CONFIG.yaml
+    FLA_CONFIG_DIR=FOLDER distillkit CONFIG.yaml
 """
 
 import argparse
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import RESULTS, in_own_process, provenance
@@ -31,6 +32,7 @@ from transformers import ArceeConfig, LlamaConfig, PreTrainedConfig
 from distillkit.config import StudentConfig
 from distillkit.conversion.convert import student_on_meta
 from distillkit.model import KDAHybridForCausalLM
+from distillkit.model.tuned_kernels import folder_of
 from distillkit.teacher.decoder import decode
 from distillkit.training.precision import cast_for_saving, cast_for_training
 
@@ -54,9 +56,10 @@ SHAPES = {
 }
 
 
-STATES = ("empty", "kept", "tuned elsewhere")
 LAUNCH = ("num_warps", "num_stages", "num_ctas", "maxnreg", "ir_override")
 """What a configuration of Triton has beside the kernel's own constants."""
+MOST_BLOCKS = 16
+"""Of 65,536 heads of tokens, by whose number fla tunes l2norm: those of 116,508 tokens with nine heads."""
 
 
 def main() -> None:
@@ -69,6 +72,8 @@ def main() -> None:
     parser.add_argument("--one", choices=list(SHAPES), help="time one shape in this process")
     parser.add_argument("--output", type=Path, default=RESULTS / "start_up.json")
     options = parser.parse_args()
+    if options.keep is not None and options.kept is not None:
+        parser.error("--keep writes down what is tuned, which --from leaves out: give one of the two")
     if options.one is not None:
         print(json.dumps(first_steps(options.one, options.tokens, torch.device(options.device))))
         if options.keep is not None:
@@ -78,7 +83,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
-            for state in STATES if options.kept is None else ("tuned elsewhere",):
+            for state in states(options):
                 cache = Path(folder) / f"{shape}-{'other' if state == 'tuned elsewhere' else 'own'}"
                 os.environ["TRITON_CACHE_DIR"] = str(cache)
                 os.environ["FLA_CACHE_MODE"] = "strict" if state == "tuned elsewhere" else "disabled"
@@ -94,6 +99,14 @@ def main() -> None:
                     "rows": rows,
                 }
                 options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def states(options: argparse.Namespace) -> list[str]:
+    """What Triton's cache may hold, or fla be told of; not the latter where nothing is known of this GPU."""
+    if options.kept is not None:
+        return ["tuned elsewhere"]
+    known = options.device.startswith("cuda") and folder_of(torch.cuda.get_device_name()).is_dir()
+    return ["empty", "kept", *(["tuned elsewhere"] if known else [])]
 
 
 def first_steps(shape: str, tokens: int, device: torch.device) -> dict[str, float]:
@@ -145,16 +158,34 @@ def keep_tuned(folder: Path) -> None:
         if not tuner.cache:
             continue
         path = folder / f"{tuner.kernel_name}.json"
-        former = json.loads(path.read_text())["autotune_entries"] if path.exists() else {}
-        chosen = {
-            AutotuneKey.key_hash(key): {
+        entries = json.loads(path.read_text())["autotune_entries"] if path.exists() else {}
+        blocks = tuner.keys.index("NB") if "NB" in tuner.keys else None
+        for key, config in (tuner.cache if blocks is None else for_all_blocks(tuner.cache, blocks)).items():
+            entries[AutotuneKey.key_hash(key)] = {
                 "autotune_key": AutotuneKey.normalize_autotune_key(key),
                 "config": {"kwargs": config.kwargs, **{name: getattr(config, name) for name in LAUNCH}},
             }
-            for key, config in tuner.cache.items()
-        }
-        content = {"kernel_name": tuner.kernel_name, "triton_version": triton.__version__}
-        path.write_text(json.dumps({**content, "autotune_entries": former | chosen}, indent=1) + "\n")
+        write_configurations(path, tuner.kernel_name, triton.__version__, entries)
+
+
+def for_all_blocks(chosen: dict[tuple, Any], place: int) -> dict[tuple, Any]:
+    """For any number of blocks of tokens, which stands at `place` of a key, what the next smaller number chose."""
+    found: dict[tuple, Any] = {}
+    for key, config in sorted(chosen.items(), key=lambda item: item[0][place]):
+        for blocks in range(1, MOST_BLOCKS + 1):
+            named = (*key[:place], blocks, *key[place + 1 :])
+            if blocks >= key[place]:
+                found[named] = config
+            else:
+                found.setdefault(named, config)
+    return found
+
+
+def write_configurations(path: Path, kernel: str, triton_version: str, entries: dict[str, Any]) -> None:
+    """As fla reads them, an entry a line."""
+    lines = ",\n".join(f"  {json.dumps(digest)}: {json.dumps(entry)}" for digest, entry in entries.items())
+    head = f' "kernel_name": {json.dumps(kernel)},\n "triton_version": {json.dumps(triton_version)},\n'
+    path.write_text(f'{{\n{head} "autotune_entries": {{\n{lines}\n }}\n}}\n')
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ PICTURES = "pictures"
 
 
 def parity(content: Json) -> list[Part]:
-    """Of `rows`: whatever keys they have in common, a case per row."""
+    """Of `rows`, files of tests."""
     rows = content["rows"]
     header = list(rows[0])
     return [
@@ -261,7 +261,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Json], list[Part]]]] = {
 HEADINGS = {
     "parity": """## Parity on CUDA
 
-The KDA layer with fla's kernels beside the PyTorch form and the recurrence.""",
+All tests that need a GPU: the KDA layer with fla's kernels beside the PyTorch form and the recurrence in float64, in
+bf16 and float32, packed, cached, with heads of 64 and 128 (tests/model), and what else of the package runs on CUDA.""",
     "replication": """## The miniature replication
 
 The KDA write-up ("Distilling Kimi Delta Attention into AFM-4.5B", December 2025) turned 4.5B parameters into three

@@ -75,8 +75,10 @@ USUAL = (
     "compiled",
     "compiled, every second layer checkpointed",
     "compiled, nothing checkpointed",
+    "all parameters",
+    "long",
+    "long, all parameters",
 )
-USUAL += ("all parameters", "long", "long, all parameters")
 
 CLASSES = {
     "attention": ("flash", "fmha", "pytorch_flash", "varlen"),

@@ -1,9 +1,10 @@
 """What fla's kernels are tuned to, from files: a run then need not spend its first minutes on finding it out.
 
-At their first call for a size of heads and a dtype the kernels of flash-linear-attention try out some hundreds of
-configurations, which takes two to five minutes on a new machine. fla can be told of a folder in which what was chosen
-is written down. Those in `tuned` are named as fla names GPUs, and hold the heads of SmolLM2-135M and of AFM-4.5B; what
-is not in there is tuned as ever. `python benchmarks/start_up.py --keep FOLDER` writes such files.
+At their first call for a number and size of heads and a dtype (l2norm for a number of tokens, too) the kernels of
+flash-linear-attention try out some hundreds of configurations, which takes two to five minutes on a new machine. fla
+can be told of a folder in which what was chosen is written down. Those in `tuned` are named as fla names GPUs, and hold
+the heads of SmolLM2-135M and of AFM-4.5B; what is not in there is tuned as ever. `python benchmarks/start_up.py --keep
+FOLDER` writes such files.
 """
 
 import os
@@ -20,11 +21,13 @@ def allow_tuned_kernels() -> None:
     os.environ.setdefault("FLA_CACHE_MODE", "strict")
 
 
-def use_tuned_kernels(gpu: str, fla_version: str) -> None:
-    """Name the folder of this GPU, unless there is none or the user has named another.
+def folder_of(gpu: str) -> Path:
+    """Where the configurations of a GPU are, if there are any; `gpu` as CUDA names it: "NVIDIA H100 80GB HBM3"."""
+    return FOLDER / re.sub(r"[^0-9A-Za-z]+", "_", gpu).strip("_")
 
-    gpu: as CUDA names it, such as "NVIDIA H100 80GB HBM3".
-    """
-    folder = FOLDER / re.sub(r"[^0-9A-Za-z]+", "_", gpu).strip("_")
+
+def use_tuned_kernels(gpu: str, fla_version: str) -> None:
+    """Name the folder of this GPU, unless there is none or the user has named another."""
+    folder = folder_of(gpu)
     if fla_version == TUNED_WITH and folder.is_dir():
         os.environ.setdefault("FLA_CONFIG_DIR", str(folder))

@@ -25,8 +25,8 @@ with gradients and without, wants its own."""
 class Compilation:
     """How torch.compile is to be called."""
 
-    backend: str = "inductor"
-    mode: str | None = None
+    backend: str
+    mode: str | None
 
 
 @contextmanager

@@ -6,15 +6,21 @@ import os
 
 import pytest
 
-from distillkit.model.tuned_kernels import FOLDER, TUNED_WITH, use_tuned_kernels
+from distillkit.model.tuned_kernels import FOLDER, TUNED_WITH, allow_tuned_kernels, use_tuned_kernels
 
 H100 = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.fixture(autouse=True)
-def nobody_has_named_a_folder(monkeypatch):
-    monkeypatch.setenv("FLA_CONFIG_DIR", "")
-    monkeypatch.delenv("FLA_CONFIG_DIR")
+def nobody_has_said_anything(monkeypatch):
+    """Both are set first, so that whatever a test leaves in them is taken back."""
+    for name in ("FLA_CACHE_MODE", "FLA_CONFIG_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def keys_of(path):
+    return [entry["autotune_key"] for entry in json.loads(path.read_text())["autotune_entries"].values()]
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.json")), ids=lambda path: path.stem)
@@ -28,11 +34,28 @@ def test_fla_finds_each_configuration_by_the_key_of_its_call(path):
         assert set(entry["config"]) == {"kwargs", "num_warps", "num_stages", "num_ctas", "maxnreg", "ir_override"}
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.json")), ids=lambda path: path.stem)
 @pytest.mark.parametrize(("heads", "head_dim"), [(9, 64), (20, 128)], ids=["SmolLM2-135M", "AFM-4.5B"])
-def test_forward_and_backward_pass_of_the_recipes_models_are_known(heads, head_dim):
-    for kernel in ("chunk_kda_fwd_kernel_inter_solve_fused", "chunk_kda_bwd_kernel_dAv"):
-        entries = json.loads((FOLDER / "NVIDIA_H100_80GB_HBM3" / f"{kernel}.json").read_text())["autotune_entries"]
-        assert any(entry["autotune_key"][:3] == [heads, heads, head_dim] for entry in entries.values())
+def test_every_kernel_knows_the_recipes_models(path, heads, head_dim):
+    """By heads, by channels (convolutions), or by the size of a head alone (norms)."""
+    size = head_dim if path.stem.startswith("l2norm") else heads * head_dim
+    assert any(heads in key[:4] or key[0] == size for key in keys_of(path))
+
+
+@pytest.mark.parametrize("kernel", ["l2norm_fwd_kernel", "l2norm_bwd_kernel"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_norms_are_known_for_the_tokens_of_any_recipe(kernel, head_dim):
+    """They are tuned by the number of 65,536 heads of tokens: 9 in a batch of 32 x 2,048 with nine heads."""
+    blocks = {key[1] for key in keys_of(FOLDER / "NVIDIA_H100_80GB_HBM3" / f"{kernel}.json") if key[0] == head_dim}
+    assert blocks == {*range(1, 17)}
+
+
+def test_fla_takes_configurations_of_the_very_key_unless_the_user_says_otherwise(monkeypatch):
+    allow_tuned_kernels()
+    assert os.environ["FLA_CACHE_MODE"] == "strict"
+    monkeypatch.setenv("FLA_CACHE_MODE", "disabled")
+    allow_tuned_kernels()
+    assert os.environ["FLA_CACHE_MODE"] == "disabled"
 
 
 def test_the_gpus_own_folder_is_named():

@@ -59,7 +59,7 @@ def steps(losses, *, backend=None, checkpointing=False, top_k=None):
     parts = [part for each in (model, teacher) for layer in each.model.layers for part in layer.children()]
     names, own = list(model.state_dict()), teacher.model.layers[0].mlp.forward
     teacher.model.layers[0].mlp.forward = own  # as accelerate's hooks of a dispatched model stand there
-    with compiled_step(model, teacher, objective, Compilation(backend)):
+    with compiled_step(model, teacher, objective, Compilation(backend, None)):
         found = run()
         assert all("forward" in vars(part) for part in parts)
         assert list(model.state_dict()) == names
