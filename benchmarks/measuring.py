@@ -12,7 +12,8 @@ import torch
 
 from distillkit.provenance import commit, versions
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 MIB = 2**20
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from measuring import ROOT
+
 from distillkit.config.suites import TEACHER
 from distillkit.reporting.training import NOT_LOSSES
 
-ROOT = Path(__file__).parent.parent
 POINTS = 40
 """Of a curve; more than a picture shows are not kept."""
 

@@ -36,12 +36,8 @@ def measured(folder: Path) -> Iterator[tuple[str, str, RunConfig, int]]:
         return found
 
     for row in read("memory.json")["rows"]:
-        yield (
-            "memory.json",
-            row["row"],
-            memory.described_run(memory.ON_GPU[row["row"]], folder),
-            row["tokens_per_second"],
-        )
+        config = memory.described_run(memory.ON_GPU[row["row"]], folder)
+        yield "memory.json", row["row"], config, row["tokens_per_second"]
     for file in ("throughput.json", "throughput_smollm2.json"):
         content = read(file)
         for row in content["rows"]:

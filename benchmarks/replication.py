@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 from corpus import count, prepare_rows, tokenised, write
-from measuring import RESULTS, provenance
+from measuring import RESULTS, ROOT, provenance
 from outcomes import part_of
 from variants import VARIANTS, base, evaluation_of_teacher, evaluations_of, run_of
 
@@ -43,7 +43,6 @@ from distillkit.config.tokens import parse_tokens
 from distillkit.pretrained import load_tokenizer, where
 from distillkit.shards import write_json
 
-ROOT = Path(__file__).parent.parent
 Json = dict[str, Any]
 
 

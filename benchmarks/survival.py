@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from measuring import RESULTS, provenance
+from measuring import RESULTS, ROOT, provenance
 
 from distillkit.config.loading import load_run_config
 from distillkit.config.phases import phases_of
 from distillkit.shards.files import sha256
 from distillkit.training.checkpoints import complete_checkpoints
 
-ROOT = Path(__file__).parent.parent
 RECIPES = ("radlads", "one_phase")
 POLL_SECONDS = 0.02
 

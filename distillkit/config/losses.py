@@ -1,5 +1,6 @@
 """`loss_functions`: what is minimised, a weighted mean of the losses named here."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -72,3 +73,8 @@ class LossConfig(Section):
         if self.missing_probability_handling == "background" and self.function != "kl":
             raise KeyProblem("missing_probability_handling", f"background is for kl only, not for {self.function}")
         return self
+
+
+def align_attention_alone(losses: Sequence[LossConfig]) -> bool:
+    """Whether nothing of the student runs but its attention."""
+    return all(loss.function in ATTENTION_FUNCTIONS for loss in losses)

@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from distillkit.compression import build_codec
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
-from distillkit.config.losses import ATTENTION_FUNCTIONS
+from distillkit.config.losses import align_attention_alone
 from distillkit.config.phases import Phase, PhaseConfig, phases_of
 from distillkit.planning.advice import about_phase, about_run, remedies
 from distillkit.planning.disk import disk_use
@@ -163,7 +163,7 @@ class _PhaseMaker:
         if made.cost is None:
             return made
         # Alignment calls attention alone: little of it is there to be compiled, and few kernels are started.
-        whole_layers = any(loss.function not in ATTENTION_FUNCTIONS for loss in self.config.loss_functions)
+        whole_layers = not align_attention_alone(self.config.loss_functions)
         per_batch = seconds(
             sum(made.cost.flops.values()),
             made.cost.attention_flops,

@@ -140,7 +140,8 @@ def _sum(plan: RunPlan) -> Text:
     ends = (
         "Held to eight runs on one H100, all with their peak in the forward pass: memory to within 4 %. With "
         "torch_compile and nothing checkpointed, it is 0 to 15 % above what two more took; else torch_compile takes "
-        "less than is said here. Time is within 20 % of seventeen runs there. Nothing else was measured."
+        "less than is said here. Time, fitted to most of seventeen runs there, is within 20 % of them. Nothing else "
+        "was measured."
     )
     return Text(f"{'; '.join(parts)}. {ends}")
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
-from distillkit.config.losses import ATTENTION_FUNCTIONS
+from distillkit.config.losses import align_attention_alone
 from distillkit.config.phases import WHERE_THE_ORIGINAL_IS
 from distillkit.config.teacher import DatasetTeacherConfig
 from distillkit.console import say
@@ -84,7 +84,7 @@ def load_models(
     dtype = compute_dtype(arguments)
     trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
     say(console, cast_for_training(student, dtype, trained_dtype))
-    if all(loss.function in ATTENTION_FUNCTIONS for loss in config.loss_functions):
+    if align_attention_alone(config.loss_functions):
         freezing = _freeze_all_but_attention(student, freezing, console)
     student = student.to(arguments.device)
     if config.use_flash_attention and config.model_kwargs.get("attn_implementation") != "sdpa":
