@@ -25,7 +25,10 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
     }
     failures = [failure for results in found.values() for failure in results["failures"]]
     of_needles = [results for file, results in found.items() if file.startswith("needles")]
-    needles = {model: by_length(tasks) for results in of_needles for model, tasks in results["needles"].items()}
+    needles: Json = {}
+    for results in of_needles:
+        for model, tasks in results["needles"].items():
+            needles.setdefault(model, {}).update(by_length(tasks))
     trained = {model: each["trained_length"] for results in of_needles for model, each in results["models"].items()}
     if name == TEACHER:
         return {"needles": needles[TEACHER], "trained_length": trained[TEACHER], "failures": failures}

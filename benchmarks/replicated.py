@@ -33,10 +33,10 @@ SINGLE, MULTIKEY = ("niah_single_1", "niah_single_2"), ("niah_multikey_1",)
 
 
 def title(name: str, short: bool = False) -> str:
-    """Of a variant, or of a trial of one (`best-a`)."""
+    """Of a variant, or of a trial of one (`best-a-b`)."""
     variant, _, trial = name.partition("-")
     told = SHORT_TITLES.get(variant, TITLES[variant]) if short else TITLES[variant]
-    return f"{told}, {trial}" if trial else told
+    return ", ".join([told, *trial.split("-")]) if trial else told
 
 
 def replication(content: Json) -> list[Part]:

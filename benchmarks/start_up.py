@@ -60,6 +60,7 @@ LAUNCH = ("num_warps", "num_stages", "num_ctas", "maxnreg", "ir_override")
 """What a configuration of Triton has beside the kernel's own constants."""
 MOST_BLOCKS = 16
 """Of 65,536 heads of tokens, by whose number fla tunes l2norm: those of 116,508 tokens with nine heads."""
+STATES = ("empty", "kept", "tuned elsewhere")
 
 
 def main() -> None:
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep", type=Path, help="folder for what was tuned")
     parser.add_argument("--from", dest="kept", type=Path, help="such a folder, to start with")
+    parser.add_argument("--states", nargs="+", choices=STATES, help="only these, of those that there are")
     parser.add_argument("--one", choices=list(SHAPES), help="time one shape in this process")
     parser.add_argument("--output", type=Path, default=RESULTS / "start_up.json")
     options = parser.parse_args()
@@ -106,7 +108,8 @@ def states(options: argparse.Namespace) -> list[str]:
     if options.kept is not None:
         return ["tuned elsewhere"]
     known = options.device.startswith("cuda") and folder_of(torch.cuda.get_device_name()).is_dir()
-    return ["empty", "kept", *(["tuned elsewhere"] if known else [])]
+    there = STATES if known else STATES[:2]
+    return [state for state in there if state in (options.states or STATES)]
 
 
 def first_steps(shape: str, tokens: int, device: torch.device) -> dict[str, float]:

@@ -109,7 +109,7 @@ def run_of(name: str, folder: Path, args: argparse.Namespace) -> Json:
 
 
 def evaluations_of(folder: Path, students: dict[str, Path], args: argparse.Namespace) -> dict[str, Json]:
-    """The YAML of each evaluation, by name: divergences of both students in rows of either length, needles of each."""
+    """The YAML of each evaluation, by name: divergences in rows of either length, needles by student and task."""
     named = {name: {"path": str(path), "kwargs": {"dtype": args.dtype}} for name, path in students.items()}
     told: dict[str, Json] = {}
     for length in dict.fromkeys((args.sequence_length, args.long_sequence_length)):
@@ -124,18 +124,20 @@ def evaluations_of(folder: Path, students: dict[str, Path], args: argparse.Names
             },
         }
     for name, student in named.items():
-        told[f"needles-{name}"] = {"students": {name: student}, "needles": needles_of(args)}
+        for task in args.needle_tasks:
+            told[f"needles-{name}-{task}"] = {"students": {name: student}, "needles": needles_of(args, [task])}
     return {name: {"output_path": str(folder / name), **evaluation} for name, evaluation in told.items()}
 
 
 def evaluation_of_teacher(folder: Path, args: argparse.Namespace) -> dict[str, Json]:
     teacher = {key: value for key, value in args.teacher_section.items() if key != "kind"}
-    return {"needles": {"output_path": str(folder / "needles"), "teacher": teacher, "needles": needles_of(args)}}
+    needles = needles_of(args, args.needle_tasks)
+    return {"needles": {"output_path": str(folder / "needles"), "teacher": teacher, "needles": needles}}
 
 
-def needles_of(args: argparse.Namespace) -> Json:
+def needles_of(args: argparse.Namespace, tasks: list[str]) -> Json:
     return {
-        "tasks": args.needle_tasks,
+        "tasks": tasks,
         "lengths": args.needle_lengths,
         "depths": args.needle_depths,
         "samples": args.needle_samples,
