@@ -7,9 +7,8 @@ writes tokens/train-00.parquet, tokens/train-01.parquet …, none above `--most-
 order; a text ends with the tokenizer's EOS token, as a run would end it. `tokens/train-*.parquet` is then a
 `disk_path` of a run: what has a column `input_ids` is not tokenised again.
 
-`--returning 0.25` lets passages return in a quarter of the documents: 16 to 64 tokens come again, as they stand, within
-2,000 tokens. Ordinary text seldom asks for what was said a thousand tokens ago; there a model can only be right if it
-remembers.
+`--returning 0.25` lets passages of a quarter of the documents return (benchmarks/returning.py), which are first joined
+to `--together` tokens if that is given, and `--entries` puts numbered entries among the passages.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from measuring import MIB
+from returning import entries_of, with_returning_passages
 from transformers import PreTrainedTokenizerBase
 
 from distillkit.config import DatasetSource
@@ -41,41 +41,6 @@ def tokenised(path: str, tokenizer: PreTrainedTokenizerBase, processes: int | No
     width = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
     offsets = running_sums(lengths)
     return pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), ids.cast(width))})
-
-
-RETURNING = {"passage": (16, 64), "between": (16, 96), "reach": 2000}
-"""Tokens: of a passage that returns, of the text between two such, and how far back it may have begun."""
-
-
-def with_returning_passages(documents: pa.Table, share: float, seed: int) -> pa.Table:
-    """The documents, with copies of earlier passages of their own put into `share` of them."""
-    generator = np.random.default_rng(seed)
-    lengths, ids = list_entries(documents["input_ids"])
-    values = ids.to_numpy()
-    pieces = np.split(values, np.cumsum(lengths)[:-1])
-    chosen = generator.random(len(pieces)) < share
-    pieces = [returning(piece, generator) if chosen[index] else piece for index, piece in enumerate(pieces)]
-    offsets = running_sums(np.array([len(piece) for piece in pieces]))
-    joined = pa.array(np.concatenate(pieces), ids.type)
-    return pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), joined)})
-
-
-def returning(document: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A document in which passages return; its own tokens stay in their order."""
-    written = np.empty(0, document.dtype)
-    parts: list[np.ndarray] = []
-    start = 0
-    while start < len(document):
-        end = start + generator.integers(*RETURNING["between"], endpoint=True)
-        parts.append(document[start:end])
-        start = int(end)
-        written = np.concatenate([written, parts[-1]])[-RETURNING["reach"] :]
-        length = generator.integers(*RETURNING["passage"], endpoint=True)
-        if start < len(document) and length < len(written):
-            begin = generator.integers(len(written) - length)
-            parts.append(written[begin : begin + length])
-            written = np.concatenate([written, parts[-1]])[-RETURNING["reach"] :]
-    return np.concatenate(parts)
 
 
 def write(documents: pa.Table, path: Path, level: int = 3) -> int:
@@ -137,13 +102,17 @@ def main() -> None:
     parser.add_argument("--level", type=int, default=19, help="of zstd")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--returning", type=float, default=0.0, metavar="SHARE", help="of documents, as told above")
-    parser.add_argument("--seed", type=int, default=0, help="of the passages that return")
+    parser.add_argument("--together", type=int, help="tokens of such documents: short ones are joined, long ones cut")
+    parser.add_argument("--entries", action="store_true", help="with a number each, among what returns")
+    parser.add_argument("--seed", type=int, default=0, help="of what returns")
     args = parser.parse_args()
     gguf = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     start = time.perf_counter()
-    documents = tokenised(args.data, load_tokenizer(args.teacher, **gguf), args.processes)
+    tokenizer = load_tokenizer(args.teacher, **gguf)
+    documents = tokenised(args.data, tokenizer, args.processes)
     if args.returning:
-        documents = with_returning_passages(documents, args.returning, args.seed)
+        entries = entries_of(tokenizer) if args.entries else None
+        documents = with_returning_passages(documents, args.returning, args.seed, args.together, entries)
     seconds = time.perf_counter() - start
     tokens = count(documents)
     print(f"{tokens:,} tokens in {len(documents):,} documents, tokenised in {seconds:.1f} s", flush=True)

@@ -96,6 +96,7 @@ VARIANTS = {
     "convolution the identity": Variant({"short_convolution": "identity"}),
     "convolution as in fla": Variant({"short_convolution": "default"}),
     "output scale as in fla": Variant({"output_scale": "default"}),
+    "memory spread": Variant({"memory": "spread"}),
     "decay as in fla": Variant(before_fit=decay_of_fla),
     "all as in fla": Variant({"short_convolution": "default", "output_scale": "default"}, before_fit=decay_of_fla),
     "output scale as in fla, gate open": Variant({"output_scale": "default"}, before_fit=open_gate),

@@ -7,7 +7,7 @@
     python benchmarks/replication.py … --variants best-a best-b --set best-a.phases.alignment.tokens=2M    # two trials
 
 A variant (benchmarks/variants.py) is a YAML over a recipe of recipes/smollm2: a phase, or several, in rows of
-`--sequence-length`, then one in rows of `--long-sequence-length`. Its students after both are measured by `distillkit
+`--sequence-length`, then one in rows of `--long-sequence-length`. Its students after each are measured by `distillkit
 evaluate`: divergence from the teacher in rows of either length, and needles. Variants stand in a queue, one per GPU at
 a time; the evaluations of one run side by side. Each is written to `--output` as soon as it is through, one that fails
 with the last line of its log; the same command again goes on where it was stopped and repeats nothing that is finished.
@@ -168,7 +168,7 @@ class Replication:
         run = run_of(name, folder, self.args)
         overrides = [text for whose, text in self.args.set if whose in ("all", base(name), name)]
         phases = {phase["name"]: f"{position}-{phase['name']}" for position, phase in enumerate(run["phases"], 1)}
-        students = {each: folder / "run" / "phases" / phases[each] for each in ("short", "long")}
+        students = {each: folder / "run" / "phases" / phases[each] for each in ("short", "long") if each in phases}
         evaluations = evaluations_of(folder, students, self.args)
         return {
             "files": {"run.yaml": run} | {f"{each}.yaml": content for each, content in evaluations.items()},
@@ -254,6 +254,10 @@ def override(text: str) -> tuple[str, str]:
     return whose, rest
 
 
+def tokens_or_none(text: str) -> int:
+    return 0 if text == "0" else parse_tokens(text)
+
+
 def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a folder or hub id")
@@ -262,7 +266,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--eval", required=True, help="held-out text")
     parser.add_argument("--haystack", help="text that hides needles; --eval by default, which then must be text")
     parser.add_argument("--tokens", type=parse_tokens, default="40M", help="of all phases of short rows together")
-    parser.add_argument("--long-tokens", type=parse_tokens, default="8M")
+    parser.add_argument("--long-tokens", type=tokens_or_none, default="8M", help="of the phase of long rows; 0: none")
     parser.add_argument("--work", required=True, help="folder of everything but the result")
     parser.add_argument("--output", type=Path, default=RESULTS / "replication.json")
     parser.add_argument("--variants", nargs="+", type=variant, default=[*VARIANTS, TEACHER])

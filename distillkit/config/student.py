@@ -28,6 +28,12 @@ class InitializationConfig(Section):
         description="fitted: output norm and output gate start such that each channel of the layer's output is closest "
         "to the teacher's (measured on 512 random tokens); default: norm 1, gate half open",
     )
+    memory: Literal["attended", "spread"] = Field(
+        "attended",
+        description="attended: a head's state decays by a factor e within as many tokens as the teacher's head looks "
+        "back on average (measured on 2,048 random tokens, of which the second half repeats the first); spread: within "
+        "2 tokens in a layer's first head, 256 in its last, log-evenly between them",
+    )
 
 
 class StudentConfig(Section):

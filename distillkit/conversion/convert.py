@@ -22,6 +22,8 @@ from distillkit.conversion.initialize import (
     copy_attention,
     fit_output_scale,
     initialize_new_parameters,
+    looked_back,
+    repeated_tokens,
 )
 from distillkit.conversion.layouts import layer_types
 from distillkit.conversion.summary import ConversionSummary, summarize
@@ -31,6 +33,8 @@ from distillkit.teacher.decoder import check_head
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
+LOOKED_BACK_TOKENS = 2048
+"""In which the distances over which the teacher attends are measured."""
 
 
 def convert(
@@ -75,13 +79,17 @@ def build_student(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybrid
     model = student_on_meta(teacher.config, student)
     _share_tensors(teacher, model)
     generator = torch.Generator().manual_seed(student.seed)
-    for old, new, kind in zip(teacher.get_decoder().layers, model.model.layers, model.config.layer_types, strict=True):
-        if kind == "full_attention":
-            continue
-        attention, kda = old.self_attn, new.self_attn
+    distances: dict[int, Tensor] = {}
+    if student.initialization.memory == "attended":
+        length = min(LOOKED_BACK_TOKENS, teacher.config.max_position_embeddings)
+        input_ids = repeated_tokens(model.config.vocab_size, length, generator)
+        distances = attended_distances(teacher, linear_layers(model), input_ids)
+    for index in linear_layers(model):
+        attention, kda = teacher.get_decoder().layers[index].self_attn, model.model.layers[index].self_attn
         kda.to_empty(device=attention.q_proj.weight.device).to(attention.q_proj.weight.dtype)
         copy_attention(kda, attention)
-        initialize_new_parameters(kda, student.initialization, teacher.config.initializer_range, generator)
+        std = teacher.config.initializer_range
+        initialize_new_parameters(kda, student.initialization, std, generator, distances.get(index))
     model.tie_weights()
     model.eval()
     if student.initialization.output_scale == "fitted":
@@ -94,10 +102,39 @@ def fit_output_scales(
     teacher: PreTrainedModel, model: KDAHybridForCausalLM, generator: torch.Generator | None = None
 ) -> None:
     """Fit every KDA layer's output to the teacher's attention, each on what the teacher's layer is given."""
-    exchanged = [index for index, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
     input_ids = calibration_tokens(model.config.vocab_size, generator)
-    for index, (hidden_states, attention_output) in _attention_traffic(teacher, exchanged, input_ids).items():
+    for index, (hidden_states, attention_output) in _attention_traffic(
+        teacher, linear_layers(model), input_ids
+    ).items():
         fit_output_scale(model.model.layers[index].self_attn, hidden_states, attention_output)
+
+
+def linear_layers(model: KDAHybridForCausalLM) -> list[int]:
+    """Indices of the layers whose attention is KDA."""
+    return [index for index, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
+
+
+@torch.no_grad()
+def attended_distances(teacher: PreTrainedModel, layers: list[int], input_ids: Tensor) -> dict[int, Tensor]:
+    """Tokens that each head of some layers looks back on average, `[heads]` on the CPU; no layer's weights are kept."""
+    found: dict[int, Tensor] = {}
+    handles = []
+    decoder = teacher.get_decoder()
+    implementation = teacher.config._attn_implementation
+    for index in layers:
+
+        def take_weights(_: nn.Module, __: Any, output: tuple[Tensor, Tensor], index: int = index) -> None:
+            found[index] = looked_back(output[1]).cpu()
+
+        handles.append(decoder.layers[index].self_attn.register_forward_hook(take_weights))
+    teacher.set_attn_implementation("eager")  # no other tells its weights
+    try:
+        decoder(input_ids=input_ids.to(teacher.get_input_embeddings().weight.device), use_cache=False)
+    finally:
+        teacher.set_attn_implementation(implementation)
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def student_on_meta(teacher_config: PreTrainedConfig, student: StudentConfig) -> KDAHybridForCausalLM:

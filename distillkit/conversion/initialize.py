@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from distillkit.config import InitializationConfig
 from distillkit.model import KimiDeltaAttention
 
-MEMORY = (2.0, 256.0)
-"""Tokens in which the first and the last head's state decays by a factor e; the heads between are spread log-evenly."""
+SHORTEST_MEMORY, LONGEST_SPREAD = 2.0, 256.0
+"""Tokens in which a head's state decays by a factor e: at the least, and of the last head where they are spread."""
 
 LINEAR_TAP = 0.1
 """Size of the identity before a SiLU that is to be almost linear; queries and keys are brought to length one anyway."""
@@ -63,12 +63,17 @@ def _gains(attention: nn.Module, name: str, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize_new_parameters(
-    kda: KimiDeltaAttention, options: InitializationConfig, std: float, generator: torch.Generator
+    kda: KimiDeltaAttention,
+    options: InitializationConfig,
+    std: float,
+    generator: torch.Generator,
+    distance: Float[Tensor, " heads"] | None = None,
 ) -> None:
     """Set every parameter that the teacher has no counterpart for.
 
     std: of the normal distribution of the low-rank gates and of beta's projection (the teacher's `initializer_range`).
     generator: on the CPU, so that a seed means the same on every device.
+    distance: tokens that each head of the teacher looks back, for `memory: attended`.
     """
     for linear in (*kda.f_proj, kda.b_proj, *kda.g_proj):
         linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * std)
@@ -82,9 +87,9 @@ def initialize_new_parameters(
             linear = options.short_convolution == "linear" and convolution is not kda.v_conv1d
             convolution.weight.zero_()
             convolution.weight[..., -1] = LINEAR_TAP if linear else 1  # the last tap is on the token itself
-    shortest, longest = MEMORY
-    heads = torch.linspace(math.log(shortest), math.log(longest), kda.num_heads).exp()
-    set_memory(kda, heads.repeat_interleave(kda.head_dim))
+    if distance is None:
+        distance = torch.linspace(math.log(SHORTEST_MEMORY), math.log(LONGEST_SPREAD), kda.num_heads).exp()
+    set_memory(kda, distance.clamp(min=SHORTEST_MEMORY).repeat_interleave(kda.head_dim))
 
 
 @torch.no_grad()
@@ -127,6 +132,27 @@ def fit_output_scale(
     opening = LOUDEST_GATE * (scale / loudest).clamp(min=QUIETEST_CHANNEL)
     kda.o_norm.weight.mul_(loudest / LOUDEST_GATE)
     gate_bias.copy_(torch.logit(opening))
+
+
+def looked_back(weights: Float[Tensor, "batch heads tokens tokens"]) -> Float[Tensor, " heads"]:
+    """Geometric mean of the distances in tokens over which each head attends, from its attention weights.
+
+    The first token does not count: what goes to it is what a head has no other place for. Nor do queries of the first
+    eighth, which have nowhere far to look.
+    """
+    tokens = weights.shape[-1]
+    places = torch.arange(tokens, device=weights.device)
+    start = tokens // 8
+    distance = (places[start:, None] - places[None, 1:]).clamp(min=1)
+    weights = weights[:, :, start:, 1:].float()
+    total = weights.sum(dim=(0, 2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((weights * distance.log()).sum(dim=(0, 2, 3)) / total).exp()
+
+
+def repeated_tokens(vocab_size: int, length: int, generator: torch.Generator | None) -> Int[Tensor, "1 length"]:
+    """Random token ids whose second half is the first again, so that heads that look for what was before find it."""
+    half = torch.randint(vocab_size, (1, length // 2), generator=generator)
+    return torch.cat([half, half], dim=1)
 
 
 def calibration_tokens(vocab_size: int, generator: torch.Generator | None) -> Int[Tensor, "2 256"]:

@@ -1,12 +1,15 @@
 """What a KDA layer starts from: the teacher's projections, and new parameters that mean what the options say."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distillkit.config import StudentConfig
 from distillkit.conversion import build_student
-from distillkit.conversion.initialize import set_memory
+from distillkit.conversion.initialize import repeated_tokens, set_memory
 from distillkit.model.delta_rule import log_decay
 from tests.conversion.teachers import teacher_of, token_ids
 
@@ -78,11 +81,37 @@ def memory(kda) -> torch.Tensor:
     return -1 / log_decay(torch.zeros(4, 16), kda.A_log, kda.dt_bias, kda.gate_lower_bound)
 
 
-def test_heads_remember_from_2_to_256_tokens():
-    _, kda = first_layer("llama")
+def test_spread_memory_goes_from_2_to_256_tokens():
+    _, kda = first_layer("llama", initialization={"memory": "spread"})
     ratio = 128 ** (1 / 3)  # from each of the four heads to the next
     expected = torch.tensor([2, 2 * ratio, 2 * ratio**2, 256]).unsqueeze(1).expand(4, 16)
     torch.testing.assert_close(memory(kda), expected, rtol=1e-3, atol=0)
+
+
+def test_attended_memory_is_as_long_as_the_teachers_heads_look_back():
+    """Beside attention written out: rotary queries and keys, a softmax, and the mean of the logarithms."""
+    teacher = teacher_of("llama", max_position_embeddings=128)
+    model = build_student(teacher, StudentConfig.parse({"layout": "kda_only"}))
+    input_ids = repeated_tokens(teacher.config.vocab_size, 128, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden_states = teacher.model.layers[0].input_layernorm(teacher.model.embed_tokens(input_ids))
+        attention = teacher.model.layers[0].self_attn
+        cos, sin = teacher.model.rotary_emb(hidden_states, torch.arange(128)[None])
+        query, key = (
+            getattr(attention, name)(hidden_states).unflatten(-1, (-1, 16)).transpose(1, 2)
+            for name in ("q_proj", "k_proj")
+        )
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    for head in range(4):
+        logarithms, weight = 0.0, 0.0
+        for place in range(16, 128):
+            scores = query[0, head, place] @ key[0, head // 2, : place + 1].T / 4
+            for other, share in enumerate(scores.softmax(0).tolist()[1:], start=1):
+                logarithms += share * math.log(max(place - other, 1))
+                weight += share
+        expected = max(math.exp(logarithms / weight), 2)
+        found = memory(model.model.layers[0].self_attn)[head]
+        torch.testing.assert_close(found, torch.full((16,), expected), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("lower_bound", [-5.0, -1.0, None])

@@ -1,0 +1,94 @@
+"""Text in which passages return, from which a model learns to remember.
+
+Ordinary text seldom asks for what was said a thousand tokens ago. Here 16 to 64 tokens come again as they stand, from
+anywhere within the last 2,000; there a model can only be right if it has kept them. Entries are lines that give some
+tokens of the text a number of random digits; as many come again as are new.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from distillkit.data.rows import list_entries, running_sums
+
+PASSAGE = (16, 64)
+BETWEEN = (16, 96)
+"""Tokens of the text from one passage that returns to the next."""
+REACH = 2000
+KEY, DIGITS = (2, 4), (5, 8)
+"""Tokens of an entry's two parts."""
+
+Tokens = np.ndarray
+Entry = Callable[[Tokens, Tokens], Tokens]
+"""A line that gives the first its second, which are tokens of the text and numbers from 0 to 9."""
+
+
+def with_returning_passages(
+    documents: pa.Table, share: float, seed: int, together: int | None = None, entry: Entry | None = None
+) -> pa.Table:
+    """The documents in column `input_ids`, and passages that return in `share` of them.
+
+    together: these documents are joined, without the tokens that end them, and made into documents of so many tokens,
+        which come last.
+    """
+    generator = np.random.default_rng(seed)
+    lengths, ids = list_entries(documents["input_ids"])
+    texts = np.split(ids.to_numpy(), np.cumsum(lengths)[:-1])
+    chosen = generator.random(len(texts)) < share
+    if together is None:
+        texts = [written(text, generator, entry)[0] if chosen[at] else text for at, text in enumerate(texts)]
+    else:
+        joined = np.concatenate([text[:-1] for at, text in enumerate(texts) if chosen[at]])
+        texts = [text for at, text in enumerate(texts) if not chosen[at]]
+        start = 0
+        while start < len(joined):
+            document, used = written(joined[start:], generator, entry, together)
+            texts.append(document)
+            start += used
+    offsets = running_sums(np.array([len(text) for text in texts]))
+    column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(texts), ids.type))
+    return pa.table({"input_ids": column})
+
+
+def written(
+    text: Tokens, generator: np.random.Generator, entry: Entry | None, most: int | None = None
+) -> tuple[Tokens, int]:
+    """The text with what returns, at most so many tokens of it, and how many of its own tokens that took."""
+    document = np.empty(0, text.dtype)
+    entries: list[Tokens] = []
+    used = 0
+    while used < len(text) and (most is None or len(document) < most):
+        parts = [text[used : used + between(generator, BETWEEN)]]
+        used += len(parts[0])
+        if entry is not None and generator.random() < 0.5:
+            if entries and generator.random() < 0.5:
+                parts.append(entries[generator.integers(len(entries))])
+            else:
+                begin = generator.integers(max(len(parts[0]) - KEY[1], 1))
+                key = parts[0][begin : begin + between(generator, KEY)]
+                entries.append(entry(key, generator.integers(10, size=between(generator, DIGITS))).astype(text.dtype))
+                parts.append(entries[-1])
+        near = np.concatenate([document[-REACH:], *parts])[-REACH:]
+        length = between(generator, PASSAGE)
+        if used < len(text) and length < len(near):
+            begin = generator.integers(len(near) - length)
+            parts.append(near[begin : begin + length])
+        document = np.concatenate([document, *parts])
+    return document[:most], used
+
+
+def between(generator: np.random.Generator, ends: tuple[int, int]) -> int:
+    return int(generator.integers(*ends, endpoint=True))
+
+
+def entries_of(tokenizer: PreTrainedTokenizerBase) -> Entry:
+    """Entries in the tokens of a tokenizer."""
+
+    def encoded(text: str) -> Tokens:
+        return np.array(tokenizer.encode(text, add_special_tokens=False))
+
+    before, middle, after = map(encoded, ("\nEntry", ": ", ".\n"))
+    digits = [encoded(str(digit)) for digit in range(10)]
+    return lambda key, number: np.concatenate([before, key, middle, *(digits[each] for each in number), after])
