@@ -26,12 +26,15 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
     failures = [failure for results in found.values() for failure in results["failures"]]
     of_needles = [results for file, results in found.items() if file.startswith("needles")]
     needles: Json = {}
+    depths: Json = {}
     for results in of_needles:
         for model, tasks in results["needles"].items():
             needles.setdefault(model, {}).update(by_length(tasks))
+            depths.setdefault(model, {}).update(by_depth(tasks))
     trained = {model: each["trained_length"] for results in of_needles for model, each in results["models"].items()}
     if name == TEACHER:
-        return {"needles": needles[TEACHER], "trained_length": trained[TEACHER], "failures": failures}
+        found_of_teacher = {"needles": needles[TEACHER], "needles_by_depth": depths[TEACHER]}
+        return {**found_of_teacher, "trained_length": trained[TEACHER], "failures": failures}
     run = json.loads((folder / "run" / "results.json").read_text())
     phases = [phase_of(folder / "run" / phase["folder"], phase) for phase in run["phases"]]
     training = run["training"]
@@ -51,6 +54,7 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
         },
         "trained_length": trained,
         "needles": needles,
+        "needles_by_depth": depths,
         "failures": failures,
     }
 
@@ -100,6 +104,16 @@ def by_length(tasks: Json) -> Json:
             found["correct"] += row["correct"]
             found["total"] += row["total"]
     return sums
+
+
+def by_depth(tasks: Json) -> Json:
+    """Of each task and length `[correct, total]` by depth, the share of the prompt before the needle."""
+    found: Json = {}
+    for task, rows in tasks.items():
+        for row in rows:
+            of_length = found.setdefault(task, {}).setdefault(str(row["length"]), {})
+            of_length[str(row["depth"])] = [row["correct"], row["total"]]
+    return found
 
 
 def thinned(lines: list[Json]) -> list[Json]:

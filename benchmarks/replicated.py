@@ -27,16 +27,26 @@ SHORT_TITLES = {
     "hybrid_grouped": "grouped",
     "hybrid_rope": "with RoPE",
     "best": "best",
-    "best_kda_only": "KDA best",
+    "best_kda_only": "KDA",
 }
-SINGLE, MULTIKEY = ("niah_single_1", "niah_single_2"), ("niah_multikey_1",)
+TASKS = {
+    "niah_single_1": ("single", "Single needles in noise"),
+    "niah_single_2": ("prose", "Single needles in prose"),
+    "niah_multikey_1": ("multikey", "Multikey needles"),
+}
+"""RULER's tasks: short and long names."""
+
+
+ALONE = ("kda_only", "best_kda_only")
+"""Students without full attention."""
 
 
 def title(name: str, short: bool = False) -> str:
     """Of a variant, or of a trial of one (`best-a-b`)."""
     variant, _, trial = name.partition("-")
-    told = SHORT_TITLES.get(variant, TITLES[variant]) if short else TITLES[variant]
-    return ", ".join([told, *trial.split("-")]) if trial else told
+    if short:
+        return ", ".join(filter(None, [SHORT_TITLES.get(variant, TITLES[variant]), trial.rpartition("-")[2]]))
+    return ", ".join(filter(None, [TITLES[variant], *trial.split("-")]))
 
 
 def replication(content: Json) -> list[Part]:
@@ -166,56 +176,69 @@ def positions(done: dict[str, Json], student: str) -> str:
     return grid(["position", *(title(name) for name in found)], lines)
 
 
-def share(needles: Json, tasks: tuple[str, ...], length: str) -> float | None:
-    """Found of all that were asked for, over the tasks."""
-    rows = [needles[task][length] for task in tasks if length in needles.get(task, {})]
-    total = sum(row["total"] for row in rows)
-    return sum(row["correct"] for row in rows) / total if total else None
+def share(needles: Json, task: str, length: str) -> float | None:
+    """Found of all that were asked for."""
+    row = needles.get(task, {}).get(length)
+    return row["correct"] / row["total"] if row else None
 
 
 def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
-    """Single and multikey needles: a table and a picture after the phases of short rows, a table after that of long."""
+    """Of each task a table and a picture after the phases of short rows, and a table after that of long ones."""
     teachers = {"teacher": teacher["needles"]} if teacher and "needles" in teacher else {}
     parts: list[Part] = []
-    for tasks, kind in ((SINGLE, "Single needles"), (MULTIKEY, "Multikey needles")):
+    for task, (short_name, kind) in TASKS.items():
         for student in ("short", "long"):
-            models = {name: each["needles"][student] for name, each in done.items() if student in each["needles"]}
-            asked = [task for task in tasks if any(task in needles for needles in models.values())]
-            if not asked:
+            named = {name: each["needles"].get(student, {}) for name, each in done.items()}
+            models = {name: needles for name, needles in named.items() if task in needles}
+            if not models:
                 continue
-            trained = next(done[name]["trained_length"][student] for name in models)
+            models = {name: needles for name, needles in teachers.items() if task in needles} | models
+            trained = next(done[name]["trained_length"][student] for name in models if name in done)
             heading = f"{kind} found after training on {numbers.length(trained)}"
-            parts += [
-                f"{heading} ({', '.join(asked)}), by tokens of the prompt:",
-                needle_table(teachers | models, tasks),
-            ]
+            parts += [f"{heading} ({task}), by tokens of the prompt:", needle_table(models, task)]
             if student == "short":
-                name = f"replication-{kind.split()[0].lower()}"
-                parts.append(needle_picture(name, heading, teachers | models, tasks, [*done], trained))
+                parts.append(needle_picture(f"replication-{short_name}", heading, models, task, [*done], trained))
+                parts += by_depth(done, task, kind)
     return parts
 
 
-def lengths_of(models: dict[str, Json], tasks: tuple[str, ...]) -> list[int]:
-    return sorted({int(each) for needles in models.values() for task in tasks for each in needles.get(task, {})})
+def by_depth(done: dict[str, Json], task: str, kind: str) -> list[Part]:
+    """Where in the prompt the needles lay that KDA alone found."""
+    rows, depths = [], []
+    for name, variant in done.items():
+        if base(name) not in ALONE:
+            continue
+        for length, found in variant.get("needles_by_depth", {}).get("short", {}).get(task, {}).items():
+            depths = [*found]
+            cells = (f"{correct:g} of {total}" for correct, total in found.values())
+            rows.append([title(name), numbers.length(int(length)), *cells])
+    if not rows:
+        return []
+    header = ["student", "prompt", *(whole_percent(float(depth)) for depth in depths)]
+    return [f"{kind} that KDA alone finds, by the share of the prompt that lies before them:", grid(header, rows)]
 
 
-def needle_table(models: dict[str, Json], tasks: tuple[str, ...]) -> str:
-    lengths = lengths_of(models, tasks)
+def lengths_of(models: dict[str, Json], task: str) -> list[int]:
+    return sorted({int(each) for needles in models.values() for each in needles.get(task, {})})
+
+
+def needle_table(models: dict[str, Json], task: str) -> str:
+    lengths = lengths_of(models, task)
     rows = [
-        [shown_name(name), *(numbers.shown(share(needles, tasks, str(each)), numbers.percent) for each in lengths)]
+        [shown_name(name), *(numbers.shown(share(needles, task, str(each)), numbers.percent) for each in lengths)]
         for name, needles in models.items()
     ]
     return grid(["", *map(numbers.length, lengths)], rows)
 
 
 def needle_picture(
-    name: str, heading: str, models: dict[str, Json], tasks: tuple[str, ...], students: list[str], trained: int
+    name: str, heading: str, models: dict[str, Json], task: str, students: list[str], trained: int
 ) -> Picture:
     """`students`: all that any picture shows, so that each has one colour in all of them."""
-    lengths = lengths_of(models, tasks)
+    lengths = lengths_of(models, task)
     drawn = []
     for model, needles in models.items():
-        points = [(float(each), share(needles, tasks, str(each))) for each in lengths]
+        points = [(float(each), share(needles, task, str(each))) for each in lengths]
         known = [(x, y) for x, y in points if y is not None]
         colour = "teacher" if model == "teacher" else series(students.index(model))
         drawn.append(Series(shown_name(model, short=True), [x for x, _ in known], [y for _, y in known], colour))
@@ -254,7 +277,7 @@ def claims(done: dict[str, Json]) -> str:
     for names, claim in (
         (("hybrid", "best"), "the hybrid finds single needles at its trained length, and crashes past it"),
         (
-            ("kda_only", "best_kda_only"),
+            ALONE,
             "KDA alone finds single needles past its trained length, and several keys smoothly less",
         ),
     ):
@@ -285,9 +308,10 @@ def _past(variant: Json) -> str:
     student = last_student(variant)
     needles, trained = variant["needles"].get(student, {}), variant["trained_length"][student]
     told = []
-    for tasks, kind in ((SINGLE, "single"), (MULTIKEY, "multikey")):
-        lengths = sorted({int(each) for task in tasks for each in needles.get(task, {}) if int(each) >= trained / 2})
-        found = [(length, share(needles, tasks, str(length)) or 0.0) for length in lengths]
+    for task, (_, kind) in TASKS.items():
+        lengths = sorted(int(each) for each in needles.get(task, {}) if int(each) >= trained / 2)
+        found = [(length, share(needles, task, str(length)) or 0.0) for length in lengths]
+        kind = kind.lower()
         drops = [(a[1] - b[1], b[0]) for a, b in pairwise(found)]
         at = ", ".join(f"{numbers.percent(value)} at {numbers.length(length)}" for length, value in found)
         worst = max(drops, default=(0.0, 0))

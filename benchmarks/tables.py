@@ -224,12 +224,14 @@ INITIALIZATION = {
     "kl_after": "KL after",
     "training_seconds": "seconds",
 }
+INITIAL_MEMORY = {"variant": "start", "kl_before": "KL before", "kl_after": "KL after"}
 
 SECTIONS: dict[str, tuple[str, str, Callable[[Json], list[Part]]]] = {
     "parity": ("parity.json", "pytest -m gpu", parity),
     "replication": ("replication.json", "python benchmarks/replication.py", replication),
     "throughput": ("throughput.json", "python benchmarks/throughput.py", throughput),
     "throughput_policies": ("throughput_policies.json", "python benchmarks/throughput.py", throughput),
+    "throughput_all": ("throughput_all.json", "python benchmarks/throughput.py", throughput),
     "throughput_smollm2": ("throughput_smollm2.json", "python benchmarks/throughput.py", throughput),
     "start_up": ("start_up.json", "python benchmarks/start_up.py", start_up),
     "decoding_afm": (
@@ -245,6 +247,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Json], list[Part]]]] = {
         "initialization.json",
         "python benchmarks/initialization.py",
         partial(flat, columns=INITIALIZATION, key="results"),
+    ),
+    "initialization_memory": (
+        "initialization_memory.json",
+        "python benchmarks/initialization.py",
+        partial(flat, columns=INITIAL_MEMORY, key="results"),
     ),
     "memory": ("memory.json", "python benchmarks/memory.py", partial(flat, columns=MEMORY)),
     "plan_times": ("plan_times.json", "python benchmarks/plan_times.py", partial(flat, columns=PLAN_TIMES)),

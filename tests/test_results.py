@@ -69,8 +69,8 @@ def test_claims_follow_the_measured_order_and_a_failed_variant_keeps_its_error(t
     assert "| yes: KL hybrid 0.250 < front-loaded 0.400 < KDA only 0.500 |" in page  # the hybrid beats KDA alone
     assert "| no: KL hybrid 0.250 < front-loaded 0.400 < KDA only 0.500 |" in page  # front-loaded is not worst
     assert "| KL of about 0.2 after some 300M tokens | 0.250 after 3k tokens (hybrid) |" in page
-    assert "trained to 1k: single 100.0% at 1k, 25.0% at 2k (largest step down at 2k)" in page
-    assert "trained to 1k: single none from 1k on |" in page
+    assert "trained to 1k: single needles in noise 100.0% at 1k, 25.0% at 2k (largest step down at 2k)" in page
+    assert "trained to 1k: single needles in noise none from 1k on |" in page
     assert "hybrid, best recipe: out of memory" in page
     assert {picture.name for picture in pictures} == {"replication-kl", "replication-single"}
 
