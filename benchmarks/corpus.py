@@ -4,11 +4,11 @@
     python benchmarks/corpus.py --teacher … --data valid.parquet --output tokens/valid --most-mib 1
 
 writes tokens/train-00.parquet, tokens/train-01.parquet …, none above `--most-mib`. Documents stay whole and in their
-order; a text ends with the tokenizer's EOS token, as a run would end it. `tokens/train-*.parquet` is then a
-`disk_path` of a run: what has a column `input_ids` is not tokenised again.
+order; a text ends with the tokenizer's EOS token, as a run would end it. `tokens/train-*.parquet` is then a `disk_path`
+of a run: what has a column `input_ids` is not tokenised again.
 
 `--returning 0.25` lets passages of a quarter of the documents return (benchmarks/returning.py), which are first joined
-to `--together` tokens if that is given, and `--entries` puts numbered entries among the passages.
+to `--together` tokens, without their EOS, if that is given; `--entries` puts numbered entries among the passages.
 """
 
 import argparse
@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("--entries", action="store_true", help="with a number each, among what returns")
     parser.add_argument("--seed", type=int, default=0, help="of what returns")
     args = parser.parse_args()
+    if not args.returning and (args.together or args.entries):
+        parser.error("--together and --entries are of documents in which passages return: give --returning")
     gguf = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     start = time.perf_counter()
     tokenizer = load_tokenizer(args.teacher, **gguf)

@@ -35,10 +35,8 @@ TASKS = {
     "niah_multikey_1": ("multikey", "Multikey needles"),
 }
 """RULER's tasks: short and long names."""
-
-
 ALONE = ("kda_only", "best_kda_only")
-"""Students without full attention."""
+"""Variants without full attention."""
 
 
 def title(name: str, short: bool = False) -> str:
@@ -204,16 +202,23 @@ def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
 
 def by_depth(done: dict[str, Json], task: str, kind: str) -> list[Part]:
     """Where in the prompt the needles lay that KDA alone found."""
-    rows, depths = [], []
-    for name, variant in done.items():
-        if base(name) not in ALONE:
-            continue
-        for length, found in variant.get("needles_by_depth", {}).get("short", {}).get(task, {}).items():
-            depths = [*found]
-            cells = (f"{correct:g} of {total}" for correct, total in found.values())
-            rows.append([title(name), numbers.length(int(length)), *cells])
-    if not rows:
+    measured_depths = {
+        (name, length): found
+        for name, variant in done.items()
+        if base(name) in ALONE
+        for length, found in variant.get("needles_by_depth", {}).get("short", {}).get(task, {}).items()
+    }
+    if not measured_depths:
         return []
+    depths = sorted({depth for found in measured_depths.values() for depth in found}, key=float)
+    rows = [
+        [
+            title(name),
+            numbers.length(int(length)),
+            *("{:g} of {}".format(*found[d]) if d in found else "–" for d in depths),
+        ]
+        for (name, length), found in measured_depths.items()
+    ]
     header = ["student", "prompt", *(whole_percent(float(depth)) for depth in depths)]
     return [f"{kind} that KDA alone finds, by the share of the prompt that lies before them:", grid(header, rows)]
 

@@ -254,7 +254,7 @@ def override(text: str) -> tuple[str, str]:
     return whose, rest
 
 
-def tokens_or_none(text: str) -> int:
+def tokens_or_zero(text: str) -> int:
     return 0 if text == "0" else parse_tokens(text)
 
 
@@ -266,7 +266,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--eval", required=True, help="held-out text")
     parser.add_argument("--haystack", help="text that hides needles; --eval by default, which then must be text")
     parser.add_argument("--tokens", type=parse_tokens, default="40M", help="of all phases of short rows together")
-    parser.add_argument("--long-tokens", type=tokens_or_none, default="8M", help="of the phase of long rows; 0: none")
+    parser.add_argument("--long-tokens", type=tokens_or_zero, default="8M", help="of the phase of long rows; 0: none")
     parser.add_argument("--work", required=True, help="folder of everything but the result")
     parser.add_argument("--output", type=Path, default=RESULTS / "replication.json")
     parser.add_argument("--variants", nargs="+", type=variant, default=[*VARIANTS, TEACHER])

@@ -62,7 +62,7 @@ def written(
     while used < len(text) and (most is None or len(document) < most):
         parts = [text[used : used + between(generator, BETWEEN)]]
         used += len(parts[0])
-        if entry is not None and generator.random() < 0.5:
+        if entry is not None and used < len(text) and generator.random() < 0.5:
             if entries and generator.random() < 0.5:
                 parts.append(entries[generator.integers(len(entries))])
             else:

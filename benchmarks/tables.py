@@ -253,6 +253,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Json], list[Part]]]] = {
         "python benchmarks/initialization.py",
         partial(flat, columns=INITIAL_MEMORY, key="results"),
     ),
+    "initialization_short": (
+        "initialization_short.json",
+        "python benchmarks/initialization.py",
+        partial(flat, columns=INITIAL_MEMORY, key="results"),
+    ),
     "memory": ("memory.json", "python benchmarks/memory.py", partial(flat, columns=MEMORY)),
     "plan_times": ("plan_times.json", "python benchmarks/plan_times.py", partial(flat, columns=PLAN_TIMES)),
     "losses": ("losses.json", "python benchmarks/losses.py", partial(flat, columns=LOSSES)),

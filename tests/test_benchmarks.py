@@ -67,6 +67,8 @@ def test_entries_return_with_their_number_and_joined_documents_have_the_length_a
     def entry(key, number):
         return np.concatenate([[-2], key, [-3], -10 - number, [-4]])
 
+    by_themselves = returning["with_returning_passages"](documents, 0.5, 0, None, entry)["input_ids"].to_pylist()
+    assert len(by_themselves) == 100 and all(document[-1] == -1 for document in by_themselves)
     changed = returning["with_returning_passages"](documents, 0.5, 0, 1000, entry)["input_ids"].to_pylist()
     joined = [document for document in changed if document[-1] != -1]
     kept = len(changed) - len(joined)

@@ -31,8 +31,8 @@ class InitializationConfig(Section):
     memory: Literal["attended", "spread"] = Field(
         "attended",
         description="attended: a head's state decays by a factor e within as many tokens as the teacher's head looks "
-        "back on average (measured on 2,048 random tokens, of which the second half repeats the first); spread: within "
-        "2 tokens in a layer's first head, 256 in its last, log-evenly between them",
+        "back, in the geometric mean over 2,048 random tokens (or the teacher's positions, if fewer); the second "
+        "half repeats the first; spread: within 2 tokens in a layer's first head, 256 in its last, log-evenly between",
     )
 
 

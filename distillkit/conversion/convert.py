@@ -81,15 +81,17 @@ def build_student(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybrid
     generator = torch.Generator().manual_seed(student.seed)
     distances: dict[int, Tensor] = {}
     if student.initialization.memory == "attended":
-        length = min(LOOKED_BACK_TOKENS, teacher.config.max_position_embeddings)
-        input_ids = repeated_tokens(model.config.vocab_size, length, generator)
+        length = min(LOOKED_BACK_TOKENS, getattr(teacher.config, "max_position_embeddings", LOOKED_BACK_TOKENS))
+        own_generator = torch.Generator().manual_seed(student.seed)  # what is drawn next is the same without this
+        input_ids = repeated_tokens(model.config.vocab_size, length, own_generator)
         distances = attended_distances(teacher, linear_layers(model), input_ids)
     for index in linear_layers(model):
         attention, kda = teacher.get_decoder().layers[index].self_attn, model.model.layers[index].self_attn
         kda.to_empty(device=attention.q_proj.weight.device).to(attention.q_proj.weight.dtype)
         copy_attention(kda, attention)
         std = teacher.config.initializer_range
-        initialize_new_parameters(kda, student.initialization, std, generator, distances.get(index))
+        distance = distances[index] if distances else None
+        initialize_new_parameters(kda, student.initialization, std, generator, distance)
     model.tie_weights()
     model.eval()
     if student.initialization.output_scale == "fitted":
@@ -116,19 +118,28 @@ def linear_layers(model: KDAHybridForCausalLM) -> list[int]:
 
 @torch.no_grad()
 def attended_distances(teacher: PreTrainedModel, layers: list[int], input_ids: Tensor) -> dict[int, Tensor]:
-    """Tokens that each head of some layers looks back on average, `[heads]` on the CPU; no layer's weights are kept."""
+    """Tokens that each head of some layers looks back on average, `[heads]` on the CPU; no layer's weights are kept.
+
+    Raises `UserError` for a teacher that does not tell its attention weights.
+    """
     found: dict[int, Tensor] = {}
     handles = []
     decoder = teacher.get_decoder()
     implementation = teacher.config._attn_implementation
-    for index in layers:
 
-        def take_weights(_: nn.Module, __: Any, output: tuple[Tensor, Tensor], index: int = index) -> None:
-            found[index] = looked_back(output[1]).cpu()
+    def take_weights(attention: nn.Module, _: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        if output[1] is None:
+            raise UserError(
+                f"student.initialization.memory: attended needs attention weights, which {type(teacher).__name__} "
+                "does not tell; say spread"
+            )
+        found[places[attention]] = looked_back(output[1]).cpu()
 
-        handles.append(decoder.layers[index].self_attn.register_forward_hook(take_weights))
-    teacher.set_attn_implementation("eager")  # no other tells its weights
+    places = {decoder.layers[index].self_attn: index for index in layers}
     try:
+        for attention in places:
+            handles.append(attention.register_forward_hook(take_weights))
+        teacher.set_attn_implementation("eager")  # no other tells its weights
         decoder(input_ids=input_ids.to(teacher.get_input_embeddings().weight.device), use_cache=False)
     finally:
         teacher.set_attn_implementation(implementation)

@@ -2,11 +2,11 @@
 
 What is known of the teacher's attention is kept: its query, key, value and output projections, biases included, and
 the gains of its query and key norms. The rest follows flash-linear-attention's initialisation, except for what was
-found to matter (`benchmarks/initialization.py`, figures in `benchmarks/results/initialization.json`): the short
-convolutions start as the identity, small enough for queries and keys that the SiLU behind it is almost linear; each
-head forgets at one rate, near heads soon and far heads late; and the size of the layer's output is fitted to the
-teacher's, channel by channel. Without the last, the normalisation of KDA's output makes each layer speak several times
-too loud.
+found to matter (`benchmarks/initialization.py`, figures in `initialization.json` and `initialization_memory.json` of
+`benchmarks/results`): the short convolutions start as the identity, small enough for queries and keys that the SiLU
+behind it is almost linear; each head forgets at one rate, by default as far back as the teacher's head looks; and the
+size of the layer's output is fitted to the teacher's, channel by channel. Without the last, the normalisation of KDA's
+output makes each layer speak several times too loud.
 """
 
 import math

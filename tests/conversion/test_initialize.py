@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from distillkit.config import StudentConfig
+from distillkit.config import StudentConfig, UserError
 from distillkit.conversion import build_student
 from distillkit.conversion.initialize import repeated_tokens, set_memory
 from distillkit.model.delta_rule import log_decay
@@ -90,8 +90,9 @@ def test_spread_memory_goes_from_2_to_256_tokens():
 
 def test_attended_memory_is_as_long_as_the_teachers_heads_look_back():
     """Beside attention written out: rotary queries and keys, a softmax, and the mean of the logarithms."""
-    teacher = teacher_of("llama", max_position_embeddings=128)
+    teacher = teacher_of("llama", max_position_embeddings=128, initializer_range=1.0)  # or attention would be even
     model = build_student(teacher, StudentConfig.parse({"layout": "kda_only"}))
+    assert teacher.config._attn_implementation == "sdpa"
     input_ids = repeated_tokens(teacher.config.vocab_size, 128, torch.Generator().manual_seed(0))
     with torch.no_grad():
         hidden_states = teacher.model.layers[0].input_layernorm(teacher.model.embed_tokens(input_ids))
@@ -102,6 +103,7 @@ def test_attended_memory_is_as_long_as_the_teachers_heads_look_back():
             for name in ("q_proj", "k_proj")
         )
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    distances = []
     for head in range(4):
         logarithms, weight = 0.0, 0.0
         for place in range(16, 128):
@@ -109,9 +111,27 @@ def test_attended_memory_is_as_long_as_the_teachers_heads_look_back():
             for other, share in enumerate(scores.softmax(0).tolist()[1:], start=1):
                 logarithms += share * math.log(max(place - other, 1))
                 weight += share
-        expected = max(math.exp(logarithms / weight), 2)
+        distances.append(math.exp(logarithms / weight))
         found = memory(model.model.layers[0].self_attn)[head]
-        torch.testing.assert_close(found, torch.full((16,), expected), rtol=1e-3, atol=0)
+        torch.testing.assert_close(found, torch.full((16,), distances[-1]), rtol=1e-3, atol=0)
+    assert max(distances) > 1.2 * min(distances) > 2.4
+
+
+def test_a_teacher_that_tells_no_weights_is_left_as_it_was(monkeypatch):
+    teacher = teacher_of("llama")
+    attention = teacher.model.layers[2].self_attn
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: (forward(*args, **kwargs)[0], None))
+    with pytest.raises(UserError, match="memory: attended needs attention weights"):
+        build_student(teacher, StudentConfig())
+    assert teacher.config._attn_implementation == "sdpa"
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_the_way_memory_begins_leaves_all_other_random_numbers_as_they_are():
+    spread, attended = (first_layer("llama", initialization={"memory": kind})[1] for kind in ("spread", "attended"))
+    assert torch.equal(spread.f_proj[0].weight, attended.f_proj[0].weight)
+    assert not torch.equal(spread.dt_bias, attended.dt_bias)
 
 
 @pytest.mark.parametrize("lower_bound", [-5.0, -1.0, None])
