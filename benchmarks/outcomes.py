@@ -25,16 +25,18 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
     }
     failures = [failure for results in found.values() for failure in results["failures"]]
     of_needles = [results for file, results in found.items() if file.startswith("needles")]
-    needles: Json = {}
-    depths: Json = {}
+    tasks_of: Json = {}
     for results in of_needles:
         for model, tasks in results["needles"].items():
-            needles.setdefault(model, {}).update(by_length(tasks))
-            depths.setdefault(model, {}).update(by_depth(tasks))
+            tasks_of.setdefault(model, {}).update(tasks)
+    needles = {
+        "needles": {model: by_length(tasks) for model, tasks in tasks_of.items()},
+        "needles_by_depth": {model: by_depth(tasks) for model, tasks in tasks_of.items()},
+    }
     trained = {model: each["trained_length"] for results in of_needles for model, each in results["models"].items()}
     if name == TEACHER:
-        found_of_teacher = {"needles": needles[TEACHER], "needles_by_depth": depths[TEACHER]}
-        return {**found_of_teacher, "trained_length": trained[TEACHER], "failures": failures}
+        of_teacher = {key: by_model[TEACHER] for key, by_model in needles.items()}
+        return {**of_teacher, "trained_length": trained[TEACHER], "failures": failures}
     run = json.loads((folder / "run" / "results.json").read_text())
     phases = [phase_of(folder / "run" / phase["folder"], phase) for phase in run["phases"]]
     training = run["training"]
@@ -53,8 +55,7 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
             if each.startswith("divergence")
         },
         "trained_length": trained,
-        "needles": needles,
-        "needles_by_depth": depths,
+        **needles,
         "failures": failures,
     }
 

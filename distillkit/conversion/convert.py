@@ -79,17 +79,17 @@ def build_student(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybrid
     model = student_on_meta(teacher.config, student)
     _share_tensors(teacher, model)
     generator = torch.Generator().manual_seed(student.seed)
+    layers, std = linear_layers(model), teacher.config.initializer_range
     distances: dict[int, Tensor] = {}
     if student.initialization.memory == "attended":
         length = min(LOOKED_BACK_TOKENS, getattr(teacher.config, "max_position_embeddings", LOOKED_BACK_TOKENS))
         own_generator = torch.Generator().manual_seed(student.seed)  # what is drawn next is the same without this
         input_ids = repeated_tokens(model.config.vocab_size, length, own_generator)
-        distances = attended_distances(teacher, linear_layers(model), input_ids)
-    for index in linear_layers(model):
+        distances = attended_distances(teacher, layers, input_ids)
+    for index in layers:
         attention, kda = teacher.get_decoder().layers[index].self_attn, model.model.layers[index].self_attn
         kda.to_empty(device=attention.q_proj.weight.device).to(attention.q_proj.weight.dtype)
         copy_attention(kda, attention)
-        std = teacher.config.initializer_range
         distance = distances[index] if distances else None
         initialize_new_parameters(kda, student.initialization, std, generator, distance)
     model.tie_weights()
@@ -105,9 +105,8 @@ def fit_output_scales(
 ) -> None:
     """Fit every KDA layer's output to the teacher's attention, each on what the teacher's layer is given."""
     input_ids = calibration_tokens(model.config.vocab_size, generator)
-    for index, (hidden_states, attention_output) in _attention_traffic(
-        teacher, linear_layers(model), input_ids
-    ).items():
+    traffic = _attention_traffic(teacher, linear_layers(model), input_ids)
+    for index, (hidden_states, attention_output) in traffic.items():
         fit_output_scale(model.model.layers[index].self_attn, hidden_states, attention_output)
 
 
@@ -193,11 +192,7 @@ def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM) -> Non
 
     Raises `UserError` where the two do not have the same names, apart from that attention.
     """
-    exchanged = tuple(
-        f"model.layers.{index}.self_attn."
-        for index, kind in enumerate(model.config.layer_types)
-        if kind == "linear_attention"
-    )
+    exchanged = tuple(f"model.layers.{index}.self_attn." for index in linear_layers(model))
     kept = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(exchanged)}
     report = model.load_state_dict(kept, strict=False, assign=True)
     missing = [name for name in report.missing_keys if not name.startswith(exchanged)]
