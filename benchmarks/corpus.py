@@ -7,8 +7,9 @@ writes tokens/train-00.parquet, tokens/train-01.parquet …, none above `--most-
 order; a text ends with the tokenizer's EOS token, as a run would end it. `tokens/train-*.parquet` is then a `disk_path`
 of a run: what has a column `input_ids` is not tokenised again.
 
-`--returning 0.25` lets passages of a quarter of the documents return (benchmarks/returning.py), which are first joined
-to `--together` tokens, without their EOS, if that is given; `--entries` puts numbered entries among the passages.
+`--returning 0.25` lets passages of a quarter of the documents return (benchmarks/returning.py); `--entries` puts
+numbered entries among these. `--asked 0.25` tells facts in another quarter and asks for them (benchmarks/questions.py).
+Such documents are first joined to `--together` tokens, without their EOS, if that is given.
 """
 
 import argparse
@@ -21,7 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from measuring import MIB
-from returning import entries_of, with_returning_passages
+from questions import facts_asked_for
+from returning import entries_of, passages_that_return
+from rewriting import rewritten
 from transformers import PreTrainedTokenizerBase
 
 from distillkit.config import DatasetSource
@@ -102,19 +105,28 @@ def main() -> None:
     parser.add_argument("--level", type=int, default=19, help="of zstd")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--returning", type=float, default=0.0, metavar="SHARE", help="of documents, as told above")
-    parser.add_argument("--together", type=int, help="tokens of such documents: short ones are joined, long ones cut")
     parser.add_argument("--entries", action="store_true", help="with a number each, among what returns")
-    parser.add_argument("--seed", type=int, default=0, help="of what returns")
+    parser.add_argument("--asked", type=float, default=0.0, metavar="SHARE", help="of documents, as told above")
+    parser.add_argument("--together", type=int, help="tokens of such documents: short ones are joined, long ones cut")
+    parser.add_argument("--seed", type=int, default=0, help="of what is written anew")
     args = parser.parse_args()
-    if not args.returning and (args.together or args.entries):
-        parser.error("--together and --entries are of documents in which passages return: give --returning")
+    if args.entries and not args.returning:
+        parser.error("--entries are for documents in which passages return: give --returning")
+    if args.together and not (args.returning or args.asked):
+        parser.error("--together is for documents that are written anew: give --returning or --asked")
+    if args.returning + args.asked > 1:
+        parser.error("--returning and --asked are shares of the documents: together at most 1")
     gguf = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     start = time.perf_counter()
     tokenizer = load_tokenizer(args.teacher, **gguf)
     documents = tokenised(args.data, tokenizer, args.processes)
+    writers = []
     if args.returning:
-        entries = entries_of(tokenizer) if args.entries else None
-        documents = with_returning_passages(documents, args.returning, args.seed, args.together, entries)
+        writers.append((args.returning, passages_that_return(entries_of(tokenizer) if args.entries else None)))
+    if args.asked:
+        writers.append((args.asked, facts_asked_for(tokenizer)))
+    if writers:
+        documents = rewritten(documents, writers, args.seed, args.together)
     seconds = time.perf_counter() - start
     tokens = count(documents)
     print(f"{tokens:,} tokens in {len(documents):,} documents, tokenised in {seconds:.1f} s", flush=True)

@@ -8,10 +8,8 @@ tokens of the text a number of random digits; as many come again as are new.
 from collections.abc import Callable
 
 import numpy as np
-import pyarrow as pa
+from rewriting import Tokens, Writer, between
 from transformers import PreTrainedTokenizerBase
-
-from distillkit.data.rows import list_entries, running_sums
 
 PASSAGE = (16, 64)
 BETWEEN = (16, 96)
@@ -20,36 +18,13 @@ REACH = 2000
 KEY, DIGITS = (2, 4), (5, 8)
 """Tokens of an entry's two parts."""
 
-Tokens = np.ndarray
 Entry = Callable[[Tokens, Tokens], Tokens]
 """A line that gives the first its second, which are tokens of the text and numbers from 0 to 9."""
 
 
-def with_returning_passages(
-    documents: pa.Table, share: float, seed: int, together: int | None = None, entry: Entry | None = None
-) -> pa.Table:
-    """The documents in column `input_ids`, and passages that return in `share` of them.
-
-    together: these documents are joined, without the tokens that end them, and made into documents of so many tokens,
-        which come last.
-    """
-    generator = np.random.default_rng(seed)
-    lengths, ids = list_entries(documents["input_ids"])
-    texts = np.split(ids.to_numpy(), np.cumsum(lengths)[:-1])
-    chosen = generator.random(len(texts)) < share
-    if together is None:
-        texts = [written(text, generator, entry)[0] if chosen[at] else text for at, text in enumerate(texts)]
-    else:
-        joined = np.concatenate([text[:-1] for at, text in enumerate(texts) if chosen[at]])
-        texts = [text for at, text in enumerate(texts) if not chosen[at]]
-        start = 0
-        while start < len(joined):
-            document, used = written(joined[start:], generator, entry, together)
-            texts.append(document)
-            start += used
-    offsets = running_sums(np.array([len(text) for text in texts]))
-    column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(texts), ids.type))
-    return pa.table({"input_ids": column})
+def passages_that_return(entry: Entry | None = None) -> Writer:
+    """Documents in which passages return, and with `entry` entries too."""
+    return lambda text, generator, most: written(text, generator, entry, most)
 
 
 def written(
@@ -77,10 +52,6 @@ def written(
             parts.append(near[begin : begin + length])
         document = np.concatenate([document, *parts])
     return document[:most], used
-
-
-def between(generator: np.random.Generator, ends: tuple[int, int]) -> int:
-    return int(generator.integers(*ends, endpoint=True))
 
 
 def entries_of(tokenizer: PreTrainedTokenizerBase) -> Entry:
