@@ -114,8 +114,8 @@ def main() -> None:
         parser.error("--entries are for documents in which passages return: give --returning")
     if args.together and not (args.returning or args.asked):
         parser.error("--together is for documents that are written anew: give --returning or --asked")
-    if args.returning + args.asked > 1:
-        parser.error("--returning and --asked are shares of the documents: together at most 1")
+    if min(args.returning, args.asked) < 0 or args.returning + args.asked > 1:
+        parser.error("--returning and --asked are shares of the documents: from 0 to 1, and together at most 1")
     gguf = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     start = time.perf_counter()
     tokenizer = load_tokenizer(args.teacher, **gguf)

@@ -12,8 +12,8 @@ import numpy as np
 from rewriting import Tokens, Writer, between
 from transformers import PreTrainedTokenizerBase
 
-FACTS = (1, 12)
-"""Of a document. Each is told within the first three quarters, and asked for twice."""
+FACT_EVERY = 170
+"""Tokens, at the most facts that a document has. Each is told within the first three quarters, and asked for twice."""
 WORDS, DIGITS = (1, 3), (4, 8)
 STRETCH = (16, 96)
 """Tokens that stand over and over in half of the documents."""
@@ -32,7 +32,7 @@ TOLD_AND_ASKED = (
     ("{words} has the{thing}{number}.", " Which{thing} does{words} have?{words} has the{thing}{number}."),
     (" Entry{words}:{number}.", " Entry{words}:{number}."),
     (
-        " One of the secret{thing}s for{words} is:{number}.",
+        " One secret{thing} is for{words}:{number}.",
         " The secret{thing} for{words}, which was told before, is{number}.",
     ),
     (" Note:{words},{thing}{number}.", " Asked for a{thing}, as noted:{words},{thing}{number}."),
@@ -42,7 +42,7 @@ Fact = dict[str, Tokens]
 
 
 def facts_asked_for(tokenizer: PreTrainedTokenizerBase) -> Writer:
-    """Documents of exactly so many tokens with facts and questions; without a length, as many as the text has."""
+    """Documents with facts and questions, of exactly so many tokens: without a number, of as many as the text has."""
 
     def encoded(text: str) -> Tokens:
         return np.array(tokenizer.encode(text, add_special_tokens=False))
@@ -72,10 +72,11 @@ def facts_asked_for(tokenizer: PreTrainedTokenizerBase) -> Writer:
         }
 
     def write(text: Tokens, generator: np.random.Generator, most: int | None) -> tuple[Tokens, int]:
-        length = len(text) if most is None else most
+        if most is None:  # its last token ends it
+            return np.append(write(text[:-1], generator, len(text) - 1)[0], text[-1:]), len(text)
         sentences: list[tuple[float, Tokens]] = []
-        for _ in range(between(generator, FACTS)):
-            fact = fact_of(text[:length], generator)
+        for _ in range(between(generator, (1, max(most // FACT_EVERY, 1)))):
+            fact = fact_of(text[:most], generator)
             place = 0.75 * generator.random()
             wording = generator.integers(len(told))
             sentences.append((place, told[wording](fact)))
@@ -83,7 +84,7 @@ def facts_asked_for(tokenizer: PreTrainedTokenizerBase) -> Writer:
                 again = generator.uniform(earliest, 1)
                 sentences.append((again, asked[wording](fact)))
         sentences.sort(key=lambda each: each[0])
-        room = max(length - sum(len(each) for _, each in sentences), 0)
+        room = max(most - sum(len(each) for _, each in sentences), 0)
         used = min(room, len(text))
         between_them = text[:used]
         if generator.random() < 0.5:

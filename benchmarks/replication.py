@@ -12,6 +12,8 @@ evaluate`: divergence from the teacher in rows of either length, and needles. Va
 a time; the evaluations of one run side by side. Each is written to `--output` as soon as it is through, one that fails
 with the last line of its log; the same command again goes on where it was stopped and repeats nothing that is finished.
 
+`--go-on STUDENT` takes what another machine has trained in short rows, trains it in long ones and measures both.
+
 `--data` and `--eval` are text, or tokens that benchmarks/corpus.py has made; `--tokenize` makes them here, once.
 """
 
@@ -169,6 +171,8 @@ class Replication:
         overrides = [text for whose, text in self.args.set if whose in ("all", base(name), name)]
         phases = {phase["name"]: f"{position}-{phase['name']}" for position, phase in enumerate(run["phases"], 1)}
         students = {each: folder / "run" / "phases" / phases[each] for each in ("short", "long") if each in phases}
+        if self.args.go_on:
+            students = {"short": Path(self.args.go_on), **students}
         evaluations = evaluations_of(folder, students, self.args)
         return {
             "files": {"run.yaml": run} | {f"{each}.yaml": content for each, content in evaluations.items()},
@@ -267,6 +271,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--haystack", help="text that hides needles; --eval by default, which then must be text")
     parser.add_argument("--tokens", type=parse_tokens, default="40M", help="of all phases of short rows together")
     parser.add_argument("--long-tokens", type=tokens_or_zero, default="8M", help="of the phase of long rows; 0: none")
+    parser.add_argument("--go-on", metavar="STUDENT", help="of one variant, trained in short rows: only its long rows")
     parser.add_argument("--work", required=True, help="folder of everything but the result")
     parser.add_argument("--output", type=Path, default=RESULTS / "replication.json")
     parser.add_argument("--variants", nargs="+", type=variant, default=[*VARIANTS, TEACHER])
@@ -292,6 +297,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     args.words = words
     args.work, args.data, args.eval = (os.path.abspath(path) for path in (args.work, args.data, args.eval))
+    args.go_on = os.path.abspath(args.go_on) if args.go_on else None
+    if args.go_on and (len(args.variants) > 1 or not args.long_tokens):
+        parser.error("--go-on is for one variant and its long rows: give --variants NAME and --long-tokens")
     args.haystack = os.path.abspath(args.haystack) if args.haystack else args.eval
     args.teacher = os.path.abspath(args.teacher) if os.path.exists(args.teacher) else args.teacher
     gguf = {"gguf_file": args.gguf_file} if args.gguf_file else {}

@@ -9,16 +9,16 @@ from distillkit.data.rows import list_entries, running_sums
 
 Tokens = np.ndarray
 Writer = Callable[[Tokens, np.random.Generator, int | None], tuple[Tokens, int]]
-"""Of tokens it makes a document, of at most so many tokens, and says how many of the former that took."""
+"""Of a text it makes a document of at most so many tokens, and says how many of the text's that took; without a number,
+one document of the whole text."""
 
 
 def rewritten(
     documents: pa.Table, writers: Sequence[tuple[float, Writer]], seed: int, together: int | None = None
 ) -> pa.Table:
-    """The documents in column `input_ids`; each writer makes its share of them anew.
+    """The documents in column `input_ids`; each writer makes its share of them anew. Those come last.
 
-    together: these are joined first, without the tokens that end them, and made into documents of so many tokens, which
-        come last.
+    together: they are joined first, without the tokens that end them, and made into documents of so many tokens.
     """
     generator = np.random.default_rng(seed)
     lengths, ids = list_entries(documents["input_ids"])
@@ -28,7 +28,7 @@ def rewritten(
     written = [text for text, writer in zip(texts, whose, strict=True) if writer == len(writers)]
     for number, (_, write) in enumerate(writers):
         own = [text for text, writer in zip(texts, whose, strict=True) if writer == number]
-        if together is None:
+        if together is None or not own:
             written += [write(text, generator, None)[0] for text in own]
             continue
         joined = np.concatenate([text[:-1] for text in own])

@@ -1,14 +1,18 @@
 """Benchmarks are started by hand and rarely, so nothing else would notice that one has lost what it imports."""
 
+import importlib
 import os
-import runpy
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+
+from .smollm2 import needs_smollm2, smollm2_tokenizer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -38,13 +42,72 @@ def test_every_benchmark_starts():
 
 
 @pytest.fixture(scope="module")
-def returning():
-    return runpy.run_path(str(BENCHMARKS / "returning.py"))
+def benchmark():
+    """A module by its name: they import each other by theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module
 
 
-def test_passages_return_verbatim_from_within_reach_and_the_text_stays_in_order(returning):
+@pytest.fixture
+def rewritten(benchmark):
+    return benchmark("rewriting").rewritten
+
+
+def numbered(count):
+    """Documents of 5 to 40 tokens: as often as that its number, from 1, and a 0 that ends it."""
+    lengths = np.random.default_rng(1).integers(5, 41, count)
+    texts = [[number] * length + [0] for number, length in enumerate(lengths.tolist(), start=1)]
+    return pa.table({"input_ids": pa.array(texts, pa.large_list(pa.uint16()))})
+
+
+def marking(mark):
+    """A writer that puts a token before the text, and does not care for the dtype."""
+
+    def write(text, generator, most):
+        document = np.concatenate([[mark], text])[:most]
+        return document, len(document) - 1
+
+    return write
+
+
+def test_each_writer_gets_its_share_and_what_it_does_not_get_stays_as_it_was(rewritten):
+    documents = numbered(400)
+    changed = rewritten(documents, [(0.25, marking(1001)), (0.5, marking(1002))], seed=0)
+    assert changed["input_ids"].type.value_type == pa.uint16()
+    texts, made = documents["input_ids"].to_pylist(), changed["input_ids"].to_pylist()
+    kept, first, second = ([text for text in made if text[0] in marks] for marks in (range(1001), [1001], [1002]))
+    assert 70 < len(first) < 130 and 160 < len(second) < 240
+    assert kept == [text for text in texts if text in kept]
+    assert sorted(kept + [text[1:] for text in first + second]) == texts
+
+
+def test_joined_documents_have_the_length_asked_for_and_nothing_is_lost(rewritten):
+    documents = numbered(400)
+    changed = rewritten(documents, [(0.25, marking(1001)), (0.5, marking(1002))], seed=0, together=100)
+    assert changed["input_ids"].type.value_type == pa.uint16()
+    texts, made = documents["input_ids"].to_pylist(), changed["input_ids"].to_pylist()
+    kept = [text for text in texts if text in made]
+    assert 60 < len(kept) < 140 and made[: len(kept)] == kept
+    tokens = Counter(token for text in kept for token in text)
+    for mark in (1001, 1002):
+        own = [text for text in made if text[0] == mark]
+        assert [len(text) for text in own[:-1]] == [100] * (len(own) - 1)
+        joined = [token for text in own for token in text[1:]]
+        assert joined == sorted(joined)
+        tokens.update([*joined, *[0] * len(set(joined))])  # and what ended them
+    assert tokens == Counter(token for text in texts for token in text)
+
+
+def test_a_writer_whose_share_is_less_than_a_document_writes_none(rewritten):
+    documents = numbered(3)
+    assert rewritten(documents, [(1e-9, marking(1001))], seed=0, together=100) == documents
+
+
+def test_passages_return_verbatim_from_within_reach_and_the_text_stays_in_order(benchmark):
+    returning = benchmark("returning")
     text = np.arange(5000)  # no token twice: what comes again has returned
-    document, used = returning["written"](text, np.random.default_rng(0), None)
+    document, used = returning.passages_that_return()(text, np.random.default_rng(0), None)
     assert used == len(text) and len(document) > 1.3 * len(text)
     last_seen: dict[int, int] = {}
     news, distances, again = [], [], 0
@@ -53,23 +116,24 @@ def test_passages_return_verbatim_from_within_reach_and_the_text_stays_in_order(
             again += 1
             distances.append(place - last_seen[token])
         else:
-            assert again == 0 or again >= returning["PASSAGE"][0]
+            assert again == 0 or again >= returning.PASSAGE[0]
             again = 0
             news.append(token)
         last_seen[token] = place
     assert news == text.tolist()
-    assert 1000 < max(distances) <= returning["REACH"] + returning["PASSAGE"][1]
+    assert 1000 < max(distances) <= returning.REACH + returning.PASSAGE[1]
 
 
-def test_entries_return_with_their_number_and_joined_documents_have_the_length_asked_for(returning):
+def test_entries_return_with_their_number_and_joined_documents_have_the_length_asked_for(benchmark, rewritten):
     documents = pa.table({"input_ids": [[*range(start, start + 300), -1] for start in range(0, 30000, 300)]})
 
     def entry(key, number):
         return np.concatenate([[-2], key, [-3], -10 - number, [-4]])
 
-    by_themselves = returning["with_returning_passages"](documents, 0.5, 0, None, entry)["input_ids"].to_pylist()
+    writers = [(0.5, benchmark("returning").passages_that_return(entry))]
+    by_themselves = rewritten(documents, writers, seed=0)["input_ids"].to_pylist()
     assert len(by_themselves) == 100 and all(document[-1] == -1 for document in by_themselves)
-    changed = returning["with_returning_passages"](documents, 0.5, 0, 1000, entry)["input_ids"].to_pylist()
+    changed = rewritten(documents, writers, seed=0, together=1000)["input_ids"].to_pylist()
     joined = [document for document in changed if document[-1] != -1]
     kept = len(changed) - len(joined)
     assert 30 < kept < 70 and all(len(document) == 301 for document in changed[:kept])
@@ -91,3 +155,83 @@ def entries_in(document):
             if document[start:place].count(-3) == 1:
                 yield document[start:place]
             start = None
+
+
+@pytest.fixture(scope="module")
+def words():
+    """Each once, so that what stands in a document twice is told, asked or repeated; none with a digit."""
+    vocabulary = smollm2_tokenizer().get_vocab().items()
+    ids = sorted(place for token, place in vocabulary if re.fullmatch("Ġ[a-z]+", token))
+    return np.random.default_rng(0).permutation(ids).astype(np.uint16)
+
+
+def as_pattern(wording):
+    """Of text in which a wording tells or asks for any fact."""
+    pattern = re.escape(wording)
+    for place, what in {"thing": r" \w+", "words": r"(?: \w+){1,3}", "number": r" \d{4,8}"}.items():
+        escaped = re.escape(f"{{{place}}}")
+        pattern = pattern.replace(escaped, f"(?P<{place}>{what})", 1).replace(escaped, f"(?P={place})")
+    return pattern
+
+
+def how_often(sequence, document):
+    return np.all(np.lib.stride_tricks.sliding_window_view(document, len(sequence)) == sequence, axis=1).sum()
+
+
+@needs_smollm2
+def test_facts_are_told_before_they_are_asked_for_twice(benchmark, words):
+    questions, tokenizer = benchmark("questions"), smollm2_tokenizer()
+    write = questions.facts_asked_for(tokenizer)
+    for seed in range(20):
+        document, _ = write(words, np.random.default_rng(seed), 2048)
+        text = tokenizer.decode(document)
+        numbers = set(re.findall(r" \d{4,8}\.", text))
+        assert 1 <= len(numbers) <= 2048 // questions.FACT_EVERY
+        assert how_often(tokenizer.encode(" ", add_special_tokens=False), document) == 3 * len(numbers)
+        for number in numbers:  # in the tokens of running text: the space, then digit by digit
+            tokens = tokenizer.encode(number, add_special_tokens=False)
+            assert len(tokens) == len(number) and how_often(tokens, document) == 3
+        asked_for = Counter()
+        for told, asked in questions.TOLD_AND_ASKED:
+            for question in re.finditer(as_pattern(asked), text):
+                fact, earlier = question.groupdict(), text[: question.start()]
+                if told == asked and fact["number"] not in earlier:
+                    continue  # here it is told
+                assert told.format(**fact) in earlier
+                asked_for[fact["number"] + "."] += 1
+        assert asked_for == dict.fromkeys(numbers, 2)
+
+
+@needs_smollm2
+def test_facts_stand_in_running_text_or_in_a_stretch_of_it_over_and_over(benchmark, words):
+    write = benchmark("questions").facts_asked_for(smollm2_tokenizer())
+    runs = []
+    for seed in range(20):
+        document, used = write(words, np.random.default_rng(seed), 2048)
+        assert len(document) == 2048 and document.dtype == words.dtype
+        assert np.array_equal(document, write(words, np.random.default_rng(seed), 2048)[0])
+        shown = np.isin(words[:used], document).mean()
+        assert shown == 1 or shown < 0.2
+        runs.append(shown == 1)
+    assert 5 <= sum(runs) <= 15
+
+
+@pytest.mark.parametrize(
+    ("options", "mistake"),
+    [
+        ("--asked 0.5 --entries", "--entries are for documents in which passages return: give --returning"),
+        ("--together 2048", "--together is for documents that are written anew: give --returning or --asked"),
+        (
+            "--returning 0.75 --asked 0.5",
+            "--returning and --asked are shares of the documents: from 0 to 1, and together at most 1",
+        ),
+    ],
+)
+def test_a_corpus_is_not_made_with_options_that_contradict_each_other(
+    benchmark, options, mistake, monkeypatch, capsys, tmp_path
+):
+    command = f"corpus.py --teacher none --data none.txt --output {tmp_path / 'tokens'} {options}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit) as end:
+        benchmark("corpus").main()
+    assert end.value.code == 2 and mistake in capsys.readouterr().err
