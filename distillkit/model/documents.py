@@ -29,9 +29,9 @@ class ChunkPlan:
     num_chunks: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: torch.compile (2.11) would make a graph for each number of documents
 class Documents:
-    """Documents laid end to end.
+    """Documents laid end to end; not changed once made.
 
     lengths: tokens of each document, in order; 0 is allowed.
     index: ``[tokens]``, where each token lies in the flattened ``batch * tokens`` input; ``None`` if all of it is used.

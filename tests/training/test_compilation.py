@@ -33,7 +33,7 @@ def counting(graph, inputs):
     return lambda *given: runs.append(graph) or compiled(*given)
 
 
-def steps(losses, *, backend=None, checkpointing=False, top_k=None):
+def steps(losses, *, backend=None, checkpointing=False, top_k=None, batches=BATCHES):
     """The losses of some batches one after the other, and the sum of their gradients."""
     model, teacher = student(config_changes=SHAPE).double().train(), llama(0, layers=LAYERS, dtype=torch.float64)
     if checkpointing:
@@ -48,7 +48,7 @@ def steps(losses, *, backend=None, checkpointing=False, top_k=None):
 
     def run():
         outputs = []
-        for each in BATCHES:
+        for each in batches:
             output = distiller(**each, normalizer=torch.tensor(90.0), signal=online.signal(each))
             output["loss"].backward()
             outputs.append({"loss": output["loss"].detach(), **output["sums"]})
@@ -99,3 +99,19 @@ def test_a_compiled_step_has_the_losses_and_gradients_of_the_step(case):
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_batches_of_any_number_of_documents_are_served_by_the_same_graphs():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    def graphs(numbers):
+        torch._dynamo.reset()
+        compiled.clear()
+        steps(ONE_PHASE, backend=backend, batches=[batch(row([*[2] * (n - 1), 78 - 2 * n], seed=n)) for n in numbers])
+        return len(compiled)
+
+    assert graphs([2, 5]) == graphs([2, 5, 3, 4, 7, 9, 12, 20, 30]) > 0
