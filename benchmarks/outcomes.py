@@ -60,6 +60,20 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
     }
 
 
+def continued(former: Json, part: Json) -> Json:
+    """A variant with whose student another run went on: the phases of both, and the rest as it was measured last."""
+    own = [phase["name"] for phase in part["phases"]]
+    phases = [*(phase for phase in former["phases"] if phase["name"] not in own), *part["phases"]]
+    return {
+        **part,
+        **{key: sum(phase[key] for phase in phases) for key in ("tokens", "seconds")},
+        "overrides": [*dict.fromkeys([*former["overrides"], *part["overrides"]])],
+        "student": former["student"],
+        "phases": phases,
+        "before": {key: former[key] for key in ("command", "commit", "machine")},
+    }
+
+
 def phase_of(folder: Path, phase: Json) -> Json:
     """What a phase was, and how it went. `held_out`: its divergence at some of its steps, in rows of its length."""
     results = json.loads((folder / "results.json").read_text())

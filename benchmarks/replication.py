@@ -12,7 +12,8 @@ evaluate`: divergence from the teacher in rows of either length, and needles. Va
 a time; the evaluations of one run side by side. Each is written to `--output` as soon as it is through, one that fails
 with the last line of its log; the same command again goes on where it was stopped and repeats nothing that is finished.
 
-`--go-on STUDENT` takes what another machine has trained in short rows, trains it in long ones and measures both.
+`--go-on STUDENT` takes what a former run of a variant has trained in short rows, perhaps elsewhere, trains it in long
+ones and measures both; the phases that `--output` knows of that variant stay before its own.
 
 `--data` and `--eval` are text, or tokens that benchmarks/corpus.py has made; `--tokenize` makes them here, once.
 """
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import shlex
 import signal
 import subprocess
@@ -34,7 +36,7 @@ from typing import Any
 import yaml
 from corpus import count, prepare_rows, tokenised, write
 from measuring import RESULTS, ROOT, provenance
-from outcomes import part_of
+from outcomes import continued, part_of
 from variants import VARIANTS, base, evaluation_of_teacher, evaluations_of, run_of
 
 from distillkit.cli import main as distillkit
@@ -122,6 +124,8 @@ class Replication:
         self._evaluate(name, [file for file in plan["files"] if file != "run.yaml"], gpu)
         part = part_of(name, folder, plan)
         part["seconds_in_all"] = round(time.perf_counter() - start, 1)
+        if self.args.go_on and "phases" in (former := self._known(name)):
+            part = continued(former, part)
         self._keep(name, part)
         if part["failures"]:  # the same command tries these again
             first = part["failures"][0]
@@ -210,9 +214,13 @@ class Replication:
 
     def _keep_failure(self, name: str, error: Exception) -> None:
         """Beside what was measured, where that is much."""
+        self._keep(name, {**self._known(name), "error": str(error)})
+
+    def _known(self, name: str) -> Json:
+        """What the file holds of a variant, or of the teacher."""
         former = json.loads(self.args.output.read_text()) if self.args.output.exists() else {}
-        known = former.get(TEACHER) if name == TEACHER else former.get("variants", {}).get(name)
-        self._keep(name, {**(known or {}), "error": str(error)})
+        known: Json = former.get(TEACHER, {}) if name == TEACHER else former.get("variants", {}).get(name, {})
+        return known
 
     def _say(self, name: str, what: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {name} {what}", flush=True)
@@ -233,9 +241,10 @@ def tokenize(args: argparse.Namespace) -> None:
         setattr(args, name, str(path))
 
 
-def place(name: str) -> tuple[int, str]:
-    """Among the variants of the file."""
-    return [*VARIANTS].index(base(name)), name
+def place(name: str) -> tuple[int, int, str]:
+    """Among the variants of the file: trials of one by the number in their name, if there is one."""
+    number = re.search(r"\d+", name)
+    return [*VARIANTS].index(base(name)), int(number[0]) if number else 0, name
 
 
 def variant(name: str) -> str:

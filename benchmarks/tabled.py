@@ -42,7 +42,7 @@ def source(file: str, content: Json, command: str) -> str:
 
 
 def all_of(key: str, content: Json) -> list[Any]:
-    """What a file has under a key: of the whole, or else of each of its parts."""
+    """What a file has under a key: of the whole, and of the run that it went on with, or else of each of its parts."""
     if key in content:
-        return [content[key]]
+        return [*all_of(key, content.get("before", {})), content[key]]
     return [found for part in content.values() if isinstance(part, dict) for found in all_of(key, part)]

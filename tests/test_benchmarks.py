@@ -235,3 +235,43 @@ def test_a_corpus_is_not_made_with_options_that_contradict_each_other(
     with pytest.raises(SystemExit) as end:
         benchmark("corpus").main()
     assert end.value.code == 2 and mistake in capsys.readouterr().err
+
+
+def test_a_run_that_went_on_tells_the_phases_of_both_and_what_was_measured_last(benchmark):
+    continued = benchmark("outcomes").continued
+    short, long = ({"name": name, "tokens": tokens, "seconds": 2.0} for name, tokens in (("short", 10), ("long", 5)))
+    common = {"commit": "a", "machine": {"gpu": "b"}}
+    former = {
+        "phases": [short], "tokens": 10, "seconds": 2.0, "overrides": ["x=1", "y=2"], "student": {"layout": "kda_only"},
+        "command": "first", "needles": {"short": 1}, "error": "of the long rows", **common,
+    }  # fmt: skip
+    part = {
+        "phases": [long], "tokens": 5, "seconds": 2.0, "overrides": ["x=1", "z=3"], "student": None,
+        "command": "second", "needles": {"short": 2, "long": 3}, **common,
+    }  # fmt: skip
+    found = continued(former, part)
+    assert found["phases"] == [short, long] and found["tokens"] == 15 and found["seconds"] == 4.0
+    assert found["overrides"] == ["x=1", "y=2", "z=3"] and found["student"] == {"layout": "kda_only"}
+    assert found["needles"] == {"short": 2, "long": 3} and "error" not in found
+    assert found["before"] == {"command": "first", **common} and found["command"] == "second"
+    again = continued(found, part)
+    assert again["phases"] == [short, long] and again["tokens"] == 15
+    assert benchmark("tabled").all_of("command", {"variants": {"a": found}}) == ["first", "second"]
+
+
+def test_a_student_that_is_given_only_trains_in_long_rows_and_is_measured_before_and_after(benchmark, tmp_path):
+    replication = benchmark("replication")
+    paths = ["--teacher", "t", "--data", "d", "--eval", "e", "--work", str(tmp_path), "--go-on", "s"]
+    args = replication.arguments([*paths, "--variants", "best_kda_only-more", "--long-tokens", "5M"])
+    plan = replication.Replication(args)._plan("best_kda_only-more", tmp_path)
+    run = plan["files"]["run.yaml"]
+    assert [phase["name"] for phase in run["phases"]] == ["long"]
+    assert run["student"] is None and run["model"] == os.path.abspath("s")
+    students = plan["files"]["divergence-2048.yaml"]["students"]
+    assert {name: each["path"] for name, each in students.items()} == {
+        "short": os.path.abspath("s"),
+        "long": str(tmp_path / "run" / "phases" / "1-long"),
+    }
+    for mistake in (["--variants", "best", "best_kda_only"], ["--variants", "best", "--long-tokens", "0"]):
+        with pytest.raises(SystemExit):
+            replication.arguments([*paths, *mistake])
