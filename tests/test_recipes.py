@@ -85,6 +85,9 @@ def small(name: str, teacher: Path, train: Path, held_out: Path, output: Path) -
         small_training(phase, f"phases.{index}.", 128 if "sequence_length" in phase else 64)
         for index, phase in enumerate(recipe.get("phases", []))
     ]
+    for index, phase in enumerate(recipe.get("phases", [])):
+        if "train_dataset" in phase.get("dataset", {}):
+            overrides.append(f"phases.{index}.dataset.train_dataset={{disk_path: {train}}}")
     for override in small_training(recipe, "", 64):
         key = override.partition("=")[0]
         named = [any(each.split("=")[0].endswith(f".{key}") for each in phase) for phase in phases]
