@@ -9,7 +9,8 @@ of a run: what has a column `input_ids` is not tokenised again.
 
 `--returning 0.25` lets passages of a quarter of the documents return (benchmarks/returning.py); `--entries` puts
 numbered entries among these. `--asked 0.25` tells facts in another quarter and asks for them (benchmarks/questions.py).
-Such documents are first joined to `--together` tokens, without their EOS, if that is given.
+Such documents come after the others, so let one file hold all (`--most-mib`). They are first joined to `--together`
+tokens, without their EOS, if that is given.
 """
 
 import argparse
@@ -112,6 +113,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.entries and not args.returning:
         parser.error("--entries are for documents in which passages return: give --returning")
+    if args.together is not None and args.together < 1:
+        parser.error("--together is a number of tokens: at least 1")
     if args.together and not (args.returning or args.asked):
         parser.error("--together is for documents that are written anew: give --returning or --asked")
     if min(args.returning, args.asked) < 0 or args.returning + args.asked > 1:

@@ -1,8 +1,8 @@
-"""Text in which facts are told and asked for later in other words, from which a model learns to keep what matters.
+"""Text in which facts are told and asked for later, from which a model learns to keep what matters.
 
 A fact gives words of the text a number. Between facts and questions stands the text, or a stretch of it over and over,
-as a needle's haystack is made of essays or of a few sentences. Half of the questions stand in the last quarter of a
-document, so that most facts are asked for long after.
+as a needle's haystack is made of essays or of a few sentences; of that text, no more than the stretch is used. Most
+questions stand in the last quarter of a document, so that facts are asked for long after.
 """
 
 import re
@@ -42,24 +42,24 @@ Fact = dict[str, Tokens]
 
 
 def facts_asked_for(tokenizer: PreTrainedTokenizerBase) -> Writer:
-    """Documents with facts and questions, of exactly so many tokens: without a number, of as many as the text has."""
+    """Documents with facts and questions, of exactly so many tokens while the text lasts: without a number, of as many
+    as the text has. One too short for a fact stays as it is.
+    """
 
     def encoded(text: str) -> Tokens:
         return np.array(tokenizer.encode(text, add_special_tokens=False))
 
-    def sentences(wordings: tuple[str, ...]) -> list[Callable[[Fact], Tokens]]:
-        return [sentence(wording) for wording in wordings]
-
-    def sentence(wording: str) -> Callable[[Fact], Tokens]:
+    def filled(wording: str) -> Callable[[Fact], Tokens]:
         parts = [part for part in re.split(r"(\{\w+\})", wording) if part]
         fixed = {part: encoded(part) for part in parts if not part.startswith("{")}
         return lambda fact: np.concatenate([fixed[part] if part in fixed else fact[part[1:-1]] for part in parts])
 
     things = [encoded(f" {thing}") for thing in THINGS]
-    told, asked = (sentences(wordings) for wordings in zip(*TOLD_AND_ASKED, strict=True))
-    space, digits = encoded(" "), np.concatenate([encoded(str(digit)) for digit in range(10)])
-    is_word = np.zeros(len(tokenizer), bool)
-    for token, place in tokenizer.get_vocab().items():
+    told, asked = ([filled(wording) for wording in wordings] for wordings in zip(*TOLD_AND_ASKED, strict=True))
+    space, digits = encoded(" "), np.concatenate([encoded(str(digit))[-1:] for digit in range(10)])
+    vocabulary = tokenizer.get_vocab()
+    is_word = np.zeros(max(vocabulary.values()) + 1, bool)
+    for token, place in vocabulary.items():
         is_word[place] = len(token) > 5 and token[0] in "Ġ▁" and token[1:].isalpha()
 
     def fact_of(text: Tokens, generator: np.random.Generator) -> Fact:
@@ -74,8 +74,10 @@ def facts_asked_for(tokenizer: PreTrainedTokenizerBase) -> Writer:
     def write(text: Tokens, generator: np.random.Generator, most: int | None) -> tuple[Tokens, int]:
         if most is None:  # its last token ends it
             return np.append(write(text[:-1], generator, len(text) - 1)[0], text[-1:]), len(text)
+        if most < FACT_EVERY:
+            return text[:most], min(most, len(text))
         sentences: list[tuple[float, Tokens]] = []
-        for _ in range(between(generator, (1, max(most // FACT_EVERY, 1)))):
+        for _ in range(between(generator, (1, most // FACT_EVERY))):
             fact = fact_of(text[:most], generator)
             place = 0.75 * generator.random()
             wording = generator.integers(len(told))
@@ -84,7 +86,7 @@ def facts_asked_for(tokenizer: PreTrainedTokenizerBase) -> Writer:
                 again = generator.uniform(earliest, 1)
                 sentences.append((again, asked[wording](fact)))
         sentences.sort(key=lambda each: each[0])
-        room = max(most - sum(len(each) for _, each in sentences), 0)
+        room = most - sum(len(each) for _, each in sentences)
         used = min(room, len(text))
         between_them = text[:used]
         if generator.random() < 0.5:
@@ -94,6 +96,6 @@ def facts_asked_for(tokenizer: PreTrainedTokenizerBase) -> Writer:
         document = [
             part for each, (_, sentence) in zip(parts[:-1], sentences, strict=True) for part in (each, sentence)
         ]
-        return np.concatenate([*document, parts[-1]]).astype(text.dtype)[:most], max(used, 1)
+        return np.concatenate([*document, parts[-1]]).astype(text.dtype), used
 
     return write

@@ -196,17 +196,17 @@ def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
             parts += [f"{heading} ({task}), by tokens of the prompt:", needle_table(models, task)]
             if student == "short":
                 parts.append(needle_picture(f"replication-{short_name}", heading, models, task, [*done], trained))
-                parts += by_depth(done, task, kind)
+            parts += by_depth(done, task, student, heading)
     return parts
 
 
-def by_depth(done: dict[str, Json], task: str, kind: str) -> list[Part]:
+def by_depth(done: dict[str, Json], task: str, student: str, heading: str) -> list[Part]:
     """Where in the prompt the needles lay that KDA alone found."""
     measured_depths = {
         (name, length): found
         for name, variant in done.items()
         if base(name) in ALONE
-        for length, found in variant.get("needles_by_depth", {}).get("short", {}).get(task, {}).items()
+        for length, found in variant.get("needles_by_depth", {}).get(student, {}).get(task, {}).items()
     }
     if not measured_depths:
         return []
@@ -220,7 +220,7 @@ def by_depth(done: dict[str, Json], task: str, kind: str) -> list[Part]:
         for (name, length), found in measured_depths.items()
     ]
     header = ["student", "prompt", *(whole_percent(float(depth)) for depth in depths)]
-    return [f"{kind} that KDA alone finds, by the share of the prompt that lies before them:", grid(header, rows)]
+    return [f"{heading}, by KDA alone, by the share of the prompt that lies before them:", grid(header, rows)]
 
 
 def lengths_of(models: dict[str, Json], task: str) -> list[int]:

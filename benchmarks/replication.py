@@ -13,7 +13,7 @@ a time; the evaluations of one run side by side. Each is written to `--output` a
 with the last line of its log; the same command again goes on where it was stopped and repeats nothing that is finished.
 
 `--go-on STUDENT` takes what a former run of a variant has trained in short rows, perhaps elsewhere, trains it in long
-ones and measures both; the phases that `--output` knows of that variant stay before its own.
+ones and measures both, in a `--work` of its own; the phases that `--output` knows of that variant stay before its own.
 
 `--data` and `--eval` are text, or tokens that benchmarks/corpus.py has made; `--tokenize` makes them here, once.
 """
@@ -198,10 +198,15 @@ class Replication:
 
     def _keep(self, name: str, part: Json) -> None:
         """Write a variant, or the teacher, into the file; what else it holds stays."""
+        self._write(name, {**part, **self._provenance()})
+
+    def _provenance(self) -> Json:
+        return {**provenance(), "command": shlex.join(["python", *shown_command(self.args)])}
+
+    def _write(self, name: str, part: Json) -> None:
         with self._lock:
             output = self.args.output
             former = json.loads(output.read_text()) if output.exists() else {}
-            part = {**part, **provenance(), "command": shlex.join(["python", *shown_command(self.args)])}
             variants = former.get("variants", {})
             if name == TEACHER:
                 former = {**former, TEACHER: part}
@@ -214,7 +219,7 @@ class Replication:
 
     def _keep_failure(self, name: str, error: Exception) -> None:
         """Beside what was measured, where that is much."""
-        self._keep(name, {**self._known(name), "error": str(error)})
+        self._write(name, {**self._provenance(), **self._known(name), "error": str(error)})
 
     def _known(self, name: str) -> Json:
         """What the file holds of a variant, or of the teacher."""
@@ -280,7 +285,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--haystack", help="text that hides needles; --eval by default, which then must be text")
     parser.add_argument("--tokens", type=parse_tokens, default="40M", help="of all phases of short rows together")
     parser.add_argument("--long-tokens", type=tokens_or_zero, default="8M", help="of the phase of long rows; 0: none")
-    parser.add_argument("--go-on", metavar="STUDENT", help="of one variant, trained in short rows: only its long rows")
+    parser.add_argument(
+        "--go-on", metavar="STUDENT", help="folder of one variant's, trained in short rows: only long rows"
+    )
     parser.add_argument("--work", required=True, help="folder of everything but the result")
     parser.add_argument("--output", type=Path, default=RESULTS / "replication.json")
     parser.add_argument("--variants", nargs="+", type=variant, default=[*VARIANTS, TEACHER])
@@ -307,8 +314,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
     args.words = words
     args.work, args.data, args.eval = (os.path.abspath(path) for path in (args.work, args.data, args.eval))
     args.go_on = os.path.abspath(args.go_on) if args.go_on else None
-    if args.go_on and (len(args.variants) > 1 or not args.long_tokens):
+    if args.go_on and (len(args.variants) > 1 or args.variants == [TEACHER] or not args.long_tokens):
         parser.error("--go-on is for one variant and its long rows: give --variants NAME and --long-tokens")
+    if args.go_on and not os.path.isdir(args.go_on):
+        parser.error(f"--go-on: no folder {args.go_on}; give that of a trained student")
     args.haystack = os.path.abspath(args.haystack) if args.haystack else args.eval
     args.teacher = os.path.abspath(args.teacher) if os.path.exists(args.teacher) else args.teacher
     gguf = {"gguf_file": args.gguf_file} if args.gguf_file else {}

@@ -82,12 +82,12 @@ def run_of(name: str, folder: Path, args: argparse.Namespace) -> Json:
     """The whole YAML of a variant's run, into `folder`/run; rows of one length are prepared once for all variants."""
     recipe, changes, phases_of = VARIANTS[base(name)]
     phases = [phase for phase in phases_of(args) if phase["name"] != "long" or args.long_tokens]
-    if args.go_on:
-        phases, changes = phases[-1:], {**changes, "student": None, "model": args.go_on}
     for position, phase in enumerate(phases):
         length = phase.get("sequence_length", args.sequence_length)
         prepared = Path(args.work) / "prepared" / f"{length}-{SEED + position}"
         phase["dataset"] = {"seed": SEED + position, "prepared_dataset_path": str(prepared)}
+    if args.go_on:
+        phases, changes = phases[-1:], {**changes, "student": None, "model": args.go_on}
     return {
         "extends": str(RECIPES / recipe),
         "project_name": f"replication-{name.replace('_', '-')}",

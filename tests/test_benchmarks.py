@@ -220,6 +220,7 @@ def test_facts_stand_in_running_text_or_in_a_stretch_of_it_over_and_over(benchma
     ("options", "mistake"),
     [
         ("--asked 0.5 --entries", "--entries are for documents in which passages return: give --returning"),
+        ("--returning 0.5 --together 0", "--together is a number of tokens: at least 1"),
         ("--together 2048", "--together is for documents that are written anew: give --returning or --asked"),
         (
             "--returning 0.75 --asked 0.5",
@@ -254,24 +255,51 @@ def test_a_run_that_went_on_tells_the_phases_of_both_and_what_was_measured_last(
     assert found["overrides"] == ["x=1", "y=2", "z=3"] and found["student"] == {"layout": "kda_only"}
     assert found["needles"] == {"short": 2, "long": 3} and "error" not in found
     assert found["before"] == {"command": "first", **common} and found["command"] == "second"
-    again = continued(found, part)
+    again = continued(found, part)  # the same long rows once more
     assert again["phases"] == [short, long] and again["tokens"] == 15
+    assert again["before"] == found["before"]
     assert benchmark("tabled").all_of("command", {"variants": {"a": found}}) == ["first", "second"]
 
 
-def test_a_student_that_is_given_only_trains_in_long_rows_and_is_measured_before_and_after(benchmark, tmp_path):
+def test_a_student_that_is_given_only_trains_in_long_rows_and_is_measured_before_and_after(benchmark, tmp_path, capsys):
     replication = benchmark("replication")
-    paths = ["--teacher", "t", "--data", "d", "--eval", "e", "--work", str(tmp_path), "--go-on", "s"]
+    paths = ["--teacher", "t", "--data", "d", "--eval", "e", "--work", str(tmp_path)]
+    whole = replication.arguments([*paths, "--variants", "best_kda_only", "--long-tokens", "5M"])
+    paths += ["--go-on", str(tmp_path)]
     args = replication.arguments([*paths, "--variants", "best_kda_only-more", "--long-tokens", "5M"])
     plan = replication.Replication(args)._plan("best_kda_only-more", tmp_path)
     run = plan["files"]["run.yaml"]
+    assert run["phases"] == benchmark("variants").run_of("best_kda_only", tmp_path, whole)["phases"][-1:]
     assert [phase["name"] for phase in run["phases"]] == ["long"]
-    assert run["student"] is None and run["model"] == os.path.abspath("s")
+    assert run["student"] is None and run["model"] == str(tmp_path)
     students = plan["files"]["divergence-2048.yaml"]["students"]
     assert {name: each["path"] for name, each in students.items()} == {
-        "short": os.path.abspath("s"),
+        "short": str(tmp_path),
         "long": str(tmp_path / "run" / "phases" / "1-long"),
     }
-    for mistake in (["--variants", "best", "best_kda_only"], ["--variants", "best", "--long-tokens", "0"]):
+    one = "--go-on is for one variant and its long rows"
+    for mistake, told in (
+        (["--variants", "best", "best_kda_only"], one),
+        (["--variants", "teacher"], one),
+        (["--variants", "best", "--long-tokens", "0"], one),
+        (["--variants", "best", "--go-on", str(tmp_path / "none")], "--go-on: no folder"),
+    ):
         with pytest.raises(SystemExit):
             replication.arguments([*paths, *mistake])
+        assert told in capsys.readouterr().err
+
+
+def test_trials_stand_in_the_order_of_their_tokens(benchmark):
+    names = ["best_kda_only-185M-asked", "best-85M", "hybrid", "best_kda_only-85M", "best_kda_only"]
+    expected = ["hybrid", "best-85M", "best_kda_only", "best_kda_only-85M", "best_kda_only-185M-asked"]
+    assert sorted(names, key=benchmark("replication").place) == expected
+
+
+@needs_smollm2
+def test_a_document_too_short_for_a_fact_stays_as_it_is_and_others_keep_their_end(benchmark, words):
+    write = benchmark("questions").facts_asked_for(smollm2_tokenizer())
+    for length in (20, 150, 400):
+        text = np.append(words[: length - 1], words.dtype.type(0))
+        document, used = write(text, np.random.default_rng(0), None)
+        assert len(document) == used == length and document[-1] == 0
+        assert np.array_equal(document, text) == (length < 170)

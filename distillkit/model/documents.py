@@ -29,7 +29,9 @@ class ChunkPlan:
     num_chunks: int
 
 
-@dataclass(eq=False)  # not frozen: torch.compile (2.11) would make a graph for each number of documents
+@dataclass(
+    eq=False
+)  # tensors have no one equality. Not frozen: torch.compile 2.11 made a graph of each number of documents
 class Documents:
     """Documents laid end to end; not changed once made.
 
