@@ -25,14 +25,14 @@ import pyarrow.parquet as pq
 from measuring import MIB
 from questions import facts_asked_for
 from returning import entries_of, passages_that_return
-from rewriting import rewritten
+from rewriting import documents_of, rewritten
 from transformers import PreTrainedTokenizerBase
 
 from distillkit.config import DatasetSource
 from distillkit.config.loading import load_run_config
 from distillkit.config.phases import phases_of
 from distillkit.data import build_datasets
-from distillkit.data.rows import RowFormat, list_entries, running_sums, tokenize_rows
+from distillkit.data.rows import RowFormat, list_entries, tokenize_rows
 from distillkit.data.sources import load_source
 from distillkit.pretrained import load_tokenizer, where
 
@@ -43,8 +43,7 @@ def tokenised(path: str, tokenizer: PreTrainedTokenizerBase, processes: int | No
     documents = tokenize_rows(rows, tokenizer, RowFormat(), num_proc=processes, key="--data")
     lengths, ids = list_entries(documents.with_format("arrow")[:]["input_ids"])
     width = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
-    offsets = running_sums(lengths)
-    return pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), ids.cast(width))})
+    return documents_of(lengths, ids.cast(width))
 
 
 def write(documents: pa.Table, path: Path, level: int = 3) -> int:

@@ -13,7 +13,7 @@ from distillkit.reporting.training import NOT_LOSSES
 POINTS = 40
 """Of a curve; more than a picture shows are not kept."""
 
-OF_A_RUN = ("command", "commit", "machine", "versions", "seconds_in_all", "before", "note")
+OF_A_RUN = ("command", "commit", "machine", "versions", "seconds_in_all", "note")
 """What is kept of a run with whose student another goes on."""
 
 Json = dict[str, Any]
@@ -66,16 +66,14 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
 def continued(former: Json, part: Json) -> Json:
     """A variant with whose student another run went on: the phases of both, and the rest as it was measured last."""
     own = [phase["name"] for phase in part["phases"]]
-    earlier = [phase for phase in former["phases"] if phase["name"] not in own]
-    repeated = len(earlier) < len(former["phases"])
-    phases = [*earlier, *part["phases"]]
+    phases = [*(phase for phase in former["phases"] if phase["name"] not in own), *part["phases"]]
     return {
         **part,
         **{key: sum(phase[key] for phase in phases) for key in ("tokens", "seconds")},
         "overrides": [*dict.fromkeys([*former["overrides"], *part["overrides"]])],
         "student": former["student"],
         "phases": phases,
-        "before": former.get("before") if repeated else {key: former[key] for key in OF_A_RUN if key in former},
+        "before": former.get("before") or {key: former[key] for key in OF_A_RUN if key in former},
     }
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-from rewriting import Tokens, Writer, between
+from rewriting import Tokens, Writer, between, digits_of, encoded
 from transformers import PreTrainedTokenizerBase
 
 FACT_EVERY = 170
@@ -46,17 +46,14 @@ def facts_asked_for(tokenizer: PreTrainedTokenizerBase) -> Writer:
     as the text has. One too short for a fact stays as it is.
     """
 
-    def encoded(text: str) -> Tokens:
-        return np.array(tokenizer.encode(text, add_special_tokens=False))
-
     def filled(wording: str) -> Callable[[Fact], Tokens]:
         parts = [part for part in re.split(r"(\{\w+\})", wording) if part]
-        fixed = {part: encoded(part) for part in parts if not part.startswith("{")}
+        fixed = {part: encoded(tokenizer, part) for part in parts if not part.startswith("{")}
         return lambda fact: np.concatenate([fixed[part] if part in fixed else fact[part[1:-1]] for part in parts])
 
-    things = [encoded(f" {thing}") for thing in THINGS]
+    things = [encoded(tokenizer, f" {thing}") for thing in THINGS]
     told, asked = ([filled(wording) for wording in wordings] for wordings in zip(*TOLD_AND_ASKED, strict=True))
-    space, digits = encoded(" "), np.concatenate([encoded(str(digit))[-1:] for digit in range(10)])
+    space, digits = encoded(tokenizer, " "), digits_of(tokenizer)
     vocabulary = tokenizer.get_vocab()
     is_word = np.zeros(max(vocabulary.values()) + 1, bool)
     for token, place in vocabulary.items():

@@ -190,8 +190,8 @@ def found_needles(done: dict[str, Json], teacher: Json | None) -> list[Part]:
             models = {name: needles for name, needles in named.items() if task in needles}
             if not models:
                 continue
+            trained = next(done[name]["trained_length"][student] for name in models)
             models = {name: needles for name, needles in teachers.items() if task in needles} | models
-            trained = next(done[name]["trained_length"][student] for name in models if name in done)
             heading = f"{kind} found after training on {numbers.length(trained)}"
             parts += [f"{heading} ({task}), by tokens of the prompt:", needle_table(models, task)]
             if student == "short":

@@ -8,7 +8,7 @@ tokens of the text a number of random digits; as many come again as are new.
 from collections.abc import Callable
 
 import numpy as np
-from rewriting import Tokens, Writer, between
+from rewriting import Tokens, Writer, between, digits_of, encoded
 from transformers import PreTrainedTokenizerBase
 
 PASSAGE = (16, 64)
@@ -27,9 +27,7 @@ def passages_that_return(entry: Entry | None = None) -> Writer:
     return lambda text, generator, most: written(text, generator, entry, most)
 
 
-def written(
-    text: Tokens, generator: np.random.Generator, entry: Entry | None, most: int | None = None
-) -> tuple[Tokens, int]:
+def written(text: Tokens, generator: np.random.Generator, entry: Entry | None, most: int | None) -> tuple[Tokens, int]:
     """The text with what returns, at most so many tokens of it, and how many of its own tokens that took."""
     document = np.empty(0, text.dtype)
     entries: list[Tokens] = []
@@ -56,10 +54,6 @@ def written(
 
 def entries_of(tokenizer: PreTrainedTokenizerBase) -> Entry:
     """Entries in the tokens of a tokenizer."""
-
-    def encoded(text: str) -> Tokens:
-        return np.array(tokenizer.encode(text, add_special_tokens=False))
-
-    before, middle, after = map(encoded, ("\nEntry", ": ", ".\n"))
-    digits = [encoded(str(digit)) for digit in range(10)]
-    return lambda key, number: np.concatenate([before, key, middle, *(digits[each] for each in number), after])
+    before, middle, after = (encoded(tokenizer, part) for part in ("\nEntry", ": ", ".\n"))
+    digits = digits_of(tokenizer)
+    return lambda key, number: np.concatenate([before, key, middle, digits[number], after])

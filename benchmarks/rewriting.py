@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from distillkit.data.rows import list_entries, running_sums
 
@@ -37,10 +38,21 @@ def rewritten(
             document, used = write(joined[start:], generator, together)
             written.append(document)
             start += used
-    offsets = running_sums(np.array([len(text) for text in written]))
-    return pa.table(
-        {"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(written), ids.type))}
-    )
+    return documents_of(np.array([len(text) for text in written]), pa.array(np.concatenate(written), ids.type))
+
+
+def documents_of(lengths: np.ndarray, ids: pa.Array) -> pa.Table:
+    """Documents in column `input_ids`, of so many tokens each."""
+    return pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(running_sums(lengths)), ids)})
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
+    return np.array(tokenizer.encode(text, add_special_tokens=False))
+
+
+def digits_of(tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The token of each digit within a number: the last, where a tokenizer begins a text with one of its own."""
+    return np.concatenate([encoded(tokenizer, str(digit))[-1:] for digit in range(10)])
 
 
 def between(generator: np.random.Generator, ends: tuple[int, int]) -> int:

@@ -258,6 +258,8 @@ def test_a_run_that_went_on_tells_the_phases_of_both_and_what_was_measured_last(
     again = continued(found, part)  # the same long rows once more
     assert again["phases"] == [short, long] and again["tokens"] == 15
     assert again["before"] == found["before"]
+    whole = {**former, "phases": [short, long]}  # a run that had long rows of its own
+    assert continued(whole, part)["before"]["command"] == "first"
     assert benchmark("tabled").all_of("command", {"variants": {"a": found}}) == ["first", "second"]
 
 

@@ -8,7 +8,7 @@ import copy
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,7 @@ def build_student(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybrid
         attention, kda = teacher.get_decoder().layers[index].self_attn, model.model.layers[index].self_attn
         kda.to_empty(device=attention.q_proj.weight.device).to(attention.q_proj.weight.dtype)
         copy_attention(kda, attention)
-        distance = distances[index] if distances else None
-        initialize_new_parameters(kda, student.initialization, std, generator, distance)
+        initialize_new_parameters(kda, student.initialization, std, generator, distances.get(index))
     model.tie_weights()
     model.eval()
     if student.initialization.output_scale == "fitted":
@@ -122,9 +121,7 @@ def attended_distances(teacher: PreTrainedModel, layers: list[int], input_ids: T
     Raises `UserError` for a teacher that does not tell its attention weights.
     """
     found: dict[int, Tensor] = {}
-    handles = []
     decoder = teacher.get_decoder()
-    implementation = teacher.config._attn_implementation
 
     def take_weights(attention: nn.Module, _: Any, output: tuple[Tensor, Tensor | None]) -> None:
         if output[1] is None:
@@ -135,16 +132,18 @@ def attended_distances(teacher: PreTrainedModel, layers: list[int], input_ids: T
         found[places[attention]] = looked_back(output[1]).cpu()
 
     places = {decoder.layers[index].self_attn: index for index in layers}
-    try:
+    with ExitStack() as stack:
         for attention in places:
-            handles.append(attention.register_forward_hook(take_weights))
+            stack.enter_context(attention.register_forward_hook(take_weights))
+        stack.callback(teacher.set_attn_implementation, teacher.config._attn_implementation)
         teacher.set_attn_implementation("eager")  # no other tells its weights
-        decoder(input_ids=input_ids.to(teacher.get_input_embeddings().weight.device), use_cache=False)
-    finally:
-        teacher.set_attn_implementation(implementation)
-        for handle in handles:
-            handle.remove()
+        _read(teacher, input_ids)
     return found
+
+
+def _read(teacher: PreTrainedModel, input_ids: Tensor) -> None:
+    """Run the teacher's decoder for what its hooks take."""
+    teacher.get_decoder()(input_ids=input_ids.to(teacher.get_input_embeddings().weight.device), use_cache=False)
 
 
 def student_on_meta(teacher_config: PreTrainedConfig, student: StudentConfig) -> KDAHybridForCausalLM:
@@ -212,24 +211,20 @@ def _attention_traffic(
     """What the attention of each of the layers is given, and what its heads make of it before `o_proj`."""
     given: dict[int, Tensor] = {}
     made: dict[int, Tensor] = {}
-    handles = []
     decoder = teacher.get_decoder()
-    for index in layers:
-        attention = decoder.layers[index].self_attn
+    with ExitStack() as stack:
+        for index in layers:
+            attention = decoder.layers[index].self_attn
 
-        def take_input(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], index: int = index) -> None:
-            given[index] = args[0] if args else kwargs["hidden_states"]
+            def take_input(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                given[index] = args[0] if args else kwargs["hidden_states"]
 
-        def take_output(_: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
-            made[index] = args[0]
+            def take_output(_: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
+                made[index] = args[0]
 
-        handles.append(attention.register_forward_pre_hook(take_input, with_kwargs=True))
-        handles.append(attention.o_proj.register_forward_pre_hook(take_output))
-    try:
-        decoder(input_ids=input_ids.to(teacher.get_input_embeddings().weight.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+            stack.enter_context(attention.register_forward_pre_hook(take_input, with_kwargs=True))
+            stack.enter_context(attention.o_proj.register_forward_pre_hook(take_output))
+        _read(teacher, input_ids)
     return {index: (given[index], made[index]) for index in layers}
 
 

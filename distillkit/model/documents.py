@@ -29,11 +29,12 @@ class ChunkPlan:
     num_chunks: int
 
 
-@dataclass(
-    eq=False
-)  # tensors have no one equality. Not frozen: torch.compile 2.11 made a graph of each number of documents
+@dataclass(eq=False)
 class Documents:
     """Documents laid end to end; not changed once made.
+
+    Not frozen all the same: torch.compile 2.11 looks at all that a frozen dataclass holds, and would make a graph for
+    each number of documents.
 
     lengths: tokens of each document, in order; 0 is allowed.
     index: ``[tokens]``, where each token lies in the flattened ``batch * tokens`` input; ``None`` if all of it is used.

@@ -66,7 +66,7 @@ def test_front_matter_is_what_the_hub_reads(tmp_path):
 def test_no_path_of_the_machine(tmp_path):
     folder = finished(tmp_path / "run")
     record = json.loads((folder / "run.json").read_text())
-    record["command"] = "distillkit /home/someone/recipes/run.yaml output_path=/home/someone/runs/one --resume"
+    record["command"] = "distillkit /srv/someone/recipes/run.yaml output_path=/srv/someone/runs/one --resume"
     (folder / "run.json").write_text(json.dumps(record))
     card = card_of(folder)
     assert "someone" not in card
@@ -85,9 +85,9 @@ def test_no_path_inside_of_a_word_of_the_command(tmp_path):
     words = [
         "distillkit",
         "~/recipes/run.yaml",
-        "dataset.train_dataset={disk_path: /home/alice/private/t.parquet, split: train}",
-        'phases=["/home/alice/a b/one.yaml",~alice/two.yaml]',
-        "output_path=/home/alice/runs/",
+        "dataset.train_dataset={disk_path: /srv/alice/private/t.parquet, split: train}",
+        'phases=["/srv/alice/a b/one.yaml",~alice/two.yaml]',
+        "output_path=/srv/alice/runs/",
         "teacher.endpoint=https://host/v1/models",
         "model=someone/model",
     ]
