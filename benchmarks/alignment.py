@@ -38,13 +38,13 @@ from distillkit.config import DatasetSource, RunConfig, StudentConfig
 from distillkit.conversion import student_on_meta
 from distillkit.conversion.convert import convert
 from distillkit.data import build_dataset
-from distillkit.pretrained import load_tokenizer
+from distillkit.models.loading import load_tokenizer
+from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.training import distill
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.freezing import freeze
-from distillkit.training.models import checkpoint_layers
 from distillkit.training.precision import cast_for_training
-from distillkit.varlen_attention import use_varlen_attention
+from distillkit.training.setup import checkpoint_layers
 
 SHAPES = {"smollm2": SMOLLM2, "afm": AFM}
 # Alignment first: on a CPU only the highest peak of the process is known, and the other's is higher.

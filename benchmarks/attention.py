@@ -17,8 +17,8 @@ import torch
 from measuring import MIB, RESULTS, peak_memory, provenance
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distillkit.teacher.decoder import decode
-from distillkit.varlen_attention import VARLEN
+from distillkit.models.decoder import decode
+from distillkit.models.varlen_attention import VARLEN
 
 REPEATS = 5
 

@@ -35,7 +35,7 @@ from measuring import RESULTS, provenance
 from distillkit.compression import Codec, build_codec
 from distillkit.distribution import DenseDistribution, SparseDistribution
 from distillkit.losses.divergences import over_vocabulary
-from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.models.loading import load_model, load_tokenizer
 from distillkit.shards import fitted_background
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

@@ -34,7 +34,7 @@ from distillkit.config.phases import phases_of
 from distillkit.data import build_datasets
 from distillkit.data.rows import RowFormat, list_entries, tokenize_rows
 from distillkit.data.sources import load_source
-from distillkit.pretrained import load_tokenizer, where
+from distillkit.models.loading import load_tokenizer, where
 
 
 def tokenised(path: str, tokenizer: PreTrainedTokenizerBase, processes: int | None = None) -> pa.Table:

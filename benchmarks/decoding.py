@@ -26,10 +26,10 @@ from steps import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distillkit.config import StudentConfig
-from distillkit.config.suites import SpeedConfig
+from distillkit.config.evaluate import SpeedConfig
 from distillkit.conversion import build_student
 from distillkit.evaluation.speed import measure_speed
-from distillkit.pretrained import load_model
+from distillkit.models.loading import load_model
 from distillkit.training.precision import cast_for_training
 
 MODELS = ("teacher", "hybrid", "kda_only")

@@ -67,7 +67,7 @@ def step(run, sequence: list[torch.Tensor]) -> None:
 
 
 def ours(*sequence: torch.Tensor) -> torch.Tensor:
-    from distillkit.model.delta_rule import chunk_kda
+    from distillkit.student.network.delta_rule import chunk_kda
 
     return chunk_kda(*sequence)[0]
 

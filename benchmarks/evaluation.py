@@ -17,8 +17,8 @@ import torch
 from measuring import RESULTS, provenance
 
 from distillkit.config import StudentConfig
-from distillkit.config.evaluate import check_evaluate_ready
-from distillkit.config.suites import EvaluateConfig
+from distillkit.config.evaluate import EvaluateConfig
+from distillkit.config.evaluate_options import check_evaluate_ready
 from distillkit.conversion import convert
 from distillkit.evaluation import evaluate
 

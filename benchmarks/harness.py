@@ -17,9 +17,9 @@ from typing import Any
 
 from measuring import RESULTS, provenance
 
-from distillkit.config.suites import EvaluateConfig
+from distillkit.config.evaluate import EvaluateConfig
 from distillkit.evaluation import evaluate
-from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.models.loading import load_model, load_tokenizer
 
 TASKS = Path(__file__).parent.parent / "tests" / "evaluation" / "tasks"
 NAMES = ("distillkit_facts", "distillkit_sums")

@@ -31,13 +31,13 @@ from transformers import PreTrainedModel
 from distillkit.config import DatasetSource, LossConfig, StudentConfig
 from distillkit.conversion import build_student
 from distillkit.conversion.convert import fit_output_scales
-from distillkit.conversion.initialize import set_memory
 from distillkit.data import build_dataset, collate
 from distillkit.evaluation.divergence import measure_divergence
 from distillkit.losses.objective import ModelShape, Objective, counted_rows
-from distillkit.model import KDAHybridForCausalLM, KimiDeltaAttention
-from distillkit.pretrained import load_model, load_tokenizer
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.models.loading import load_model, load_tokenizer
+from distillkit.student.mixers.kda.initialize import set_memory
+from distillkit.student.network import KDAHybridForCausalLM, KimiDeltaAttention
+from distillkit.teacher.live import LiveTeacher
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze
 from distillkit.training.precision import cast_for_training
@@ -126,7 +126,7 @@ def train(student: KDAHybridForCausalLM, teacher: PreTrainedModel, batches: list
     """One optimizer step per batch; returns each step's loss."""
     shape = ModelShape(student.config.hidden_size, student.config.num_hidden_layers)
     objective = Objective(LOSSES, "all", shape, shape)
-    online = OnlineTeacher(teacher, objective.teacher_layers, final_norm=objective.taps_final_norm)
+    online = LiveTeacher(teacher, objective.teacher_layers, final_norm=objective.taps_final_norm)
     distiller = Distiller(student, objective).train()
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)

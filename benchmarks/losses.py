@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from measuring import MIB, RESULTS, free_memory, in_own_process, peak_memory, provenance
 
 from distillkit.distribution import DenseDistribution
-from distillkit.losses import DISTRIBUTION_LOSSES, DistributionTerm, chunked_vocabulary_losses
+from distillkit.losses import DISTRIBUTION_LOSSES, LossTerm, chunked_vocabulary_losses
 from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from distillkit.losses.vocabulary_head import chunk_tokens_within
 
 TERMS = [
-    DistributionTerm("cross_entropy", "cross_entropy", 0.5),
-    DistributionTerm("kl", "kl", 0.5, {"temperature": 2.0}),
+    LossTerm("cross_entropy", "cross_entropy", 0.5),
+    LossTerm("kl", "kl", 0.5, {"temperature": 2.0}),
 ]
 METHODS = ("dense", "chunked")
 

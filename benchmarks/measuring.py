@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distillkit.provenance import commit, versions
+from distillkit.runs.provenance import commit, versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

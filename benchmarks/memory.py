@@ -32,8 +32,8 @@ from transformers.utils import logging as transformers_logging
 from distillkit.config import RunConfig
 from distillkit.planning import plan_run
 from distillkit.training.arguments import build_training_arguments
-from distillkit.training.models import checkpoint_layers
 from distillkit.training.precision import compute_dtype
+from distillkit.training.setup import checkpoint_layers
 
 GIB = 2**30
 STEPS = 3

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from measuring import RESULTS, provenance
 
-from distillkit.config.suites import NeedlesConfig
+from distillkit.config.evaluate import NeedlesConfig
 from distillkit.evaluation.needles import measure_needles
-from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.models.loading import load_model, load_tokenizer
 
 
 def measure(args: argparse.Namespace, haystack: str) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from measuring import RESULTS, provenance
 
-from distillkit.capture.capture import capture
+from distillkit.capture.run import capture
 from distillkit.capture.summary import CaptureSummary
 from distillkit.config import DatasetSource, RunConfig, StudentConfig
 from distillkit.config.capture import CaptureConfig
 from distillkit.conversion import convert
 from distillkit.data.sources import load_source
-from distillkit.pretrained import load_pretrained_config
+from distillkit.models.loading import load_pretrained_config
 from distillkit.training import distill
 
 SMOOTHED_OVER = 10

@@ -7,7 +7,7 @@ from typing import Any
 
 from measuring import ROOT
 
-from distillkit.config.suites import TEACHER
+from distillkit.config.evaluate import TEACHER
 from distillkit.reporting.training import NOT_LOSSES
 
 POINTS = 40

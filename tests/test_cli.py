@@ -278,6 +278,6 @@ def test_an_error_of_the_system_names_a_file_only_where_it_has_one(
         def failing(config: object, error: OSError = error) -> None:
             raise error
 
-        monkeypatch.setattr("distillkit.training.distill", failing)
+        monkeypatch.setattr("distillkit.training.phase", failing)
         assert main(planned) == 2
         assert capsys.readouterr().err == line

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from distillkit.capture.capture import capture
+from distillkit.capture.run import capture
 from distillkit.config import RunConfig, StudentConfig, load_run_config, phases_of
 from distillkit.config.capture import CaptureConfig, load_capture_config
 from distillkit.config.loading import read_yaml

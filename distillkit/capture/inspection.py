@@ -28,10 +28,10 @@ from distillkit.config import UserError
 from distillkit.console import say
 from distillkit.data import tokenizer_hash
 from distillkit.distribution import SparseDistribution
-from distillkit.pretrained import WHERE, load_model, load_tokenizer, where
+from distillkit.models.decoder import check_head
+from distillkit.models.loading import WHERE, load_model, load_tokenizer, where
 from distillkit.shards import Manifest, read_background, read_manifest, signal_tensor, verify_shards
-from distillkit.teacher.decoder import check_head
-from distillkit.teacher.tokenizer import read_tokenizer
+from distillkit.teacher.captured_tokenizer import read_tokenizer
 
 ALTERNATIVES = 5
 TOKENS_COMPARED = 4096
@@ -74,7 +74,9 @@ def inspect_dataset(
     console = console or Console()
     manifest = _manifest(folder)
     if manifest is None and (verify or teacher is not None):
-        raise UserError(f"DATASET: {folder} has no manifest.json that it could be held to; inspect it without options")
+        raise UserError(
+            "DATASET", f"{folder} has no manifest.json that it could be held to; inspect it without options"
+        )
     if manifest is None:
         _print_pairs(console, describe_published(folder))
         return True
@@ -134,7 +136,7 @@ def describe_published(folder: Path) -> Lines:
             tokens = sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() or 0 for batch in batches)
         counted = rows.count_rows()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"DATASET: {folder} cannot be read: {error}") from error
+        raise UserError("DATASET", f"{folder} cannot be read: {error}") from error
     return [
         ("codec", "not known, as there is no manifest; the YAML of a distillation has to name it"),
         ("columns", ", ".join(columns)),
@@ -154,7 +156,7 @@ def stored_rows(folder: Path, manifest: Manifest, codec: Codec) -> Iterator[Stor
                 for batch in file.iter_batches(batch_size=1, columns=names):
                     yield _decoded(pa.table(batch), codec)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{record.file}: cannot be read; inspect --verify tells what is wrong ({error})") from error
+            raise UserError(record.file, f"cannot be read; inspect --verify tells what is wrong ({error})") from error
 
 
 def compare(folder: Path, manifest: Manifest, codec: Codec, engine: TransformersEngine) -> Fidelity:
@@ -166,8 +168,9 @@ def compare(folder: Path, manifest: Manifest, codec: Codec, engine: Transformers
     """
     if engine.vocabulary_size != manifest.vocabulary_size:
         raise UserError(
-            f"--teacher: its head has {engine.vocabulary_size} columns, that of the captured one "
-            f"{manifest.vocabulary_size}; it is another model"
+            "--teacher",
+            f"its head has {engine.vocabulary_size} columns, that of the captured one "
+            f"{manifest.vocabulary_size}; it is another model",
         )
     meter = FidelityMeter(read_background(folder, manifest))
     compared = 0
@@ -189,18 +192,19 @@ def compare(folder: Path, manifest: Manifest, codec: Codec, engine: Transformers
 def _manifest(folder: Path) -> Manifest | None:
     """None for a dataset that was published by others."""
     if not folder.is_dir():
-        raise UserError(f"DATASET: no such folder: {str(folder)!r}")
+        raise UserError("DATASET", f"no such folder: {str(folder)!r}")
     manifest = read_manifest(folder)
     if manifest is not None:
         return manifest
     shards = len(list(folder.glob("shard-*.json")))
     if (folder / "plan.json").is_file():
         raise UserError(
-            f"DATASET: {folder} is a capture that has not ended ({shards} shards are there); start it again with the "
-            "same configuration"
+            "DATASET",
+            f"{folder} is a capture that has not ended ({shards} shards are there); start it again with the "
+            "same configuration",
         )
     if next(folder.rglob("*.parquet"), None) is None:
-        raise UserError(f"DATASET: {folder} is no captured dataset: it has no manifest.json and no parquet files")
+        raise UserError("DATASET", f"{folder} is no captured dataset: it has no manifest.json and no parquet files")
     return None
 
 
@@ -226,7 +230,7 @@ def _tokenizer(
         return read_tokenizer(folder, manifest)
     found = load_tokenizer(teacher, key="--teacher", **options)
     if manifest.tokenizer_sha256 not in (None, tokenizer_hash(found)):
-        raise UserError("--teacher: its tokenizer is not the one that the dataset was captured with")
+        raise UserError("--teacher", "its tokenizer is not the one that the dataset was captured with")
     return found
 
 

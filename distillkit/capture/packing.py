@@ -33,20 +33,18 @@ from distillkit.data.prepared import file_states
 from distillkit.data.rows import running_sums
 from distillkit.data.signals import aligned_rows, list_lengths
 from distillkit.data.sources import load_source
+from distillkit.runs.writing import remove_leftovers, sha256, write_whole
 from distillkit.shards import (
     Manifest,
     ShardRecord,
     read_manifest,
     read_record,
-    remove_leftovers,
     verify_shards,
     write_manifest,
     write_shard,
-    write_whole,
 )
-from distillkit.shards.files import sha256
 from distillkit.shards.manifest import CARD
-from distillkit.teacher.tokenizer import copy_tokenizer
+from distillkit.teacher.captured_tokenizer import copy_tokenizer
 
 TOKENS_PER_SHARD = 2**19
 ROWS_PER_SHARD = 64
@@ -81,7 +79,7 @@ def pack(source: DatasetSource, out: Path, sequence_length: int, console: Consol
     documents, rows_start = _documents(rows)
     pieces = piece_lengths(documents, sequence_length)
     if len(pieces) == 0:
-        raise UserError(f"{_KEY}: has only empty rows")
+        raise UserError(_KEY, "has only empty rows")
     shards = _shards(pieces, _tokens_per_shard(rows, sequence_length))
     say(console, f"packing {pieces.sum():,} tokens into rows of {sequence_length:,}, in {len(shards):,} shards")
     _open(partial, made_from)
@@ -105,11 +103,11 @@ def _checked_manifest(source: DatasetSource) -> Manifest | None:
     folder = _folder(source)
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is None and (folder / "plan.json").is_file():
-        raise UserError(f"{_KEY}: {folder} is a capture that has not ended; start it again with the same configuration")
+        raise UserError(_KEY, f"{folder} is a capture that has not ended; start it again with the same configuration")
     problems = [] if manifest is None else verify_shards(folder, manifest)
     if problems:
         more = f" (and {len(problems) - 1} more; distillkit inspect --verify names them)" if len(problems) > 1 else ""
-        raise UserError(f"{folder}: {problems[0]}{more}")
+        raise UserError(folder, f"{problems[0]}{more}")
     return manifest
 
 
@@ -131,7 +129,7 @@ def _damaged(out: Path, made_from: dict[str, Any]) -> list[str]:
     """Files of a finished folder that are no longer there, or not as they were written."""
     note, written = _read_note(out)
     if note != made_from:
-        raise UserError(f"OUT: {out} exists already and is something else; name a new folder")
+        raise UserError("OUT", f"{out} exists already and is something else; name a new folder")
     return [name for name, digest in written.items() if not (out / name).is_file() or sha256(out / name) != digest]
 
 
@@ -188,7 +186,7 @@ def _finish(
 def _carried(rows: Dataset, console: Console) -> Dataset:
     """Tokens, labels, document boundaries and what is said of each token: in each column an entry for every token."""
     if "input_ids" not in rows.column_names:
-        raise UserError(f"{_KEY}: has no column input_ids; it holds {', '.join(rows.column_names)}")
+        raise UserError(_KEY, f"has no column input_ids; it holds {', '.join(rows.column_names)}")
     signals = [field.name for field in rows.features.arrow_schema if _holds_numbers_per_token(field.type)]
     fitting = _fitting(rows, [name for name in signals if name not in SIGNAL_COLUMNS])
     carried = aligned_rows(rows, [name for name in signals if name in SIGNAL_COLUMNS or name in fitting], _KEY)
@@ -226,7 +224,7 @@ def _documents(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         wrong = np.flatnonzero(sums != lengths)
         if len(wrong):
             total, found = sums[wrong[0]], lengths[wrong[0]]
-            raise UserError(f"{_KEY}: row {row + wrong[0]} has {found} tokens, but its seq_lengths add up to {total}")
+            raise UserError(_KEY, f"row {row + wrong[0]} has {found} tokens, but its seq_lengths add up to {total}")
         documents.append(parts[parts > 0])
         tokens.append(lengths)
         row += len(lengths)

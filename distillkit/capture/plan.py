@@ -25,8 +25,8 @@ from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError, shown
 from distillkit.data import tokenizer_hash
-from distillkit.shards import Manifest, ShardRecord, write_first
-from distillkit.shards.files import sha256
+from distillkit.runs.writing import sha256, write_first
+from distillkit.shards import Manifest, ShardRecord
 
 PLAN = "plan.json"
 
@@ -139,14 +139,14 @@ def settle_plan(folder: Path, plan: Plan) -> Plan:
         patterns = ("*.parquet", "*.safetensors", "*.json")
         foreign = sorted({each.name for pattern in patterns for each in folder.glob(pattern)} - {PLAN})
         if foreign and not path.exists():  # what is there may be of a process that has settled the plan meanwhile
-            raise UserError(f"output_path: {str(folder)!r} holds {foreign[0]}, but no capture; choose another folder")
+            raise UserError("output_path", f"{str(folder)!r} holds {foreign[0]}, but no capture; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(plan), indent=2, ensure_ascii=False, sort_keys=True)
         write_first(path, (text + "\n").encode())
     settled = _read(path)
-    for line in _differences(plan, settled):
+    for key, problem in _differences(plan, settled):
         remedy = "go on with that, or choose another output_path"
-        raise UserError(f"{line} when the capture in {str(folder)!r} was begun; {remedy}")
+        raise UserError(key, f"{problem} when the capture in {str(folder)!r} was begun; {remedy}")
     return settled
 
 
@@ -157,29 +157,30 @@ def _read(path: Path) -> Plan:
         content = None
     if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
         raise UserError(
-            f"output_path: {path} is of format {content['format']}, this version of distillkit knows {FORMAT}; go on "
-            "with the version that began it, or choose another folder"
+            "output_path",
+            f"{path} is of format {content['format']}, this version of distillkit knows {FORMAT}; go on "
+            "with the version that began it, or choose another folder",
         )
     if not isinstance(content, dict) or set(content) != {field.name for field in fields(Plan)}:
-        raise UserError(f"output_path: {path} is no plan of a capture; choose another folder")
+        raise UserError("output_path", f"{path} is no plan of a capture; choose another folder")
     return Plan(**content)
 
 
-def _differences(now: Plan, then: Plan) -> Iterator[str]:
-    """One line for each part of a plan that is not as it was, as far as it bears on what is captured."""
+def _differences(now: Plan, then: Plan) -> Iterator[tuple[str, str]]:
+    """Key and difference for each part of a plan that has changed, as far as it bears on what is captured."""
     present, past = _binding(now), _binding(then)
     before, after = (keys.pop("teacher.weights_sha256") for keys in (past, present))
     for key in [*present, *(key for key in past if key not in present)]:
         if present.get(key) != past.get(key):
-            yield f"{key}: is {shown(present.get(key))}, but was {shown(past.get(key))}"
+            yield key, f"is {shown(present.get(key))}, but was {shown(past.get(key))}"
     if before != after:
-        yield "teacher.path: its weights are not what they were"
+        yield "teacher.path", "its weights are not what they were"
     if now.tokenizer_sha256 != then.tokenizer_sha256:
-        yield "teacher.path: its tokenizer is not what it was"
+        yield "teacher.path", "its tokenizer is not what it was"
     if now.rows_sha256 != then.rows_sha256 or now.shards != then.shards:
-        yield "dataset.train_dataset: its rows are not what they were"
+        yield "dataset.train_dataset", "its rows are not what they were"
     if now.vocabulary_size != then.vocabulary_size:
-        yield f"teacher.path: its head has {now.vocabulary_size} columns, but had {then.vocabulary_size}"
+        yield "teacher.path", f"its head has {now.vocabulary_size} columns, but had {then.vocabulary_size}"
 
 
 def _binding(plan: Plan) -> dict[str, Any]:

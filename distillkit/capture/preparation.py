@@ -17,7 +17,7 @@ from distillkit.compression import Codec, build_codec
 from distillkit.config.capture import CaptureConfig, check_shard_size
 from distillkit.config.errors import UserError
 from distillkit.data import build_datasets
-from distillkit.pretrained import load_pretrained_config, load_tokenizer, weights_sha256, where
+from distillkit.models.loading import load_pretrained_config, load_tokenizer, weights_sha256, where
 from distillkit.shards import ShardRecord, read_record
 from distillkit.shards.background import background_is_of
 
@@ -54,8 +54,9 @@ class Capture:
         found, rows = read_record(self.folder, shard), tuple(self.plan.shards[shard])
         if found is not None and (found.plan, found.rows) != (self.plan.sha256, rows):
             raise UserError(
-                f"output_path: {self.folder / found.file} is of another capture; take it and its .json away, and "
-                "the same command goes on"
+                "output_path",
+                f"{self.folder / found.file} is of another capture; take it and its .json away, and "
+                "the same command goes on",
             )
         return found
 
@@ -124,8 +125,9 @@ def check_vocabulary(config: CaptureConfig, width: int) -> None:
     if given != width:
         key = f"compression.{compression.kind}.{compression.vocabulary_key}"
         raise UserError(
-            f"{key}: is {given}, but the teacher's head has {width} columns, and all of them are captured, also those "
-            f"that the tokenizer does not know; give {width}"
+            key,
+            f"is {given}, but the teacher's head has {width} columns, and all of them are captured, also those "
+            f"that the tokenizer does not know; give {width}",
         )
 
 

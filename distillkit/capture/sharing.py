@@ -31,8 +31,8 @@ def find_share(option: str | None, environment: Mapping[str, str] = os.environ) 
     if option is None:
         return Share(int(environment.get("RANK", "0")), count)
     if count > 1:
-        raise UserError("--shard: torchrun's processes share the shards already; give one of the two")
+        raise UserError("--shard", "torchrun's processes share the shards already; give one of the two")
     found = re.fullmatch(r"(\d+)/(\d+)", option)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"--shard: must be i/n with i from 1 to n, such as 1/4, got {shown(option)}")
+        raise UserError("--shard", f"must be i/n with i from 1 to n, such as 1/4, got {shown(option)}")
     return Share(int(found[1]) - 1, int(found[2]))

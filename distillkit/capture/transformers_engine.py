@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from distillkit.capture.engines import Answer, Row
 from distillkit.data import collate
 from distillkit.distribution import DenseDistribution, SparseDistribution, at_least_float32
-from distillkit.teacher.decoder import head
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.models.decoder import head
+from distillkit.teacher.live import LiveTeacher
 
 CHUNK_BYTES = {"cpu": 2**26}
 CHUNK_BYTES_ELSEWHERE = 2**29
@@ -29,7 +29,7 @@ class TransformersEngine:
     """
 
     def __init__(self, model: PreTrainedModel, tokens_per_batch: int) -> None:
-        self._teacher = OnlineTeacher(model)
+        self._teacher = LiveTeacher(model)
         self._tokens_per_batch = tokens_per_batch
         weight, _ = head(model)
         self.vocabulary_size: int = weight.shape[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from distillkit.capture.engines import Answer, Row
 from distillkit.config import HFTeacherConfig, UserError
 from distillkit.distribution import SparseDistribution
-from distillkit.pretrained import load_pretrained_config
+from distillkit.models.loading import load_pretrained_config
 
 TOKENS_AT_ONCE = 2**15
 """Of requests handed to vLLM together: its answers are Python numbers, some 100 bytes for each of k per token."""
@@ -47,7 +47,8 @@ class VLLMEngine:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise UserError(
-                f"engine: vllm cannot be imported ({error}); pip install 'distillkit[capture]', or engine: transformers"
+                "engine",
+                f"vllm cannot be imported ({error}); pip install 'distillkit[capture]', or engine: transformers",
             ) from error
         kwargs = {"dtype" if name == "torch_dtype" else name: value for name, value in teacher.kwargs.items()}
         where = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
@@ -55,8 +56,9 @@ class VLLMEngine:
         longest = kwargs.pop("max_model_len", sequence_length + 1)  # and the token that it is made to write
         if longest <= sequence_length:
             raise UserError(
-                f"teacher.kwargs.max_model_len: is {longest}, but vLLM writes a token after each row of "
-                f"{sequence_length}; give at least {sequence_length + 1}, or remove it"
+                "teacher.kwargs.max_model_len",
+                f"is {longest}, but vLLM writes a token after each row of "
+                f"{sequence_length}; give at least {sequence_length + 1}, or remove it",
             )
         self.device = torch.device("cpu")
         self.vocabulary_size: int = config.get_text_config().vocab_size
@@ -71,10 +73,10 @@ class VLLMEngine:
                 **kwargs,
             )
         except (ValueError, TypeError, OSError, RuntimeError) as error:
-            line = f"engine: vllm does not start with {teacher.path!r}: {error}"
+            problem = f"vllm does not start with {teacher.path!r}: {error}"
             if "max_model_len" in str(error):
-                line += f" (it needs sequence_length + 1 = {sequence_length + 1} tokens; perhaps a shorter one fits)"
-            raise UserError(" ".join(line.split())) from error
+                problem += f" (it needs sequence_length + 1 = {sequence_length + 1} tokens; perhaps a shorter one fits)"
+            raise UserError("engine", problem) from error
         self._params = SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=k, logprobs=k, flat_logprobs=True, detokenize=False
         )

@@ -58,11 +58,11 @@ def build_codec(kind: str, config: Mapping[str, Any] | Section) -> Codec:
     Raises UserError for an unknown kind and for what the section may not say.
     """
     if kind not in _KINDS:
-        raise UserError(f"compression: {one_of(kind, list(_KINDS))}")
+        raise UserError("compression", one_of(kind, list(_KINDS)))
     section, codec = _KINDS[kind]
     if isinstance(config, section):
         return codec(config)
     try:
         return codec(section.parse(config.model_dump() if isinstance(config, Section) else dict(config)))
     except UserError as error:
-        raise UserError(f"{kind}.{error}") from None
+        raise error.under(kind) from None

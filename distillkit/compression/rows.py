@@ -47,10 +47,12 @@ def encode_in_chunks(
     """
     ids, logprobs = distribution.ids, distribution.logprobs
     if ids.shape[-1] < k:
-        raise UserError(f"k: {k} log-probabilities per token are to be stored, but the teacher gives {ids.shape[-1]}")
+        raise UserError("k", f"{k} log-probabilities per token are to be stored, but the teacher gives {ids.shape[-1]}")
     strange = ids[(ids < 0) | (ids >= vocabulary_size)]
     if len(strange):
-        raise UserError(f"the teacher names token {strange[0]}, but its vocabulary is said to have {vocabulary_size}")
+        raise UserError(
+            None, f"the teacher names token {strange[0]}, but its vocabulary is said to have {vocabulary_size}"
+        )
     leading = ids.shape[:-1]
     ids, logprobs = ids.flatten(0, -2), logprobs.flatten(0, -2)
     stored = {
@@ -76,11 +78,12 @@ def decode_in_chunks(
     """
     for name, (width, _) in shapes.items():
         if name not in columns:
-            raise UserError(f"the dataset has no column {name!r}; it was captured in another format")
+            raise UserError(None, f"the dataset has no column {name!r}; it was captured in another format")
         if columns[name].shape[-1] != width:
             raise UserError(
+                None,
                 f"the rows of column {name!r} hold {columns[name].shape[-1]} numbers, but this configuration makes "
-                f"{width}: give the one that the dataset was captured with"
+                f"{width}: give the one that the dataset was captured with",
             )
     first = columns[next(iter(shapes))]
     leading, device = first.shape[:-1], first.device

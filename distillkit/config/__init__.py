@@ -3,7 +3,6 @@
 from distillkit.config.data import DatasetConfig as DatasetConfig
 from distillkit.config.data import DatasetSource as DatasetSource
 from distillkit.config.errors import UserError as UserError
-from distillkit.config.evaluation import EvaluationConfig as EvaluationConfig
 from distillkit.config.loading import load_run_config as load_run_config
 from distillkit.config.losses import LossConfig as LossConfig
 from distillkit.config.phases import Phase as Phase
@@ -11,6 +10,7 @@ from distillkit.config.phases import PhaseConfig as PhaseConfig
 from distillkit.config.phases import phases_of as phases_of
 from distillkit.config.readiness import check_ready as check_ready
 from distillkit.config.run import RunConfig as RunConfig
+from distillkit.config.run_evaluation import RunEvaluationConfig as RunEvaluationConfig
 from distillkit.config.student import InitializationConfig as InitializationConfig
 from distillkit.config.student import StudentConfig as StudentConfig
 from distillkit.config.teacher import DatasetTeacherConfig as DatasetTeacherConfig

@@ -91,7 +91,7 @@ def check_capture_ready(config: CaptureConfig) -> None:
     check_model_path("teacher.path", config.teacher.path)
     check_source("dataset.train_dataset.disk_path", config.dataset.train_dataset)
     if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
-        raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
+        raise UserError("output_path", f"{config.output_path!r} is a file; name a folder")
 
 
 def check_shard_size(config: CaptureConfig, bytes_per_token: int) -> None:
@@ -99,6 +99,7 @@ def check_shard_size(config: CaptureConfig, bytes_per_token: int) -> None:
     most_rows = _MOST_BYTES // (bytes_per_token * config.sequence_length)
     if config.rows_per_shard > most_rows:
         raise UserError(
-            f"rows_per_shard: {config.rows_per_shard} rows of {config.sequence_length} tokens and {bytes_per_token} "
-            f"bytes each are more than a file holds (2 GiB); at most {most_rows}"
+            "rows_per_shard",
+            f"{config.rows_per_shard} rows of {config.sequence_length} tokens and {bytes_per_token} "
+            f"bytes each are more than a file holds (2 GiB); at most {most_rows}",
         )

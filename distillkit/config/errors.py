@@ -6,6 +6,7 @@ ordinary types and bounds.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,10 +15,22 @@ from pydantic import ValidationError
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A mistake of the user's in one line: the key that is wrong, and the problem with its remedy.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+    key: of the YAML (`loss_functions[1].temperature`), an option (`--gpu`) or a file; None where none can be named.
+    """
+
+    def __init__(self, key: str | os.PathLike[str] | None, problem: str) -> None:
+        self.key = os.fspath(key) if key else None
+        self.problem = " ".join(problem.split())
+        super().__init__(self.key, self.problem)
+
+    def __str__(self) -> str:
+        return self.problem if self.key is None else f"{self.key}: {self.problem}"
+
+    def under(self, section: str) -> "UserError":
+        """The same problem of a key inside `section`: `tokens` under `phases[1]` is `phases[1].tokens`."""
+        return UserError(join_keys(section, self.key or ""), self.problem)
 
 
 class KeyProblem(ValueError):
@@ -46,13 +59,13 @@ def user_error(error: ValidationError, data: Any) -> UserError:
         path = key_path(details["loc"], data)
         problem = details.get("ctx", {}).get("error")
         if isinstance(problem, KeyProblem):
-            path = _join(path, problem.key)
+            path = join_keys(path, problem.key)
         elif details["type"].startswith("union_tag"):
-            path = _join(path, _quoted(details["ctx"]["discriminator"])[0])
+            path = join_keys(path, _quoted(details["ctx"]["discriminator"])[0])
         lines.setdefault(path, _remedy(details))
     path, line = next(iter(lines.items()))
     more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-    return UserError((f"{path}: " if path else "") + line + more)
+    return UserError(path, line + more)
 
 
 def key_path(location: Sequence[int | str], data: Any) -> str:
@@ -64,7 +77,7 @@ def key_path(location: Sequence[int | str], data: Any) -> str:
     path = ""
     for part in location:
         if isinstance(data, dict) and part in data:
-            path = _join(path, str(part))
+            path = join_keys(path, str(part))
         elif isinstance(data, (list, tuple)) and isinstance(part, int):
             path = f"{path}[{part}]"
         else:
@@ -93,7 +106,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _join(path: str, key: str) -> str:
+def join_keys(path: str, key: str) -> str:
+    """`section.key`, or `section[0].key` for a key that begins with an index."""
     if not path or not key:
         return path or key
     return path + key if key.startswith("[") else f"{path}.{key}"

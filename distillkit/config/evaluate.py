@@ -1,128 +1,177 @@
-"""From a YAML file, options and overrides of the command line to a checked `EvaluateConfig`. No torch is imported."""
+"""The sections of `distillkit evaluate`: which models are measured, and by which suites, each where it is given."""
 
-import importlib.util
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import json
+import re
+from typing import Annotated, Any, Literal, Self, get_args
 
-from distillkit.config.errors import UserError, one_of
-from distillkit.config.loading import apply_override, read_yaml
-from distillkit.config.readiness import check_model_path, check_source
-from distillkit.config.suites import NAME, SUITES, TEACHER, EvaluateConfig, ModelConfig
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-MARKER, CHECKPOINTS = "complete", "checkpoint-*"
-"""Of a run: the file that a checkpoint has once it is whole, and where checkpoints are."""
+from distillkit.config.data import DatasetSource
+from distillkit.config.errors import KeyProblem
+from distillkit.config.section import AnyMapping, PathText, Section
 
+SUITES = ("divergence", "benchmarks", "needles", "speed")
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What can be said on the command line without a YAML file; an option goes before the file's key."""
+TEACHER = "teacher"
+"""The teacher's name in results, which no student may have."""
 
-    teacher: str | None = None
-    """Instead of the file's section, of whose keys none is kept; so are `students`."""
-    gguf_file: str | None = None
-    students: Sequence[str] = ()
-    """Paths, or name=path."""
-    suites: Sequence[str] = ()
-    """Those that run, with the keys that the file has for them; by default all of the file, or divergence."""
-    data: str | None = None
-    """Text of divergence, and haystack of needles, where these run."""
-    out: str | None = None
-    limit: int | None = None
-    switches: Mapping[str, bool] = field(default_factory=dict)
-    """Keys that become true where they are here."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Of a student: it is part of file names."""
+
+NeedleTask = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+]
+
+ESSAY_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+"""Those whose needles lie in prose; the others make their haystack themselves (Hsieh et al. 2024, arXiv 2404.06654)."""
 
 
-def load_evaluate_config(
-    path: Path | None, overrides: Sequence[str] = (), options: EvaluateOptions | None = None
-) -> EvaluateConfig:
-    """The evaluation that a YAML file describes, changed by options and then by `key=value`. Raises `UserError`."""
-    options = options or EvaluateOptions()
-    data = {} if path is None else read_yaml(path)
-    _choose_suites(data, options, with_file=path is not None)
-    _set_models(data, options)
-    values = {"output_path": options.out, "limit": options.limit}
-    data |= {key: value for key, value in values.items() if value is not None}
-    data |= {key: True for key, given in options.switches.items() if given}
-    for override in overrides:
-        apply_override(data, override)
-    if path is None and "output_path" not in data:
-        raise UserError("--out: is missing: the folder for results.json")
-    return EvaluateConfig.parse(data)
+def _ascending(values: list[int]) -> list[int]:
+    if sorted(set(values)) != values:
+        raise ValueError(f"must ascend, each number once; got {values}")
+    return values
 
 
-def check_evaluate_ready(config: EvaluateConfig) -> None:
-    """Raises `UserError` where the evaluation could not start: files that do not exist, lm-eval not installed."""
-    for key, model in _models(config):
-        check_model_path(f"{key}.path", model.path)
-        _refuse_unfinished_run(f"{key}.path", Path(model.path))
-    if config.divergence is not None:
-        check_source("divergence.dataset.disk_path", config.divergence.dataset)
-    if config.needles is not None and config.needles.haystack is not None:
-        check_source("needles.haystack.disk_path", config.needles.haystack)
-    if config.benchmarks is not None:
-        if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("benchmarks: needs lm-eval; install it with: pip install 'distillkit[eval]'")
-        for index, folder in enumerate(config.benchmarks.include_path):
-            if not os.path.isdir(folder):
-                raise UserError(f"benchmarks.include_path[{index}]: no such folder: {folder!r}")
-    if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
-        raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
-    if os.path.exists(os.path.join(config.output_path, "run.json")):
-        raise UserError(
-            f"output_path: {config.output_path!r} holds a run, whose results.json would be lost; name another folder, "
-            f"such as {os.path.join(config.output_path, 'evaluation')}"
-        )
+Positive = Annotated[int, Field(gt=0)]
+Lengths = Annotated[list[Positive], Field(min_length=1), AfterValidator(_ascending)]
+"""Numbers of tokens, in ascending order."""
 
 
-def _choose_suites(data: dict[str, Any], options: EvaluateOptions, *, with_file: bool) -> None:
-    wanted = list(options.suites)
-    for suite in wanted:
-        if suite not in SUITES:
-            raise UserError(f"--suite: {one_of(suite, SUITES)}")
-    if not wanted and not with_file and options.data is not None:
-        wanted = ["divergence"]
-    if wanted:
-        for suite in set(SUITES) - set(wanted):
-            data.pop(suite, None)
-        data |= {suite: data.get(suite) or {} for suite in wanted}
-    for suite, key in (("divergence", "dataset"), ("needles", "haystack")):
-        if options.data is not None and isinstance(data.get(suite), dict):
-            data[suite] = {**data[suite], key: {"disk_path": options.data}}
-    if options.data is not None and not any(isinstance(data.get(suite), dict) for suite in ("divergence", "needles")):
-        raise UserError("--data: nothing reads it: neither divergence nor needles runs; add --suite divergence")
+class ModelConfig(Section):
+    """A model to be measured."""
+
+    path: PathText = Field(description="a folder (of a model, a run, or a checkpoint), a hub id or a .gguf file")
+    kwargs: AnyMapping = Field(
+        default={}, description="keyword arguments of from_pretrained: dtype, gguf_file, revision, device_map, ..."
+    )
+    trained_length: int | None = Field(
+        None,
+        gt=0,
+        description="tokens it was trained on at a time, marked in the report; by default those of the run that made "
+        "it, else the model's max_position_embeddings",
+    )
+
+    @field_validator("kwargs")
+    @classmethod
+    def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Results are kept under them, as JSON."""
+        for name, value in kwargs.items():
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise KeyProblem(str(name), f"{value} is a {type(value).__name__} here; write text in quotes") from None
+        return kwargs
 
 
-def _set_models(data: dict[str, Any], options: EvaluateOptions) -> None:
-    if options.teacher is not None:
-        kwargs = {} if options.gguf_file is None else {"kwargs": {"gguf_file": options.gguf_file}}
-        data["teacher"] = {"path": options.teacher, **kwargs}
-    elif options.gguf_file is not None:
-        raise UserError("--gguf-file: has no effect without --teacher; in a YAML file it is teacher.kwargs.gguf_file")
-    students: dict[str, Any] = {}
-    for text in options.students:
-        name, equals, path = text.partition("=")
-        if not equals or not NAME.fullmatch(name):
-            name, path = Path(text).expanduser().resolve().name if os.path.exists(text) else text.split("/")[-1], text
-        if name in students:
-            raise UserError(f"--student: two are named {name!r}; name them: --student {name}-2={path}")
-        students[name] = {"path": path}
-    if students:
-        data["students"] = students
+class DivergenceConfig(Section):
+    """`divergence`: how far each student is from the teacher on a text."""
+
+    dataset: DatasetSource = Field(description="held-out text: repo_id or disk_path")
+    text_field: str = Field("text", description="column that holds the text")
+    num_tokens: int = Field(16384, gt=0, description="tokens that are measured")
+    sequence_length: int = Field(2048, gt=0, description="tokens per row; longer documents are split")
+    seed: int | None = Field(42, ge=0, description="seed of the order of documents; null keeps that of the text")
+    position_buckets: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_ascending)] = Field(
+        default=[0, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
+        min_length=1,
+        description="positions in the document at which a bucket begins; each ends where the next begins",
+    )
+    layers: bool = Field(True, description="compare the hidden states of each layer, where both have as many")
 
 
-def _models(config: EvaluateConfig) -> list[tuple[str, ModelConfig]]:
-    teacher = [] if config.teacher is None else [(TEACHER, config.teacher)]
-    return [*teacher, *((f"students.{name}", student) for name, student in config.students.items())]
+class BenchmarksConfig(Section):
+    """`benchmarks`: tasks of the LM Evaluation Harness."""
+
+    tasks: list[str] = Field(min_length=1, description="names of tasks: hellaswag, arc_challenge, mmlu, gsm8k, ...")
+    include_path: list[PathText] = Field(default=[], description="folders with tasks of your own, as YAML")
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each question; the task's own by default")
+    batch_size: int = Field(8, gt=0, description="samples that a model reads at a time")
+    apply_chat_template: bool = Field(False, description="put questions to the model as a chat")
+    seed: int = Field(1234, ge=0, description="seed of the choice of examples, and of sampling")
 
 
-def _refuse_unfinished_run(key: str, folder: Path) -> None:
-    """A run's folder holds its student only when the run is through."""
-    if not (folder / "run.json").exists() or any(folder.glob("*.safetensors")):
-        return
-    places = [*folder.glob(CHECKPOINTS), *folder.glob(f"phases/*/{CHECKPOINTS}")]
-    whole = sorted((path for path in places if (path / MARKER).exists()), key=lambda path: path.stat().st_mtime)
-    remedy = f"name a checkpoint of it, such as {whole[-1]}" if whole else "it has no checkpoint yet"
-    raise UserError(f"{key}: the run in {str(folder)!r} is not finished; {remedy}")
+class NeedlesConfig(Section):
+    """`needles`: what a model finds again in a long text, by length and depth (RULER's NIAH tasks)."""
+
+    tasks: list[NeedleTask] = Field(
+        default=list(get_args(NeedleTask)),
+        min_length=1,
+        description="RULER's names of the tasks; all by default",
+    )
+    lengths: Lengths = Field(description="tokens of a prompt, such as [1024, 2048, 4096]")
+    depths: int = Field(5, gt=0, description="places of a needle, evenly from the beginning of the text to its end")
+    samples: int = Field(4, gt=0, description="prompts for each length and depth")
+    haystack: DatasetSource | None = Field(None, description="prose that hides the needles: repo_id or disk_path")
+    seed: int = Field(42, ge=0, description="seed of keys, values and text")
+    batch_size: int = Field(
+        8,
+        gt=0,
+        description="prompts of one length that are answered together; the KV cache of so many must fit into memory",
+    )
+    prefill_tokens: int = Field(8192, gt=0, description="tokens that are read at a time, of all prompts of a batch")
+
+    @model_validator(mode="after")
+    def check_haystack(self) -> Self:
+        if self.haystack is None and (wanting := [task for task in self.tasks if task in ESSAY_TASKS]):
+            others = "niah_single_1, niah_multikey_2 and niah_multikey_3"
+            raise KeyProblem(
+                "haystack", f"is missing: {wanting[0]} hides its needles in prose (only {others} need none)"
+            )
+        return self
+
+
+class SpeedConfig(Section):
+    """`speed`: tokens per second and memory against the length of the context."""
+
+    contexts: Lengths = Field(default=[256, 1024, 4096, 8192], description="tokens that are in the cache already")
+    decode_tokens: int = Field(32, gt=0, description="tokens that are generated")
+    repeats: int = Field(3, gt=0, description="how often each is measured; the median counts")
+    batch_size: int = Field(1, gt=0, description="sequences at a time")
+    prefill_tokens: int = Field(8192, gt=0, description="tokens of a prompt that are read at a time")
+
+
+class EvaluateConfig(Section):
+    """One evaluation: models and suites."""
+
+    output_path: PathText = Field(description="folder for results.json, and for what is measured until then")
+    teacher: ModelConfig | None = Field(None, description="the teacher, which students are compared with")
+    students: dict[str, ModelConfig] = Field(default={}, description="name of each student, and where it is")
+    trust_remote_code: bool = Field(False, description="run code that comes with the models")
+    limit: int | None = Field(None, gt=0, description="at most so many samples of each task, and rows of text")
+    smoke: bool = Field(
+        False, description="try everything on two samples of the shortest length, into the folder smoke of output_path"
+    )
+    divergence: DivergenceConfig | None = Field(None, description="how far students are from the teacher")
+    benchmarks: BenchmarksConfig | None = Field(None, description="tasks of the LM Evaluation Harness")
+    needles: NeedlesConfig | None = Field(None, description="what is found again in long texts")
+    speed: SpeedConfig | None = Field(None, description="tokens per second and memory")
+
+    @model_validator(mode="after")
+    def check_models(self) -> Self:
+        if self.teacher is None and not self.students:
+            raise KeyProblem("students", "is missing: name a student with its path, a teacher, or both")
+        for name in self.students:
+            if name == TEACHER:
+                raise KeyProblem(f"students.{name}", "is the teacher's name in results; choose another")
+            if not NAME.fullmatch(name):
+                raise KeyProblem(
+                    f"students.{name}", "must be a name of letters, digits, points, - and _; it becomes a file's name"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def check_suites(self) -> Self:
+        if all(getattr(self, suite) is None for suite in SUITES):
+            raise KeyProblem(SUITES[0], f"is missing: give at least one of {', '.join(SUITES)} with its keys")
+        if self.divergence is not None:
+            for key, given in (("teacher", self.teacher), ("students", self.students)):
+                if not given:
+                    raise KeyProblem(key, "is missing: divergence compares students with a teacher")
+        return self

@@ -72,14 +72,14 @@ def _extended(path: Path, extending: list[Path]) -> dict[str, Any]:
         return data
     named = data.pop("extends")
     if not isinstance(named, str) or not named:
-        raise UserError(f"{path}: extends: must be the path of a YAML file, got {shown(named)}")
+        raise UserError(path, f"extends: must be the path of a YAML file, got {shown(named)}")
     base = path.parent / os.path.expanduser(named)
     chain = [*extending, path]
     if not base.is_file():
-        raise UserError(f"{path}: extends: no such file: {str(base)!r}")
+        raise UserError(path, f"extends: no such file: {str(base)!r}")
     if any(base.samefile(each) for each in chain):
         circle = " extends ".join(each.name for each in [*chain, base])
-        raise UserError(f"{path}: extends: goes round in a circle ({circle}); one of them must stand alone")
+        raise UserError(path, f"extends: goes round in a circle ({circle}); one of them must stand alone")
     return merged(move_dataset_keys(_extended(base, chain)), move_dataset_keys(data))
 
 
@@ -88,15 +88,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(path, "no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
+        raise UserError(path, f"cannot be read as text: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
-        raise UserError(f"{path}: {_yaml_problem(error)}") from None
+        raise UserError(path, f"{_yaml_problem(error)}") from None
     if data is None:
-        raise UserError(f"{path}: is empty; it must hold the keys of a run (teacher, dataset, output_path, ...)")
+        raise UserError(path, "is empty; it must hold the keys of a run (teacher, dataset, output_path, ...)")
     if not isinstance(data, dict):
-        raise UserError(f"{path}: must hold keys and values (key: value), but is a {type(data).__name__}")
+        raise UserError(path, f"must hold keys and values (key: value), but is a {type(data).__name__}")
     return data
 
 
@@ -108,13 +108,13 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """
     path, equals, text = override.partition("=")
     if not equals or not path or "" in path.split("."):
-        raise UserError(f"override {override!r}: must be key=value, such as training_args.learning_rate=3e-4")
+        raise UserError(f"override {override!r}", "must be key=value, such as training_args.learning_rate=3e-4")
     if path == "extends":
-        raise UserError(f"override {override!r}: what a file extends stands in the file itself; write it there")
+        raise UserError(f"override {override!r}", "what a file extends stands in the file itself; write it there")
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"override {override!r}: the value is no YAML: {_yaml_problem(error)}") from None
+        raise UserError(f"override {override!r}", f"the value is no YAML: {_yaml_problem(error)}") from None
     *parents, last = path.split(".")
     sections: list[Any] = [data]
     for parent in parents:
@@ -135,7 +135,7 @@ def _refuse_without_effect(key: str, config: RunConfig) -> None:
     """Raises `UserError` where each phase replaces the top level's `key`; warns where some do."""
     replacing = [phase.name for phase in config.phases if phase.replaces(key)]
     if replacing and len(replacing) == len(config.phases):
-        raise UserError(f"{key}: every phase names its own; use phases.{replacing[0]}.{key}")
+        raise UserError(key, f"every phase names its own; use phases.{replacing[0]}.{key}")
     for name in replacing:
         logger.warning("%s: has no effect on phase %s, which names its own; use phases.%s.%s", key, name, name, key)
 
@@ -148,7 +148,7 @@ def _key_in(section: Any, key: str, override: str) -> Any:
     if isinstance(section, dict):
         return key
     if not isinstance(section, list):
-        raise UserError(f"override {override!r}: {key!r} is no key: what stands before it is a single value")
+        raise UserError(f"override {override!r}", f"{key!r} is no key: what stands before it is a single value")
     if key.isdigit() and int(key) < len(section):
         return int(key)
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in section]
@@ -159,7 +159,7 @@ def _key_in(section: Any, key: str, override: str) -> Any:
         f"must be an index from 0 to {len(section) - 1} of a list" if section else "has no place: the list is empty"
     )
     named = f", or one of {', '.join(known)}{did_you_mean(key, known)}" if known else ""
-    raise UserError(f"override {override!r}: {key!r} {wanted}{named}")
+    raise UserError(f"override {override!r}", f"{key!r} {wanted}{named}")
 
 
 def _yaml_problem(error: Exception) -> str:

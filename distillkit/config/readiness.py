@@ -14,7 +14,7 @@ def check_ready(config: RunConfig) -> None:
     """Raises `UserError` where the run, or one of its phases, could not start."""
     _refuse_split_models()
     if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
-        raise UserError(f"output_path: {config.output_path!r} is a file; name a folder")
+        raise UserError("output_path", f"{config.output_path!r} is a file; name a folder")
     if not config.phases:
         _check_inputs(config, check_model=True)
     for index, (named, phase) in enumerate(zip(config.phases, phases_of(config), strict=True)):
@@ -22,7 +22,7 @@ def check_ready(config: RunConfig) -> None:
             _check_inputs(phase.config, check_model=index == 0)  # of later ones the phase before makes the student
         except UserError as error:
             own = named.names(str(error).partition(": ")[0])
-            raise UserError(f"phases[{index}].{error}" if own else str(error)) from None
+            raise UserError(None, f"phases[{index}].{error}" if own else str(error)) from None
 
 
 def _check_inputs(config: RunConfig, *, check_model: bool) -> None:
@@ -42,8 +42,9 @@ def _refuse_split_models() -> None:
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() not in ("", "0", "false"):
             raise UserError(
-                f"accelerate: {name} is not supported yet, each GPU holds the models whole; launch with torchrun, or "
-                f"without {name}"
+                "accelerate",
+                f"{name} is not supported yet, each GPU holds the models whole; launch with torchrun, or "
+                f"without {name}",
             )
 
 
@@ -58,11 +59,11 @@ def check_source(key: str, source: DatasetSource) -> None:
     """Raises `UserError`, naming `key`, where local files of text do not exist."""
     path = source.disk_path
     if path is not None and not os.path.exists(path) and not glob.glob(path, recursive=True):
-        raise UserError(f"{key}: no such file or folder: {path!r}")
+        raise UserError(key, f"no such file or folder: {path!r}")
 
 
 def check_model_path(key: str, path: str) -> None:
     """Raises `UserError`, naming `key`, where a model can only be on disk (no hub id looks so) and is not."""
     looks_local = path.startswith(("/", ".")) or path.count("/") > 1 or path.endswith(".gguf")
     if looks_local and not os.path.exists(path):
-        raise UserError(f"{key}: no such file or folder: {path!r}")
+        raise UserError(key, f"no such file or folder: {path!r}")

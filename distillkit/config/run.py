@@ -7,9 +7,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from distillkit.config.data import DatasetConfig, move_dataset_keys
 from distillkit.config.errors import KeyProblem, did_you_mean, shown
-from distillkit.config.evaluation import EvaluationConfig
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
 from distillkit.config.phases import PhaseConfig, check_names, phases_of
+from distillkit.config.run_evaluation import RunEvaluationConfig
 from distillkit.config.section import AnyMapping, PathText, Section, TextList, none_is_empty
 from distillkit.config.student import StudentConfig
 from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig, VLLMTeacherConfig
@@ -98,7 +98,7 @@ class RunConfig(Section):
         "stochastic rounding: half the memory for weights, gradients and optimizer, and more noise",
     )
     resume: bool = Field(False, description="go on from the last checkpoint in output_path")
-    evaluation: EvaluationConfig | None = Field(None, description="what is measured before and after")
+    evaluation: RunEvaluationConfig | None = Field(None, description="what is measured before and after")
     phases: Phases = Field(
         default=[], description="one run after another, each from the weights of the one before; what each changes"
     )

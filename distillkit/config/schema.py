@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.data import TRL_KEYS
+from distillkit.config.evaluate import EvaluateConfig
 from distillkit.config.phases import MERGED
 from distillkit.config.run import RunConfig
 from distillkit.config.section import Section
-from distillkit.config.suites import EvaluateConfig
 from distillkit.config.training_args import (
     NOT_NEGATIVE,
     POSITIVE,

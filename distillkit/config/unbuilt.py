@@ -15,4 +15,4 @@ def unbuilt(config: RunConfig) -> Iterator[str]:
 def refuse_unbuilt(config: RunConfig) -> None:
     """Raises `UserError` for the first thing that is not built yet."""
     for line in unbuilt(config):
-        raise UserError(line)
+        raise UserError(*line.split(": ", 1))

@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from distillkit.config import StudentConfig, UserError
-from distillkit.conversion.initialize import (
+from distillkit.conversion.layouts import layer_types
+from distillkit.conversion.summary import ConversionSummary, summarize
+from distillkit.models.decoder import check_head
+from distillkit.models.loading import load_model, load_tokenizer, where
+from distillkit.student.mixers.kda.initialize import (
     calibration_tokens,
     copy_attention,
     fit_output_scale,
     initialize_new_parameters,
-    looked_back,
+    mean_attention_distance,
     repeated_tokens,
 )
-from distillkit.conversion.layouts import layer_types
-from distillkit.conversion.summary import ConversionSummary, summarize
-from distillkit.model import KDAHybridConfig, KDAHybridForCausalLM
-from distillkit.pretrained import load_model, load_tokenizer, where
-from distillkit.teacher.decoder import check_head
+from distillkit.student.network import KDAHybridConfig, KDAHybridForCausalLM
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
-LOOKED_BACK_TOKENS = 2048
+ATTENTION_DISTANCE_TOKENS = 2048
 """In which the distances over which the teacher attends are measured."""
 
 
@@ -56,7 +56,9 @@ def convert(
     """
     output = Path(output_path).expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{os.fspath(output_path)!r} exists already; name a new folder, or remove it first")
+        raise UserError(
+            "output_path", f"{os.fspath(output_path)!r} exists already; name a new folder, or remove it first"
+        )
     teacher = load_model(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs)
     places = where(teacher_kwargs)
     tokenizer = load_tokenizer(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **places)
@@ -82,7 +84,9 @@ def build_student(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybrid
     layers, std = linear_layers(model), teacher.config.initializer_range
     distances: dict[int, Tensor] = {}
     if student.initialization.memory == "attended":
-        length = min(LOOKED_BACK_TOKENS, getattr(teacher.config, "max_position_embeddings", LOOKED_BACK_TOKENS))
+        length = min(
+            ATTENTION_DISTANCE_TOKENS, getattr(teacher.config, "max_position_embeddings", ATTENTION_DISTANCE_TOKENS)
+        )
         own_generator = torch.Generator().manual_seed(student.seed)  # what is drawn next is the same without this
         input_ids = repeated_tokens(model.config.vocab_size, length, own_generator)
         distances = attended_distances(teacher, layers, input_ids)
@@ -126,10 +130,10 @@ def attended_distances(teacher: PreTrainedModel, layers: list[int], input_ids: T
     def take_weights(attention: nn.Module, _: Any, output: tuple[Tensor, Tensor | None]) -> None:
         if output[1] is None:
             raise UserError(
-                f"student.initialization.memory: attended needs attention weights, which {type(teacher).__name__} "
-                "does not tell; say spread"
+                "student.initialization.memory",
+                f"attended needs attention weights, which {type(teacher).__name__} does not tell; say spread",
             )
-        found[places[attention]] = looked_back(output[1]).cpu()
+        found[places[attention]] = mean_attention_distance(output[1]).cpu()
 
     places = {decoder.layers[index].self_attn: index for index in layers}
     with ExitStack() as stack:
@@ -167,23 +171,23 @@ def check_teacher(teacher: PreTrainedModel) -> None:
     """Raise `UserError`, naming what is missing, for a model whose attention cannot be exchanged."""
     name = type(teacher).__name__
     if type(teacher.config) not in MODEL_MAPPING:
-        raise UserError(f"teacher: {name} is no decoder of transformers' own and cannot be converted")
+        raise UserError("teacher", f"{name} is no decoder of transformers' own and cannot be converted")
     layers = dict(teacher.get_decoder().named_children()).get("layers")
     if not isinstance(layers, nn.ModuleList):
-        raise UserError(f"teacher: {name} cannot be converted: its decoder has no `layers`")
+        raise UserError("teacher", f"{name} cannot be converted: its decoder has no `layers`")
     for index, layer in enumerate(layers):
-        place = f"teacher: {name} cannot be converted: layer {index}"
+        place = f"{name} cannot be converted: layer {index}"
         attention = dict(layer.named_children()).get("self_attn")
         if attention is None:
-            raise UserError(f"{place} has no self_attn")
+            raise UserError("teacher", f"{place} has no self_attn")
         linear = {name: part for name, part in attention.named_children() if isinstance(part, nn.Linear)}
         if missing := [part for part in PROJECTIONS if part not in linear]:
-            raise UserError(f"{place}.self_attn has no linear {', '.join(missing)}")
+            raise UserError("teacher", f"{place}.self_attn has no linear {', '.join(missing)}")
         if unknown := sorted({each.split(".")[0] for each, _ in attention.named_parameters()} - {*PROJECTIONS, *NORMS}):
-            raise UserError(f"{place}.self_attn has {', '.join(unknown)}, for which KDA has no place")
+            raise UserError("teacher", f"{place}.self_attn has {', '.join(unknown)}, for which KDA has no place")
         query, key, value = (linear[part].out_features for part in PROJECTIONS[:3])
         if query != linear["o_proj"].in_features or key != value:
-            raise UserError(f"{place}.self_attn has heads of different sizes for queries, keys and values")
+            raise UserError("teacher", f"{place}.self_attn has heads of different sizes for queries, keys and values")
 
 
 def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM) -> None:
@@ -197,7 +201,7 @@ def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM) -> Non
     missing = [name for name in report.missing_keys if not name.startswith(exchanged)]
     if missing or report.unexpected_keys:
         difference = (missing + report.unexpected_keys)[0]
-        raise UserError(f"teacher: {type(teacher).__name__} cannot be converted: no counterpart for {difference}")
+        raise UserError("teacher", f"{type(teacher).__name__} cannot be converted: no counterpart for {difference}")
     for name, buffer in teacher.named_buffers():  # those that are not in the state_dict: rotary frequencies
         if not name.startswith(exchanged):
             module, _, attribute = name.rpartition(".")

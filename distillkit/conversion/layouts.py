@@ -43,7 +43,7 @@ def _existing(layers: list[int], num_layers: int) -> list[int]:
     for position, layer in enumerate(layers):
         if layer >= num_layers:
             raise UserError(
-                f"student.full_attention_layers[{position}]: layer {layer} does not exist, "
-                f"the teacher's layers are 0 to {num_layers - 1}"
+                f"student.full_attention_layers[{position}]",
+                f"layer {layer} does not exist, the teacher's layers are 0 to {num_layers - 1}",
             )
     return layers

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
-from distillkit.model import KDAHybridForCausalLM, KimiDeltaAttention
+from distillkit.student.network import KDAHybridForCausalLM, KimiDeltaAttention
 
 CONTEXT_LENGTHS = (4096, 32768, 131072)
 

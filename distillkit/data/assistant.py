@@ -94,8 +94,9 @@ def _spans_by_turns(
             or (turn and start > len(before))
         ):
             raise UserError(
-                "dataset.assistant_only_loss: the tokenizer's chat template does not tell the assistant's words from "
-                "the others; give it a chat template with {% generation %} marks, or remove assistant_only_loss"
+                "dataset.assistant_only_loss",
+                "the tokenizer's chat template does not tell the assistant's words from "
+                "the others; give it a chat template with {% generation %} marks, or remove assistant_only_loss",
             )
         said = through.rstrip()
         spans.append((start + len(prompt), len(said if said.endswith(special_tokens) else through)))

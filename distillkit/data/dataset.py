@@ -161,10 +161,10 @@ def _prepare(
         # A captured teacher's word is large: it is chosen from last of all, when that no longer copies it.
         rows = aligned_rows(rows, signals, key) if signals else _chosen(rows, preparation)
         if preparation.prepacked and "input_ids" not in rows.column_names:
-            raise UserError(f"{key}: has no column input_ids; remove prepacked, and rows are tokenised and packed")
+            raise UserError(key, "has no column input_ids; remove prepacked, and rows are tokenised and packed")
         documents = tokenize_rows(rows, tokenizer, preparation.row_format, num_proc=num_proc, key=key)
         if len(documents) == 0:
-            raise UserError(f"{key}: has only empty rows")
+            raise UserError(key, "has only empty rows")
         if signals:
             documents = concatenate_datasets([documents, rows.select_columns(signals)], axis=1)
         if preparation.prepacked:

@@ -68,14 +68,12 @@ def keep_rows(rows: Dataset, boundaries: Dataset | None, sequence_length: int, k
         if len(wrong):
             index, length, total = indices[wrong[0]], lengths[wrong[0]], sums[wrong[0]]
             if length > sequence_length:
-                raise UserError(
-                    f"{key}: row {index} has {length} tokens, more than sequence_length ({sequence_length})"
-                )
-            raise UserError(f"{key}: row {index} has {length} tokens, but its seq_lengths add up to {total}")
+                raise UserError(key, f"row {index} has {length} tokens, more than sequence_length ({sequence_length})")
+            raise UserError(key, f"row {index} has {length} tokens, but its seq_lengths add up to {total}")
         return pa.table({"seq_lengths": seq_lengths})
 
     if boundaries is not None and len(boundaries) != len(rows):
-        raise UserError(f"{key}: has rows without tokens; remove them")
+        raise UserError(key, "has rows without tokens; remove them")
     tokens = rows.select_columns("input_ids")
     looked_at = tokens if boundaries is None else concatenate_datasets([tokens, boundaries], axis=1)
     features = Features({"seq_lengths": ROW_FEATURES["seq_lengths"]})
@@ -94,8 +92,9 @@ def refuse_packed_rows(rows: Dataset, key: str) -> None:
         several = np.flatnonzero(pc.list_value_length(batch["seq_lengths"]).fill_null(0).to_numpy() > 1)
         if len(several):
             raise UserError(
-                f"{key}: row {start + int(several[0])} holds several documents; set dataset.prepacked: true, and rows "
-                "stay as they are"
+                key,
+                f"row {start + int(several[0])} holds several documents; set dataset.prepacked: true, and rows "
+                "stay as they are",
             )
         start += len(batch)
 

@@ -50,7 +50,7 @@ def _read_note(folder: Path) -> dict[str, Any] | None:
         note: dict[str, Any] = json.loads((folder / _NOTE).read_text())
         return note
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"dataset.prepared_dataset_path: {folder} holds something else; name a new folder")
+        raise UserError("dataset.prepared_dataset_path", f"{folder} holds something else; name a new folder")
     return None
 
 

@@ -62,8 +62,9 @@ def tokenize_rows(
     column = _content_column(rows.column_names, row_format.text_field, key)
     if row_format.assistant_only_loss and not holds_conversations(rows, row_format.text_field, key):
         raise UserError(
-            f"{key}: column {column} holds no conversations, so dataset.assistant_only_loss cannot tell the "
-            "assistant's part of it; remove assistant_only_loss, or name conversations"
+            key,
+            f"column {column} holds no conversations, so dataset.assistant_only_loss cannot tell the "
+            "assistant's part of it; remove assistant_only_loss, or name conversations",
         )
     if row_format.completion_only_loss and column != "prompt":
         logger.warning("%s: has no prompt and completion; dataset.completion_only_loss has no effect on it", key)
@@ -104,8 +105,9 @@ def _tell_of_silence(silent: int, rows: int, key: str) -> None:
     """What `assistant_only_loss` leaves out. Raises `UserError` where that is everything."""
     if silent == rows:
         raise UserError(
-            f"{key}: in none of its conversations the assistant says anything, so nothing would count; name others, "
-            "or remove dataset.assistant_only_loss"
+            key,
+            "in none of its conversations the assistant says anything, so nothing would count; name others, "
+            "or remove dataset.assistant_only_loss",
         )
     logger.warning("%s: %d of %d conversations are left out: the assistant says nothing in them", key, silent, rows)
 
@@ -114,8 +116,8 @@ def _check_eos_labels(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBa
     for position, token_id in enumerate(token_ids):
         if not 0 <= token_id < len(tokenizer):
             raise UserError(
-                f"dataset.eos_label_token_ids[{position}]: there is no token {token_id}; the tokenizer has "
-                f"{len(tokenizer)}, counted from 0"
+                f"dataset.eos_label_token_ids[{position}]",
+                f"there is no token {token_id}; the tokenizer has {len(tokenizer)}, counted from 0",
             )
 
 
@@ -140,7 +142,7 @@ def _content_column(columns: Sequence[str], text_field: str, key: str) -> str:
     if {"prompt", "completion"} <= set(columns):
         return "prompt"
     accepted = f"input_ids, {text_field}, messages, conversations, or prompt and completion"
-    raise UserError(f"{key}: has the columns {', '.join(columns)}; one of these is needed: {accepted}")
+    raise UserError(key, f"has the columns {', '.join(columns)}; one of these is needed: {accepted}")
 
 
 def _reader(column: str, tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, key: str) -> Reader:
@@ -149,7 +151,7 @@ def _reader(column: str, tokenizer: PreTrainedTokenizerBase, row_format: RowForm
         return _assistant_reader(column, tokenizer, completion_only, key)
 
     def read_text(batch: Batch) -> list[Document]:
-        _require_text(batch[column], f"{key}: column {column!r}")
+        _require_text(batch[column], key, f"column {column!r}")
         texts = [text for text in batch[column] if text]
         return [(input_ids, list(input_ids)) for input_ids in _encode(texts, tokenizer, key, complete=True)]
 
@@ -189,7 +191,7 @@ def _read_tokens(table: pa.Table, vocabulary: int, key: str) -> Flat:
         wrong = np.flatnonzero((counts != 0) & (counts != lengths))
         if len(wrong):
             found = f"{lengths[wrong[0]]} input_ids and {counts[wrong[0]]} labels"
-            raise UserError(f"{key}: a row has {found}; they must be as many")
+            raise UserError(key, f"a row has {found}; they must be as many")
         labels = input_ids.copy()
         labels[np.repeat(counts != 0, lengths)] = given
     if "attention_mask" in table.column_names:
@@ -198,7 +200,7 @@ def _read_tokens(table: pa.Table, vocabulary: int, key: str) -> Flat:
         wrong = np.flatnonzero(masked & (counts != lengths))
         if len(wrong):
             found = f"{lengths[wrong[0]]} input_ids and an attention_mask of {counts[wrong[0]]}"
-            raise UserError(f"{key}: a row has {found}")
+            raise UserError(key, f"a row has {found}")
         seen = np.ones(len(input_ids), dtype=bool)
         seen[np.repeat(masked, lengths)] = values.cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False)
         input_ids, labels = input_ids[seen], labels[seen]
@@ -223,8 +225,9 @@ def _checked_tokens(values: pa.Array, name: str, lowest: int, vocabulary: int, k
     strange = tokens[~((tokens >= lowest) & (tokens < vocabulary))]
     if len(strange):
         raise UserError(
-            f"{key}: {name} holds token {strange[0]}, but the tokenizer has {vocabulary}; "
-            "the rows were made with another tokenizer"
+            key,
+            f"{name} holds token {strange[0]}, but the tokenizer has {vocabulary}; "
+            "the rows were made with another tokenizer",
         )
     return values.cast(pa.int32()).to_numpy()
 
@@ -239,7 +242,7 @@ def _read_completions(
     if conversational:
         rows = [_render(row, tokenizer, key) for row in rows]
     else:
-        _require_text([row[name] for row in rows for name in ("prompt", "completion")], f"{key}: prompt and completion")
+        _require_text([row[name] for row in rows for name in ("prompt", "completion")], key, "prompt and completion")
     wholes = _encode([row["prompt"] + row["completion"] for row in rows], tokenizer, key, complete=not conversational)
     if not completion_only:
         return [(whole, list(whole)) for whole in wholes]
@@ -293,7 +296,7 @@ def _render(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -
 def _require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{key}: holds conversations but the tokenizer has no chat template; use a model that has one, or texts"
+            key, "holds conversations but the tokenizer has no chat template; use a model that has one, or texts"
         )
 
 
@@ -304,7 +307,7 @@ def _told_of_conversations(key: str) -> Iterator[None]:
     except UserError:
         raise
     except (jinja2.TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{key}: a conversation does not fit the tokenizer's chat template: {error}") from error
+        raise UserError(key, f"a conversation does not fit the tokenizer's chat template: {error}") from error
 
 
 def _conversation(row: dict[str, Any]) -> tuple[dict[str, Any], list[Any] | None]:
@@ -339,11 +342,11 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, key: str, *, c
 
 def _eos_token_id(tokenizer: PreTrainedTokenizerBase, key: str) -> int:
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{key}: the tokenizer has no EOS token, which ends each document; set its eos_token")
+        raise UserError(key, "the tokenizer has no EOS token, which ends each document; set its eos_token")
     return int(tokenizer.eos_token_id)
 
 
-def _require_text(values: list[Any], where: str) -> None:
+def _require_text(values: list[Any], key: str, what: str) -> None:
     for value in values:
         if value is not None and not isinstance(value, str):
-            raise UserError(f"{where} must hold text, got {type(value).__name__}")
+            raise UserError(key, f"{what} must hold text, got {type(value).__name__}")

@@ -33,8 +33,9 @@ def aligned_rows(rows: Dataset, columns: Sequence[str], key: str) -> Dataset:
     missing = [name for name in ("input_ids", *columns) if name not in rows.column_names]
     if missing:
         raise UserError(
-            f"{key}: has no column {' or '.join(missing)}, needed to learn from a captured teacher; "
-            f"its columns are {', '.join(rows.column_names)}"
+            key,
+            f"has no column {' or '.join(missing)}, needed to learn from a captured teacher; "
+            f"its columns are {', '.join(rows.column_names)}",
         )
     present = [name for name in (*_PER_TOKEN, "seq_lengths") if name in rows.column_names]
     rows = rows.select_columns([*present, *columns])
@@ -83,8 +84,9 @@ def _is_whole(table: pa.Table, columns: Sequence[str], start: int, key: str) -> 
         if len(wrong):
             row = int(wrong[0])
             raise UserError(
-                f"{key}: row {start + row} has {lengths[row]} input_ids and {entries[row]} entries in {name}; "
-                "they must be as many"
+                key,
+                f"row {start + row} has {lengths[row]} input_ids and {entries[row]} entries in {name}; "
+                "they must be as many",
             )
         whole = whole and bool((entries == lengths).all())
     return whole and ("attention_mask" not in table.column_names or bool(_numbers(table["attention_mask"]).all()))

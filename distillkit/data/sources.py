@@ -32,14 +32,14 @@ def load_source(source: DatasetSource, key: str = "dataset") -> Dataset:
     try:
         splits = _local_splits(named, where) if local else _hub_splits(source)
     except (StopIteration, IndexError) as error:  # how the datasets library meets files and folders without rows
-        raise UserError(f"{where}: it has no rows") from error
+        raise UserError(where, "it has no rows") from error
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(f"{where}: {reason}") from error
+        raise UserError(where, f"{reason}") from error
     rows = _choose_split(splits, source.split, named, f"{key}.split")
     if len(rows) == 0:
-        raise UserError(f"{where}: it has no rows")
+        raise UserError(where, "it has no rows")
     return rows
 
 
@@ -66,18 +66,16 @@ def _local_splits(path: str, where: str) -> DatasetDict:
         shards = [os.path.join(path, shard.file) for shard in manifest.shards]
         return datasets.load_dataset("parquet", data_files={"train": shards})
     if os.path.isfile(os.path.join(path, "plan.json")) and glob.glob(os.path.join(glob.escape(path), "shard-*")):
-        raise UserError(f"{where}: its capture is not finished; the same distillkit capture goes on with it")
+        raise UserError(where, "its capture is not finished; the same distillkit capture goes on with it")
     files = local_files(path)
     if not files:
-        raise UserError(f"{where}: there is no such file or folder, or it is empty")
+        raise UserError(where, "there is no such file or folder, or it is empty")
     data_files = [name for name in files if os.path.splitext(name)[1] in LOADERS]
     kinds = sorted({LOADERS[os.path.splitext(name)[1]] for name in data_files})
     if not kinds or (not os.path.isdir(path) and len(data_files) < len(files)):
-        raise UserError(f"{where}: files must be {', '.join(LOADERS)}, or a folder of save_to_disk")
+        raise UserError(where, f"files must be {', '.join(LOADERS)}, or a folder of save_to_disk")
     if len(kinds) > 1:
-        raise UserError(
-            f"{where}: it holds {' and '.join(kinds)} files; name one kind by a pattern such as {path}/*.txt"
-        )
+        raise UserError(where, f"it holds {' and '.join(kinds)} files; name one kind by a pattern such as {path}/*.txt")
     options = {"sample_by": "document"} if kinds == ["text"] else {}  # a file is a document, not each of its lines
     if os.path.isdir(path):  # file names tell the splits, as in a dataset of the hub
         return datasets.load_dataset(path, **options)
@@ -88,11 +86,11 @@ def _choose_split(splits: DatasetDict, split: str | None, named: str, key: str) 
     names = ", ".join(splits)
     if split is None:
         if len(splits) > 1:
-            raise UserError(f"{key}: is missing: {named!r} has the splits {names}; name one")
+            raise UserError(key, f"is missing: {named!r} has the splits {names}; name one")
         return next(iter(splits.values()))
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except ValueError as error:
-        raise UserError(f"{key}: {named!r} has no split {split!r}; it has {names}") from error
+        raise UserError(key, f"{named!r} has no split {split!r}; it has {names}") from error
     chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)

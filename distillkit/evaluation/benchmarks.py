@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config.errors import UserError, did_you_mean
-from distillkit.config.suites import BenchmarksConfig
+from distillkit.config.evaluate import BenchmarksConfig
 
 
 def run_benchmark(
@@ -43,14 +43,14 @@ def run_benchmark(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError(
-            f"benchmarks: lm-eval cannot be imported ({error}); install it with: pip install 'distillkit[eval]'"
+            "benchmarks", f"lm-eval cannot be imported ({error}); install it with: pip install 'distillkit[eval]'"
         ) from error
     for index, folder in enumerate(settings.include_path):
         if not os.path.isdir(folder):
-            raise UserError(f"benchmarks.include_path[{index}]: no such folder: {folder!r}")
+            raise UserError(f"benchmarks.include_path[{index}]", f"no such folder: {folder!r}")
     tasks = _known_tasks(tuple(settings.include_path))
     if task not in tasks.all_tasks and not os.path.isfile(task):
-        raise UserError(f"benchmarks.tasks: lm-eval has no task {task!r}{did_you_mean(task, tasks.all_tasks)}")
+        raise UserError("benchmarks.tasks", f"lm-eval has no task {task!r}{did_you_mean(task, tasks.all_tasks)}")
     with _without_bars():
         results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size),

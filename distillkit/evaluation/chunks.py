@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from distillkit.distribution import Distribution, at_least_float32
 from distillkit.losses.objective import counted_rows, shifted_labels
 from distillkit.losses.vocabulary_head import padded
-from distillkit.teacher.decoder import decode, head
+from distillkit.models.decoder import decode, head
 from distillkit.teacher.signal import Teacher
 
 CHUNK_BYTES = 256 * 2**20

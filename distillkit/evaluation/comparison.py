@@ -33,7 +33,7 @@ from distillkit.evaluation.divergence import NOTHING_TO_MEASURE
 from distillkit.evaluation.jackknife import Named, jackknife
 from distillkit.losses.divergences import jsd, kl, reverse_kl
 from distillkit.losses.hidden_states import hs_cosine
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.teacher.live import LiveTeacher
 
 BINS = 15
 TOP = 5
@@ -72,7 +72,7 @@ def compare(
         UserError: no token counts.
     """
     compared = tuple(range(1, student.config.num_hidden_layers + 1)) if layers and _alike(teacher, student) else ()
-    asked = OnlineTeacher(teacher.eval(), compared, final_norm=False)
+    asked = LiveTeacher(teacher.eval(), compared, final_norm=False)
     pair = Pair(asked, student.eval(), vocabulary_size, chunk_tokens=chunk_tokens, layers=compared)
     edges = [*(edge for edge in position_buckets if edge < sequence_length), sequence_length]
     of_documents: list[Named] = []
@@ -87,7 +87,7 @@ def compare(
         done += len(rows)
         progress(done, num_tokens)
     if done == 0:
-        raise UserError(NOTHING_TO_MEASURE)
+        raise UserError(None, NOTHING_TO_MEASURE)
     sums = {name: torch.cat([each[name] for each in of_documents]) for name in of_documents[0]}
     return _as_json(*jackknife(_numbers, sums), sums, edges)
 

@@ -22,7 +22,7 @@ from distillkit.distribution import DenseDistribution, Distribution, at_least_fl
 from distillkit.evaluation.chunks import Pair, counted_batches
 from distillkit.losses.divergences import kl
 from distillkit.teacher.captured import CapturedTeacher
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.teacher.live import LiveTeacher
 
 NOTHING_TO_MEASURE = "no token to measure on: the held-out text is empty, or every document in it has one token"
 
@@ -72,7 +72,7 @@ def measure_divergence(
     """
     training = student.training
     student.eval()
-    asked = OnlineTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
+    asked = LiveTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
     pair = Pair(asked, student, vocabulary_size, student_autocast, chunk_tokens)
     totals: dict[str, float] = {}
     tokens = 0
@@ -83,7 +83,7 @@ def measure_divergence(
         tokens += len(rows)
     student.train(training)
     if tokens == 0:
-        raise UserError(NOTHING_TO_MEASURE)
+        raise UserError(None, NOTHING_TO_MEASURE)
     means = {name: total / tokens for name, total in totals.items()}
     return Divergence(
         kl=means.get("kl"),

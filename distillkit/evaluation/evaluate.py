@@ -20,14 +20,14 @@ import yaml
 from rich.console import Console
 
 from distillkit.config.errors import UserError
-from distillkit.config.suites import TEACHER, EvaluateConfig
+from distillkit.config.evaluate import TEACHER, EvaluateConfig
 from distillkit.console import say
-from distillkit.evaluation.models import Loaded, Subject, release_memory
+from distillkit.evaluation.model_spec import Loaded, Subject, release_memory
 from distillkit.evaluation.progress import EvaluationProgress
 from distillkit.evaluation.results import FAILURES, print_results, write_results
 from distillkit.evaluation.suites import measure
 from distillkit.evaluation.units import Measured, Unit, UnitResults, shortened, units_of
-from distillkit.provenance import commit, machine, versions, without_secrets
+from distillkit.runs.provenance import commit, machine, versions, without_secrets
 
 CONFIG, UNITS = "config.yaml", "units"
 INTERRUPTED = 130

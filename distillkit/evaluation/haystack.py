@@ -119,7 +119,7 @@ def build_prompt(
     """
     generator = random.Random(seed)
     if task.haystack == "essay" and (essay is None or not essay.sentences):
-        raise UserError("needles.haystack: is missing: this task hides its needles in text; name a file or dataset")
+        raise UserError("needles.haystack", "is missing: this task hides its needles in text; name a file or dataset")
     names = _Names(task, generator, essay.text if essay is not None and task.haystack == "essay" else "")
     needles = {names.key(): [names.value() for _ in range(task.values)] for _ in range(task.keys)}
     asked = generator.sample(list(needles), task.queries)
@@ -232,7 +232,7 @@ def _longest_that_fits(
     low, best = 0, tokenized(0)
     if len(best[1]) > length:
         raise UserError(
-            f"needles.lengths: {length} tokens are too few; without a haystack it is {len(best[1])} already"
+            "needles.lengths", f"{length} tokens are too few; without a haystack it is {len(best[1])} already"
         )
     guesses = _Guesses(length, len(best[1]))
     while len(best[1]) < close_enough and (size := guesses.next()) is not None:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from distillkit.config.suites import DivergenceConfig
+from distillkit.config.evaluate import DivergenceConfig
 from distillkit.data import build_dataset, collate
 from distillkit.data.signals import TensorRows
 from distillkit.data.sources import load_source

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError
-from distillkit.config.suites import NeedlesConfig
+from distillkit.config.evaluate import NeedlesConfig
 from distillkit.data.sources import load_source
 from distillkit.evaluation.generation import decode_greedily, end_tokens, left_padded, prefill
 from distillkit.evaluation.haystack import TASKS, Essay, Prompt, build_prompt
@@ -130,7 +130,7 @@ def _read(source: DatasetSource | None, tokens: int) -> str:
     rows = load_source(source, "needles.haystack")
     if "text" not in rows.column_names:
         columns = ", ".join(rows.column_names)
-        raise UserError(f"needles.haystack: a haystack is read from column text, and there is none; it has {columns}")
+        raise UserError("needles.haystack", f"a haystack is read from column text, and there is none; it has {columns}")
     texts: list[str] = []
     missing = tokens * CHARACTERS_PER_TOKEN
     for text in rows["text"]:

@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distillkit.config.suites import TEACHER, EvaluateConfig, ModelConfig
+from distillkit.config.evaluate import TEACHER, EvaluateConfig, ModelConfig
 from distillkit.console import say
 from distillkit.evaluation.divergence import shown
-from distillkit.evaluation.models import trained_length
+from distillkit.evaluation.model_spec import trained_length
 from distillkit.evaluation.units import Measured, Unit
 from distillkit.reporting.reading import EVALUATION, FORMAT, RESULTS
-from distillkit.shards import write_json
+from distillkit.runs.writing import write_json
 
 FAILURES = "failures.log"
 

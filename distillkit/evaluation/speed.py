@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from distillkit.config.suites import SpeedConfig
+from distillkit.config.evaluate import SpeedConfig
 from distillkit.evaluation.generation import decode_greedily, prefill
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from distillkit.config.suites import EvaluateConfig
+from distillkit.config.evaluate import EvaluateConfig
 from distillkit.data import tokenizer_hash
 from distillkit.evaluation.comparison import compare
 from distillkit.evaluation.held_out import KEY, held_out_batches, held_out_rows
-from distillkit.evaluation.models import Loaded
+from distillkit.evaluation.model_spec import Loaded
 from distillkit.evaluation.units import Unit
-from distillkit.teacher.decoder import check_head
-from distillkit.teacher.vocabulary import check_known_tokens, check_same_tokenizer, common_vocabulary
-from distillkit.varlen_attention import use_varlen_attention
+from distillkit.models.decoder import check_head, head
+from distillkit.models.varlen_attention import use_varlen_attention
+from distillkit.models.vocabulary import check_known_tokens, check_same_tokenizer, common_vocabulary
 
 Tell = Callable[[int, int], None]
 """Is told how much of how much is done."""
@@ -53,7 +53,9 @@ def _divergence(student: Loaded, teacher: Loaded, config: EvaluateConfig, tell: 
     assert config.divergence is not None
     settings = config.divergence
     check_same_tokenizer(teacher.tokenizer, student.tokenizer, teacher.subject.key)
-    vocabulary_size = common_vocabulary(teacher.model, student.model, student.tokenizer, teacher.tokenizer)
+    vocabulary_size = common_vocabulary(
+        len(head(teacher.model)[0]), student.model, student.tokenizer, teacher.tokenizer
+    )
     for each in (teacher, student):
         check_head(each.model, each.subject.key)
     prepared = Path(config.output_path) / "rows" / tokenizer_hash(student.tokenizer)[:16]

@@ -17,10 +17,10 @@ from urllib.parse import quote
 import torch
 
 from distillkit.config import DatasetSource
-from distillkit.config.suites import ESSAY_TASKS, TEACHER, EvaluateConfig
+from distillkit.config.evaluate import ESSAY_TASKS, TEACHER, EvaluateConfig
 from distillkit.data.prepared import file_states
-from distillkit.provenance import without_secrets
-from distillkit.shards.files import write_json
+from distillkit.runs.provenance import without_secrets
+from distillkit.runs.writing import write_json
 
 VERSIONS = {"model": 2, "divergence": 2, "benchmarks": 1, "needles": 1, "speed": 2}
 """Of each suite's own maths; to be counted up when the same models and settings give other numbers than before."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distillkit.losses.functions import ATTENTION_LOSSES, masked_totals
-from distillkit.losses.vocabulary_head import DistributionTerm
+from distillkit.losses.vocabulary_head import LossTerm
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class AlignedLayer:
 def aligned_losses(
     layers: Sequence[AlignedLayer],
     counted: Bool[Tensor, " batch_tokens"],
-    terms: Sequence[DistributionTerm],
+    terms: Sequence[LossTerm],
     normalizer: float | Tensor,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """(loss, sums): sums are those of each term over the counted tokens, averaged over the layers.
@@ -54,7 +54,7 @@ def aligned_losses(
 class _Work:
     layer: AlignedLayer
     counted: Tensor
-    terms: Sequence[DistributionTerm]
+    terms: Sequence[LossTerm]
     wants_gradient: bool
 
 
@@ -81,6 +81,6 @@ class _AlignedLayer(torch.autograd.Function):
         return None, *(gradient * loss_gradient for gradient in ctx.saved_tensors)
 
 
-def _sum(term: DistributionTerm, output: Float[Tensor, "batch tokens width"], work: _Work) -> Float[Tensor, ""]:
+def _sum(term: LossTerm, output: Float[Tensor, "batch tokens width"], work: _Work) -> Float[Tensor, ""]:
     sums, counts = ATTENTION_LOSSES[term.function](output.flatten(0, 1), work.layer.target.flatten(0, 1))
     return masked_totals(sums, counts, work.counted)[0]

@@ -33,7 +33,7 @@ from distillkit.losses.functions import (
 from distillkit.losses.ranking import preference_pair_counts
 from distillkit.losses.vocabulary_head import (
     IGNORED_LABEL,
-    DistributionTerm,
+    LossTerm,
     TeacherChunks,
     TermTotals,
     chunk_tokens_within,
@@ -117,7 +117,7 @@ class Objective(nn.Module):
         self.projections = nn.ModuleList()
         if self.hidden_terms:
             if layer_mapping is None or student is None or teacher is None:
-                raise UserError("layer_mapping: is missing; hidden-state losses need all, or pairs")
+                raise UserError("layer_mapping", "is missing; hidden-state losses need all, or pairs")
             self.pairs = _pairs(layer_mapping, student.num_layers, teacher.num_layers)
             if force_hidden_state_projection or student.hidden_size != teacher.hidden_size:
                 self.projections.extend(
@@ -260,7 +260,7 @@ def _counted(labels: Int[Tensor, "batch tokens"]) -> Bool[Tensor, " batch_tokens
     return shifted_labels(labels).flatten() != IGNORED_LABEL
 
 
-def _terms(loss_functions: Sequence[LossConfig]) -> list[DistributionTerm]:
+def _terms(loss_functions: Sequence[LossConfig]) -> list[LossTerm]:
     """Weights divided by their sum; a function that comes again is named function_2, function_3, …"""
     total = sum(loss.weight for loss in loss_functions)
     seen: Counter[str] = Counter()
@@ -271,7 +271,7 @@ def _terms(loss_functions: Sequence[LossConfig]) -> list[DistributionTerm]:
         options = loss.model_dump(
             include={"temperature", "missing_probability_handling", "margin", "top_k"}, exclude_none=True
         )
-        terms.append(DistributionTerm(name, loss.function, loss.weight / total, options))
+        terms.append(LossTerm(name, loss.function, loss.weight / total, options))
     return terms
 
 
@@ -282,8 +282,9 @@ def _pairs(
     if layer_mapping == "all":
         if student_layers != teacher_layers:
             raise UserError(
-                f"layer_mapping: all needs models of equal depth; the student has {student_layers} layers, the teacher "
-                f"{teacher_layers}: give pairs [student index, teacher index]"
+                "layer_mapping",
+                f"all needs models of equal depth; the student has {student_layers} layers, the teacher "
+                f"{teacher_layers}: give pairs [student index, teacher index]",
             )
         return [(layer, layer) for layer in range(1, student_layers + 1)]
     pairs = [(int(student), int(teacher)) for student, teacher in layer_mapping]
@@ -291,8 +292,9 @@ def _pairs(
         for owner, index, layers in zip(("student", "teacher"), pair, (student_layers, teacher_layers), strict=True):
             if not 0 <= index <= layers:
                 raise UserError(
-                    f"layer_mapping[{position}]: the {owner} has no hidden state {index}; "
-                    f"0 (embeddings) to {layers} (output of its last layer) exist"
+                    f"layer_mapping[{position}]",
+                    f"the {owner} has no hidden state {index}; "
+                    f"0 (embeddings) to {layers} (output of its last layer) exist",
                 )
     return pairs
 
@@ -305,15 +307,18 @@ def _check_attention(
 ) -> None:
     """Layer i is compared with layer i, on the teacher's input of layer i."""
     position = next(i for i, loss in enumerate(loss_functions) if loss.function in ATTENTION_LOSSES)
-    where = f"loss_functions[{position}].function: {loss_functions[position].function}"
+    key, function = f"loss_functions[{position}].function", loss_functions[position].function
     if student is None or teacher is None or student != teacher:
         raise UserError(
-            f"{where} compares layer by layer, which needs models of equal depth and width; the student has "
-            f"{_described(student)}, the teacher {_described(teacher)}; use hs_mse or hs_cosine with a layer_mapping"
+            key,
+            f"{function} compares layer by layer, which needs models of equal depth and width; the student has "
+            f"{_described(student)}, the teacher {_described(teacher)}; use hs_mse or hs_cosine with a layer_mapping",
         )
     if not layers:
         raise UserError(
-            f"{where} has nothing to train: all of the student's attention is frozen; see frozen_res and frozen_modules"
+            key,
+            f"{function} has nothing to train: all of the student's attention is frozen; see frozen_res and "
+            "frozen_modules",
         )
 
 

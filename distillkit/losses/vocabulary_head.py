@@ -33,7 +33,7 @@ TermTotals = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class DistributionTerm:
+class LossTerm:
     """One distribution loss of an objective: its name in results, its function, its share of the whole, its options."""
 
     name: str
@@ -48,7 +48,7 @@ def chunked_vocabulary_losses(
     bias: Float[Tensor, " vocab"] | None,
     labels: Int[Tensor, " tokens"],
     teacher: TeacherChunks | None,
-    terms: Sequence[DistributionTerm],
+    terms: Sequence[LossTerm],
     normalizers: Mapping[str, float | Tensor],
     chunk_tokens: int,
     vocabulary_size: int | None = None,
@@ -95,7 +95,7 @@ def chunk_tokens_within(memory_bytes: float, vocabulary_size: int) -> int:
 class _Work:
     labels: Tensor
     teacher: TeacherChunks | None
-    terms: Sequence[DistributionTerm]
+    terms: Sequence[LossTerm]
     scales: Sequence[Tensor]
     chunk_tokens: int
     vocabulary_size: int | None
@@ -139,7 +139,7 @@ def _run_chunks(
             logits = at_least_float32(F.linear(hidden, matrix)[:, :vocab])
             if bias is not None:
                 logits = logits + bias
-            sums_and_counts, gradient = _judge(logits, said, work.labels[rows], work)
+            sums_and_counts, gradient = _chunk_losses(logits, said, work.labels[rows], work)
             totals += sums_and_counts
             if gradient is None:
                 continue
@@ -157,7 +157,7 @@ def _run_chunks(
     return loss, totals[0], totals[1], [hidden_gradient, weight_gradient, bias_gradient]
 
 
-def _judge(
+def _chunk_losses(
     logits: Float[Tensor, "tokens vocab"], teacher: Distribution | None, labels: Int[Tensor, " tokens"], work: _Work
 ) -> tuple[Float[Tensor, "2 terms"], Float[Tensor, "tokens vocab"] | None]:
     """Every term's (sum, count) over one chunk and the gradient of the weighted whole."""
@@ -181,7 +181,7 @@ def term_totals(
     logits: Float[Tensor, "tokens vocab"],
     teacher: Distribution | None,
     labels: Int[Tensor, " tokens"],
-    terms: Sequence[DistributionTerm],
+    terms: Sequence[LossTerm],
 ) -> Float[Tensor, "2 terms"]:
     """Each term's (sum, count) over the tokens that have a label."""
     mask = labels != IGNORED_LABEL

@@ -12,12 +12,12 @@ from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.config.losses import ATTENTION_FUNCTIONS
 from distillkit.config.readiness import check_ready
 from distillkit.config.tokens import token_text
+from distillkit.models.decoder import head
 from distillkit.planning.gpus import GIB, GPU
-from distillkit.planning.models import parameters_in_files
+from distillkit.planning.meta_models import parameters_in_files
 from distillkit.planning.result import PhasePlan, RunPlan
 from distillkit.planning.settings import Settings
 from distillkit.planning.tokens import Schedule
-from distillkit.teacher.decoder import head
 from distillkit.training.freezing import freeze
 from distillkit.training.optimizers import LOSSY_ADDENDS
 

@@ -77,7 +77,7 @@ def find_gpu(name: str) -> GPU:
     for known, (memory, tflops) in _TABLE.items():
         if _plain(known) == wanted:
             return GPU(known, memory * GIB, tflops)
-    raise UserError(f"--gpu: {name!r} is not known; there is {', '.join(_TABLE)} and cpu")
+    raise UserError("--gpu", f"{name!r} is not known; there is {', '.join(_TABLE)} and cpu")
 
 
 def seconds(

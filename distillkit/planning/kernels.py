@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distillkit.model import KimiDeltaAttention
+from distillkit.student.network import KimiDeltaAttention
 
 CHUNK = 64
 

@@ -14,7 +14,7 @@ from distillkit.config.phases import Phase, PhaseConfig, phases_of
 from distillkit.planning.advice import about_phase, about_run, remedies
 from distillkit.planning.disk import disk_use
 from distillkit.planning.gpus import GPU, find_gpu, seconds
-from distillkit.planning.models import (
+from distillkit.planning.meta_models import (
     parameter_groups,
     read_config,
     student_config,
@@ -23,7 +23,7 @@ from distillkit.planning.models import (
 )
 from distillkit.planning.result import PhasePlan, RunPlan
 from distillkit.planning.settings import Settings
-from distillkit.planning.step import CapturedWord, StepCost, reached_by, rehearse
+from distillkit.planning.step import FakeCapturedTeacher, StepCost, reached_by, rehearse
 from distillkit.planning.tokens import schedule
 from distillkit.shards import read_manifest
 from distillkit.training.freezing import freeze_matching
@@ -146,13 +146,13 @@ class _PhaseMaker:
         self.warnings += warnings
         return made
 
-    def _teacher(self, config: PreTrainedConfig | None) -> "PreTrainedModel | CapturedWord":
+    def _teacher(self, config: PreTrainedConfig | None) -> "PreTrainedModel | FakeCapturedTeacher":
         if isinstance(self.config.teacher, HFTeacherConfig):
             assert config is not None
             return teacher_on_meta(config, self.config.teacher, self.config.trust_remote_code)
         return _captured(self.config, self.student_config.vocab_size)
 
-    def _rehearse(self, teacher: "PreTrainedModel | CapturedWord", student: PreTrainedModel) -> StepCost | None:
+    def _rehearse(self, teacher: "PreTrainedModel | FakeCapturedTeacher", student: PreTrainedModel) -> StepCost | None:
         try:
             return rehearse(self.config, self.settings, teacher, student, cuda=self.gpu.cuda, gpus=self.gpus)
         except UserError as error:  # losses that these two models cannot have
@@ -183,17 +183,17 @@ class _PhaseMaker:
         return f"phases[{self.index}].{line}" if self.phase.name else line
 
 
-def _captured(config: RunConfig, vocabulary: int) -> CapturedWord:
+def _captured(config: RunConfig, vocabulary: int) -> FakeCapturedTeacher:
     """The word of a captured teacher, as its manifest or the YAML says."""
     teacher = config.teacher
     folder = config.dataset.train_dataset.disk_path
     manifest = None if folder is None else read_manifest(Path(folder))
     if manifest is not None:
         codec = build_codec(manifest.codec_kind, manifest.codec_config)
-        return CapturedWord(codec.k, codec.vocabulary_size, codec.bytes_per_token)
+        return FakeCapturedTeacher(codec.k, codec.vocabulary_size, codec.bytes_per_token)
     for kind in ("logprob_compressor", "legacy_logit_compression"):
         section = vars(teacher).get(kind)
         if section is not None:
             codec = build_codec(kind, section)
-            return CapturedWord(codec.k, codec.vocabulary_size, codec.bytes_per_token)
-    return CapturedWord(64, vars(teacher).get("vocab_size") or vocabulary, 64 * 8)
+            return FakeCapturedTeacher(codec.k, codec.vocabulary_size, codec.bytes_per_token)
+    return FakeCapturedTeacher(64, vars(teacher).get("vocab_size") or vocabulary, 64 * 8)

@@ -20,19 +20,19 @@ from distillkit.distribution import Distribution, SparseDistribution
 from distillkit.losses import Objective
 from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from distillkit.losses.vocabulary_head import chunk_tokens_within
-from distillkit.model import KimiDeltaAttention
+from distillkit.models.attention import trained_attention
+from distillkit.models.decoder import head
+from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.cuda_rules import CudaAutocast
 from distillkit.planning.kernels import mix_as_kernels_do
 from distillkit.planning.ledger import Ledger, without_data
 from distillkit.planning.optimizer import optimizer_memory
 from distillkit.planning.settings import Settings
-from distillkit.teacher.attention import trained_attention
-from distillkit.teacher.decoder import head
+from distillkit.student.network import KimiDeltaAttention
 from distillkit.teacher.signal import Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller
-from distillkit.training.models import checkpoint_layers
+from distillkit.training.setup import checkpoint_layers
 from distillkit.training.wiring import objective_of, online_teacher
-from distillkit.varlen_attention import VARLEN
 
 TEACHER, FORWARD, BACKWARD, UPDATE = "teacher's pass", "student's forward pass", "backward pass", "optimizer step"
 
@@ -76,7 +76,7 @@ class Batch:
 def rehearse(
     config: RunConfig,
     settings: Settings,
-    teacher: "PreTrainedModel | CapturedWord",
+    teacher: "PreTrainedModel | FakeCapturedTeacher",
     student: PreTrainedModel,
     *,
     cuda: bool,
@@ -87,13 +87,15 @@ def rehearse(
     teacher, student: on the meta device; the student frozen and cast as it trains. Both are used up.
     """
     ledger = Ledger()
-    vocabulary = min(teacher.vocabulary_size if isinstance(teacher, CapturedWord) else _rows(teacher), _rows(student))
+    vocabulary = min(
+        teacher.vocabulary_size if isinstance(teacher, FakeCapturedTeacher) else _rows(teacher), _rows(student)
+    )
     with ledger:
-        _furnish(student, ledger, "student weights", config, settings, cuda)
+        _materialize(student, ledger, "student weights", config, settings, cuda)
         if isinstance(teacher, PreTrainedModel):
-            _furnish(teacher, ledger, "teacher weights", config, settings, cuda)
+            _materialize(teacher, ledger, "teacher weights", config, settings, cuda)
         asked, objective = _teacher_and_objective(config, teacher, student, vocabulary, cuda)
-        if isinstance(asked, CapturedWord) or not objective.needs_teacher:
+        if isinstance(asked, FakeCapturedTeacher) or not objective.needs_teacher:
             matrices = []
         else:
             matrices = _padding(teacher, ledger, "teacher weights", cuda)
@@ -105,7 +107,7 @@ def rehearse(
     return cost
 
 
-def _furnish(
+def _materialize(
     model: PreTrainedModel, ledger: Ledger, kind: str, config: RunConfig, settings: Settings, cuda: bool
 ) -> None:
     """Weights without data, and the attention that the run would use."""
@@ -138,10 +140,14 @@ def _checkpoint_layers(student: PreTrainedModel, settings: Settings, cuda: bool)
 
 
 def _teacher_and_objective(
-    config: RunConfig, teacher: "PreTrainedModel | CapturedWord", student: PreTrainedModel, vocabulary: int, cuda: bool
+    config: RunConfig,
+    teacher: "PreTrainedModel | FakeCapturedTeacher",
+    student: PreTrainedModel,
+    vocabulary: int,
+    cuda: bool,
 ) -> tuple[Teacher, Objective]:
     chunk = chunk_tokens(config.loss_functions, _rows(student), cuda)
-    if isinstance(teacher, CapturedWord):
+    if isinstance(teacher, FakeCapturedTeacher):
         return teacher, objective_of(config, student, None, vocabulary, chunk)
     objective = objective_of(config, student, teacher, vocabulary, chunk)
     return online_teacher(config, teacher, objective, vocabulary), objective
@@ -261,7 +267,7 @@ def _rows(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class CapturedWord:
+class FakeCapturedTeacher:
     """Stands for a captured teacher: k tokens of each row, which come with the batches and are decoded by chunks."""
 
     k: int

@@ -15,7 +15,7 @@ from distillkit.planning.gpus import GIB
 from distillkit.planning.step import BACKWARD, FORWARD, TEACHER
 
 if TYPE_CHECKING:  # they print themselves with what is here
-    from distillkit.planning.capture import CapturePlan
+    from distillkit.planning.capture_plan import CapturePlan
     from distillkit.planning.result import PhasePlan, RunPlan
 
 KINDS = ("teacher weights", "student weights", "gradients", "optimizer states", "activations")

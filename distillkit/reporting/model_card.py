@@ -39,7 +39,7 @@ def write_model_card(folder: Path, evaluations: Sequence[Evaluation] = ()) -> Pa
         return None
     runs = read_results([folder]).runs
     if not runs:
-        raise UserError(f"RESULTS: {str(folder)!r} holds no run, but an evaluation")
+        raise UserError("RESULTS", f"{str(folder)!r} holds no run, but an evaluation")
     run = runs[0]
     staged = path.with_name(f".{path.name}.tmp")
     staged.write_text(model_card(run, evaluations), encoding="utf-8")

@@ -97,13 +97,13 @@ def read_results(paths: Sequence[Path]) -> Results:
     runs: list[Run] = []
     for path in paths:
         if not path.exists():
-            raise UserError(f"RESULTS: no such file or folder: {str(path)!r}")
+            raise UserError("RESULTS", f"no such file or folder: {str(path)!r}")
         file = path / RESULTS if path.is_dir() else path
         content = read_json(file) if file.exists() else {}
         if content.get("kind") == EVALUATION:
             if content.get("format") != FORMAT:
                 raise UserError(
-                    f"RESULTS: {str(file)!r} has format {content.get('format')}, this version reads {FORMAT}"
+                    "RESULTS", f"{str(file)!r} has format {content.get('format')}, this version reads {FORMAT}"
                 )
             _check_shape(content, file)
             evaluations.append(Evaluation(file, content))
@@ -113,7 +113,7 @@ def read_results(paths: Sequence[Path]) -> Results:
         else:
             what = "holds no" if content or path.is_file() else f"has no {RESULTS}, so it holds no"
             raise UserError(
-                f"RESULTS: {str(path)!r} {what} result of distillkit; name the output_path of a run or an evaluation"
+                "RESULTS", f"{str(path)!r} {what} result of distillkit; name the output_path of a run or an evaluation"
             )
     return Results(evaluations, runs)
 
@@ -150,7 +150,7 @@ def _check_shape(content: Json, file: Path) -> None:
             return
         if not isinstance(value, kinds[0]):
             what = "mapping" if kinds[0] is dict else "list"
-            raise UserError(f"RESULTS: {str(file)!r} is damaged: {where} is no {what}")
+            raise UserError("RESULTS", f"{str(file)!r} is damaged: {where} is no {what}")
         parts: Any = value
         inside = parts.items() if isinstance(parts, dict) else enumerate(parts)
         for key, inner in inside if len(kinds) > 1 else ():
@@ -194,11 +194,11 @@ def read_json(path: Path) -> Json:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"RESULTS: {str(path)!r} is not JSON: {error}") from None
+        raise UserError("RESULTS", f"{str(path)!r} is not JSON: {error}") from None
     except OSError as error:
-        raise UserError(f"RESULTS: {str(path)!r} cannot be read: {error.strerror}") from None
+        raise UserError("RESULTS", f"{str(path)!r} cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
-        raise UserError(f"RESULTS: {str(path)!r} holds no result of distillkit")
+        raise UserError("RESULTS", f"{str(path)!r} holds no result of distillkit")
     return content
 
 

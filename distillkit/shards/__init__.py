@@ -8,12 +8,8 @@ from distillkit.shards.background import read_background as read_background
 from distillkit.shards.background import read_background_file as read_background_file
 from distillkit.shards.background import write_background as write_background
 from distillkit.shards.files import read_record as read_record
-from distillkit.shards.files import remove_leftovers as remove_leftovers
 from distillkit.shards.files import shard_name as shard_name
-from distillkit.shards.files import write_first as write_first
-from distillkit.shards.files import write_json as write_json
 from distillkit.shards.files import write_shard as write_shard
-from distillkit.shards.files import write_whole as write_whole
 from distillkit.shards.manifest import Manifest as Manifest
 from distillkit.shards.manifest import ShardRecord as ShardRecord
 from distillkit.shards.manifest import read_manifest as read_manifest

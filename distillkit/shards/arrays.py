@@ -57,19 +57,19 @@ def signal_tensor(column: pa.ChunkedArray | pa.Array, name: str = "the column") 
     values = _flattened(per_token, name)
     widths = pc.list_value_length(per_token)
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-        raise UserError(f"{name}: must hold a list of numbers per token, but holds {column.type}")
+        raise UserError(name, f"must hold a list of numbers per token, but holds {column.type}")
     if values.null_count:
-        raise UserError(f"{name}: has missing values; it was not captured whole")
+        raise UserError(name, "has missing values; it was not captured whole")
     least, most = pc.min_max(widths).as_py().values() if len(widths) else (0, 0)
     if least != most:
-        raise UserError(f"{name}: tokens have from {least} to {most} values; all must have as many")
+        raise UserError(name, f"tokens have from {least} to {most} values; all must have as many")
     return torch.from_dlpack(values).view(len(per_token), most)
 
 
 def _flattened(lists: pa.Array, name: str) -> pa.Array:
     kind = lists.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise UserError(f"{name}: must hold a list of numbers per token, but holds {kind}")
+        raise UserError(name, f"must hold a list of numbers per token, but holds {kind}")
     if lists.null_count:
-        raise UserError(f"{name}: has missing values; it was not captured whole")
+        raise UserError(name, "has missing values; it was not captured whole")
     return lists.flatten()

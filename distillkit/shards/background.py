@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distillkit.config.errors import UserError
-from distillkit.shards.files import write_whole
+from distillkit.runs.writing import write_whole
 from distillkit.shards.manifest import Manifest
 
 BACKGROUND = "background.safetensors"
@@ -55,8 +55,8 @@ def read_background(folder: Path, manifest: Manifest | None) -> Float[Tensor, " 
     logprobs = read_background_file(folder / manifest.background)
     if logprobs.shape[0] != manifest.vocabulary_size:
         raise UserError(
-            f"{folder / manifest.background}: covers {logprobs.shape[0]} tokens, but the dataset's vocabulary has "
-            f"{manifest.vocabulary_size}"
+            f"{folder / manifest.background}",
+            f"covers {logprobs.shape[0]} tokens, but the dataset's vocabulary has {manifest.vocabulary_size}",
         )
     return logprobs
 
@@ -66,8 +66,8 @@ def read_background_file(path: Path) -> Float[Tensor, " vocab"]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as a background distribution: {error}") from error
+        raise UserError(path, f"cannot be read as a background distribution: {error}") from error
     logprobs = tensors.get(_TENSOR)
     if logprobs is None or logprobs.dim() != 1 or logprobs.dtype != torch.float32:
-        raise UserError(f"{path}: holds no float32 vector {_TENSOR!r}, which is what a capture writes")
+        raise UserError(path, f"holds no float32 vector {_TENSOR!r}, which is what a capture writes")
     return logprobs

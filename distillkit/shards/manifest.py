@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distillkit.config.errors import UserError
-from distillkit.shards.files import ShardRecord, write_whole
+from distillkit.runs.writing import write_whole
+from distillkit.shards.files import ShardRecord
 
 MANIFEST = "manifest.json"
 
@@ -87,8 +88,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise UserError(f"{path}: is of format {content['format']}, this version of distillkit reads {FORMAT}")
+            raise UserError(path, f"is of format {content['format']}, this version of distillkit reads {FORMAT}")
         shards = tuple(ShardRecord.from_json(record) for record in content["shards"])
         return Manifest(**{**{field.name: content[field.name] for field in fields(Manifest)}, "shards": shards})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no manifest of a captured dataset ({type(error).__name__}: {error})") from error
+        raise UserError(path, f"is no manifest of a captured dataset ({type(error).__name__}: {error})") from error

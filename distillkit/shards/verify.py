@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from distillkit.shards.files import ShardRecord, sha256
+from distillkit.runs.writing import sha256
+from distillkit.shards.files import ShardRecord
 from distillkit.shards.manifest import Manifest
 
 

@@ -22,10 +22,10 @@ from distillkit.config.teacher import DatasetTeacherConfig
 from distillkit.data import collate, tokenizer_hash
 from distillkit.data.signals import TensorRows
 from distillkit.data.sources import load_source
+from distillkit.models.vocabulary import check_same_tokenizer
 from distillkit.shards import Manifest, read_background, read_background_file, read_manifest, verify_shards
 from distillkit.teacher.captured import CapturedTeacher
-from distillkit.teacher.tokenizer import read_tokenizer
-from distillkit.teacher.vocabulary import check_same_tokenizer
+from distillkit.teacher.captured_tokenizer import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ def open_captured(
         codec = _plain(config, source, key)
     if config.vocab_size not in (None, codec.vocabulary_size):
         raise UserError(
-            f"teacher.vocab_size: is {config.vocab_size}, but the outputs of {key} are over {codec.vocabulary_size} "
-            "tokens; remove it"
+            "teacher.vocab_size",
+            f"is {config.vocab_size}, but the outputs of {key} are over {codec.vocabulary_size} tokens; remove it",
         )
     if config.background is not None:
         return CapturedTeacher(codec, open_background(config.background, codec.vocabulary_size))
@@ -89,8 +89,9 @@ def open_held_out(
     captured_tokenizer(source, student, key)
     if manifest.vocabulary_size != taught.vocabulary_size:
         raise UserError(
-            f"{key}: was captured over {manifest.vocabulary_size} tokens, but dataset.train_dataset over "
-            f"{taught.vocabulary_size}; capture both from one teacher"
+            key,
+            f"was captured over {manifest.vocabulary_size} tokens, but dataset.train_dataset over "
+            f"{taught.vocabulary_size}; capture both from one teacher",
         )
     trained_on = manifest_of(training)
     others = {} if trained_on is None else trained_on.teacher
@@ -124,9 +125,10 @@ def captured_tokenizer(
     teacher = read_tokenizer(Path(source.disk_path or ""), manifest)
     if teacher is None:
         raise UserError(
-            f"model: its tokenizer is not the one that {key} was captured with, that of "
+            "model",
+            f"its tokenizer is not the one that {key} was captured with, that of "
             f"{manifest.teacher.get('path', '')!r}; use a student of the teacher's family, or capture with the "
-            "student's tokenizer"
+            "student's tokenizer",
         )
     check_same_tokenizer(teacher, student, key)
     return teacher
@@ -137,11 +139,12 @@ def open_background(path: str, vocabulary_size: int, key: str = "teacher.backgro
     folder = Path(path)
     logprobs = read_background(folder, read_manifest(folder)) if folder.is_dir() else read_background_file(folder)
     if logprobs is None:
-        raise UserError(f"{key}: {path!r} has no background; name a dataset that distillkit capture made")
+        raise UserError(key, f"{path!r} has no background; name a dataset that distillkit capture made")
     if len(logprobs) != vocabulary_size:
         raise UserError(
-            f"{key}: covers {len(logprobs)} tokens, but the teacher's vocabulary has {vocabulary_size}; it is of "
-            "another teacher"
+            key,
+            f"covers {len(logprobs)} tokens, but the teacher's vocabulary has {vocabulary_size}; it is of "
+            "another teacher",
         )
     return logprobs
 
@@ -157,7 +160,7 @@ def refuse_damage(source: DatasetSource, key: str) -> None:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         captured_here = (folder / "plan.json").is_file()
         goes_on = "capture goes on there" if captured_here else "pack, of the same dataset to the same folder, mends it"
-        raise UserError(f"{key}.disk_path: {problems[0]}{more}; delete such files, and distillkit {goes_on}")
+        raise UserError(f"{key}.disk_path", f"{problems[0]}{more}; delete such files, and distillkit {goes_on}")
 
 
 def refuse_other_format(teacher: CapturedTeacher, rows: Dataset, key: str) -> None:
@@ -166,24 +169,28 @@ def refuse_other_format(teacher: CapturedTeacher, rows: Dataset, key: str) -> No
     try:
         said = teacher.codec.decode({name: batch[name].flatten(0, 1) for name in teacher.columns})
     except UserError as error:
-        raise UserError(f"{key}: {error}") from None
+        raise UserError(key, f"{error}") from None
     largest = int(said.ids.max())
     if largest >= teacher.vocabulary_size or bool(said.logprobs.isnan().any()):
         raise UserError(
-            f"{key}: read as {teacher.codec.kind}, its first row says nonsense (token {largest} of "
-            f"{teacher.vocabulary_size}); give the configuration that it was captured with"
+            key,
+            f"read as {teacher.codec.kind}, its first row says nonsense (token {largest} of "
+            f"{teacher.vocabulary_size}); give the configuration that it was captured with",
         )
 
 
 def _refuse_contradiction(kind: str, section: Section, codec: Codec, key: str) -> None:
     if kind != codec.kind:
-        raise UserError(f"teacher.{kind}: {key} was captured with {codec.kind}; remove it, for the manifest says how")
+        raise UserError(
+            f"teacher.{kind}", f"{key} was captured with {codec.kind}; remove it, for the manifest says how"
+        )
     ours, theirs = section.model_dump(), codec.config.model_dump()
     for name in ours:
         if ours[name] != theirs[name]:
             raise UserError(
-                f"teacher.{kind}.{name}: is {shown(ours[name])}, but {key} was captured with "
-                f"{shown(theirs[name])}; remove {kind}, for the manifest says how"
+                f"teacher.{kind}.{name}",
+                f"is {shown(ours[name])}, but {key} was captured with "
+                f"{shown(theirs[name])}; remove {kind}, for the manifest says how",
             )
 
 
@@ -191,12 +198,13 @@ def _plain(config: DatasetTeacherConfig, source: DatasetSource, key: str) -> Cod
     rows = load_source(source, key)
     if not set(PLAIN) <= set(rows.column_names):
         raise UserError(
-            f"teacher.logprob_compressor: is missing: {key} has no manifest that says how its outputs are compressed; "
-            "give logprob_compressor or legacy_logit_compression as it was captured"
+            "teacher.logprob_compressor",
+            f"is missing: {key} has no manifest that says how its outputs are compressed; "
+            "give logprob_compressor or legacy_logit_compression as it was captured",
         )
     if config.vocab_size is None:
-        raise UserError(f"teacher.vocab_size: is missing: the size of the vocabulary that {key} was captured over")
+        raise UserError("teacher.vocab_size", f"is missing: the size of the vocabulary that {key} was captured over")
     first: Mapping[str, Any] = rows[0]
     if not first["token_ids"]:
-        raise UserError(f"{key}: its first row is empty; remove it")
+        raise UserError(key, "its first row is empty; remove it")
     return build_codec("plain", {"k": len(first["token_ids"][0]), "vocab_size": config.vocab_size})

@@ -13,17 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distillkit.distribution import Distribution
+from distillkit.models.attention import AttentionRecord
 
 DistributionOfRows = Callable[[Int[Tensor, " rows"]], Callable[[slice], Distribution]]
 """From indices into the flattened batch [batch · tokens] to the distributions of a slice of these rows."""
-
-
-@dataclass(frozen=True)
-class AttentionRecord:
-    """What one layer's attention was given (after the layer's input norm) and returned; no gradient flows into it."""
-
-    input: Float[Tensor, "batch tokens width"]
-    output: Float[Tensor, "batch tokens width"]
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def build_training_arguments(
     for tracker in arguments.report_to:
         if tracker not in installed:
             raise UserError(
-                f"training_args.report_to: {tracker!r} is not installed; there is {', '.join(installed) or 'none'}"
+                "training_args.report_to", f"{tracker!r} is not installed; there is {', '.join(installed) or 'none'}"
             )
     _check_optimizer_is_installed(arguments)
     return arguments, student_techniques(given)
@@ -80,9 +80,9 @@ def _check_optimizer_is_installed(arguments: TrainingArguments) -> None:
     """8-bit optimizers come from packages that a run without them does not need."""
     optim = arguments.optim.value
     if optim in ("adamw_torch_8bit", "adamw_torch_4bit") and not is_torchao_available():
-        raise UserError(f"training_args.optim: {optim} needs torchao: pip install 'distillkit[torchao]'")
+        raise UserError("training_args.optim", f"{optim} needs torchao: pip install 'distillkit[torchao]'")
     if optim in ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit") and not is_bitsandbytes_available():
-        raise UserError(f"training_args.optim: {optim} needs bitsandbytes; install it, or use adamw_torch_8bit")
+        raise UserError("training_args.optim", f"{optim} needs bitsandbytes; install it, or use adamw_torch_8bit")
 
 
 def saves_by_the_clock(given: Mapping[str, Any]) -> bool:
@@ -110,7 +110,7 @@ def _construct(values: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingA
         return TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         culprit = _culprit(values, given)
-        raise UserError(f"training_args{'.' + culprit if culprit else ''}: {error}") from error
+        raise UserError(f"training_args{'.' + culprit if culprit else ''}", f"{error}") from error
 
 
 def _culprit(values: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from distillkit.losses.alignment import AlignedLayer
 from distillkit.losses.objective import Objective
-from distillkit.teacher.attention import attention_calls, trained_attention
-from distillkit.teacher.decoder import decode, head
-from distillkit.teacher.signal import AttentionRecord, TeacherSignal
+from distillkit.models.attention import AttentionRecord, attention_calls, trained_attention
+from distillkit.models.decoder import decode, head
+from distillkit.teacher.signal import TeacherSignal
 
 
 class DistillerOutput(TypedDict):

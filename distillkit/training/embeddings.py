@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distillkit.teacher.decoder import head
+from distillkit.models.decoder import head
 
 
 def grow_embeddings(model: PreTrainedModel, multiple: int) -> tuple[int, int]:

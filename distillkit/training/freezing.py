@@ -37,7 +37,7 @@ def freeze(model: nn.Module, frozen_res: Sequence[str] = (), frozen_modules: Seq
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     if trainable == 0:
-        raise UserError("frozen_res, frozen_modules: together they freeze every parameter, nothing is left to train")
+        raise UserError("frozen_res, frozen_modules", "together they freeze every parameter, nothing is left to train")
     shared = [
         (name, other)
         for name in sorted(matched)
@@ -64,13 +64,13 @@ def check_frozen(model: nn.Module, frozen_res: Sequence[str], frozen_modules: Se
         try:
             found = _matching(names, [expression], [])
         except re.error as error:
-            raise UserError(f"frozen_res[{index}]: {expression!r} is not a regular expression: {error}") from error
+            raise UserError(f"frozen_res[{index}]", f"{expression!r} is not a regular expression: {error}") from error
         if not found:
-            raise UserError(f"frozen_res[{index}]: {expression!r} matches no parameter; there are {examples(names)}")
+            raise UserError(f"frozen_res[{index}]", f"{expression!r} matches no parameter; there are {examples(names)}")
     known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     for index, module in enumerate(frozen_modules):
         if module not in known:
-            raise UserError(f"frozen_modules[{index}]: there is no module {module!r}; there are {examples(known)}")
+            raise UserError(f"frozen_modules[{index}]", f"there is no module {module!r}; there are {examples(known)}")
 
 
 def freeze_all_but(model: nn.Module, reached: Iterable[nn.Parameter]) -> list[str]:

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from distillkit.config import RunConfig, UserError
 from distillkit.console import say
-from distillkit.shards.files import write_json
-from distillkit.training.run_folder import PHASES, RUN, UNTRAINED, read_json
+from distillkit.runs.writing import read_json, write_json
+from distillkit.training.run_folder import PHASES, RUN, UNTRAINED
 
 LEFT_OUT = (f"{PHASES}/*", f"{UNTRAINED}/*", "checkpoint-*", "_*", ".*")
 """What a run keeps in its folder that is not its result."""
@@ -21,8 +21,8 @@ def check_token(config: RunConfig) -> None:
     """Raises `UserError` where the run is to be pushed, and there is nothing to log in with."""
     if config.training_args.get("push_to_hub") and get_token() is None:
         raise UserError(
-            "training_args.push_to_hub: there is no token of the hub; set HF_TOKEN in the environment, or log in with "
-            "`hf auth login`"
+            "training_args.push_to_hub",
+            "there is no token of the hub; set HF_TOKEN in the environment, or log in with `hf auth login`",
         )
 
 
@@ -54,8 +54,8 @@ def push(config: RunConfig, console: Console) -> None:
         )
     except Exception as error:  # of the network, of the hub, of the name
         raise UserError(
-            f"training_args.push_to_hub: {type(error).__name__}: {error}; the student is safe in {str(folder)!r}, and "
-            "--resume tries again"
+            "training_args.push_to_hub",
+            f"{type(error).__name__}: {error}; the student is safe in {str(folder)!r}, and --resume tries again",
         ) from None
     write_json(folder / RUN, {**record, "pushed": target})
     say(console, f"the student is on the hub: {name}")

@@ -47,8 +47,9 @@ def protect_updates(
     in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in trained)
     if in_bf16 and optim not in STOCHASTIC_OPTIMIZERS:
         raise UserError(
-            f"training_args.optim: {optim} loses small updates of bfloat16 weights; use "
-            f"{', '.join(STOCHASTIC_OPTIMIZERS[:-1])} or {STOCHASTIC_OPTIMIZERS[-1]}"
+            "training_args.optim",
+            f"{optim} loses small updates of bfloat16 weights; use "
+            f"{', '.join(STOCHASTIC_OPTIMIZERS[:-1])} or {STOCHASTIC_OPTIMIZERS[-1]}",
         )
     if optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
         return _step_seeded(optimizer_class), {**options, "bf16_stochastic_round": in_bf16}

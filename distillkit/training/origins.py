@@ -6,7 +6,7 @@ from typing import Any
 from distillkit.config import DatasetSource, RunConfig
 from distillkit.config.teacher import HFTeacherConfig
 from distillkit.data.sources import local_files
-from distillkit.pretrained import weights_sha256
+from distillkit.models.loading import weights_sha256
 from distillkit.training.run_folder import RunFolder
 
 

@@ -14,7 +14,7 @@ from distillkit.config import UserError
 Result = TypeVar("Result")
 
 
-def first_process_first(arguments: TrainingArguments, work: Callable[[], Result]) -> Result:
+def main_process_first(arguments: TrainingArguments, work: Callable[[], Result]) -> Result:
     """What `work` gives. The first process does it before the others, which find what it left on disk.
 
     Where it fails on the first process, it fails on all: that process raises, the others exit without a word.

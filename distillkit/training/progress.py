@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from distillkit.console import clock, say
 from distillkit.reporting.reading import METRICS
 from distillkit.reporting.training import NOT_LOSSES
-from distillkit.shards.files import write_whole
+from distillkit.runs.writing import write_whole
 
 
 class MetricsFile(TrainerCallback):

@@ -15,13 +15,13 @@ from distillkit.config.phases import Phase
 from distillkit.console import say
 from distillkit.evaluation import Divergence, Sample
 from distillkit.evaluation.divergence import divergence_table
-from distillkit.provenance import commit, machine, versions
 from distillkit.reporting.reading import METRICS
 from distillkit.reporting.training import NOT_LOSSES
-from distillkit.shards.files import write_json
+from distillkit.runs.provenance import commit, machine, versions
+from distillkit.runs.writing import read_json, write_json
 from distillkit.training.freezing import Freezing
 from distillkit.training.progress import read_metrics
-from distillkit.training.run_folder import PHASES, RESULTS, RunFolder, kept_config, read_json
+from distillkit.training.run_folder import PHASES, RESULTS, RunFolder, kept_config
 
 
 def write_results(

@@ -4,7 +4,6 @@
 that matters to the weights is named. The phases of a run have folders of their own within its folder.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from typing import Any
 
 from distillkit.config import RunConfig, UserError
 from distillkit.config.errors import shown
-from distillkit.provenance import command, commit, versions, without_secrets
 from distillkit.reporting.reading import PHASES, RESULTS, RUN
-from distillkit.shards.files import remove_leftovers, write_json
-from distillkit.training.checkpoints import PREFIX, Checkpoint, complete_checkpoints, delete_incomplete
+from distillkit.runs.checkpoints import PREFIX, Checkpoint, complete_checkpoints, delete_incomplete
+from distillkit.runs.provenance import command, commit, versions, without_secrets
+from distillkit.runs.writing import read_json, remove_leftovers, write_json
 
 UNTRAINED = "untrained"
 
@@ -144,7 +143,8 @@ def refuse_what_is_not_ours(folder: Path) -> None:
     held = sorted(path.name for pattern in ("*.safetensors", f"{PREFIX}*", RESULTS) for path in folder.glob(pattern))
     if held:
         raise UserError(
-            f"output_path: {str(folder)!r} holds {held[0]}, which is not of a run of distillkit; choose another folder"
+            "output_path",
+            f"{str(folder)!r} holds {held[0]}, which is not of a run of distillkit; choose another folder",
         )
 
 
@@ -153,8 +153,9 @@ def refuse_to_overwrite(folder: Path) -> None:
     held = held_by_run(folder)
     if held:
         raise UserError(
-            f"output_path: {str(folder)!r} holds a run already ({', '.join(held)}); pass --resume to go on with it, or "
-            "choose another output_path"
+            "output_path",
+            f"{str(folder)!r} holds a run already ({', '.join(held)}); pass --resume to go on with it, or "
+            "choose another output_path",
         )
 
 
@@ -162,7 +163,7 @@ def refuse_change(key: str, now: Any, then: Any, folder: Path) -> None:
     """Raises `UserError` for a key that is not what a run was started with."""
     started = "without it; remove it" if then is None else f"with {shown(then)}; resume with that"
     raise UserError(
-        f"{key}: is {shown(now)}, but the run in {str(folder)!r} was started {started}, or choose another output_path"
+        key, f"is {shown(now)}, but the run in {str(folder)!r} was started {started}, or choose another output_path"
     )
 
 
@@ -192,11 +193,3 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{path}[{index}]")
     else:
         yield path, value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; empty if there is none."""
-    if not path.exists():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distillkit.shards.files import flush, write_whole
+from distillkit.runs.writing import flush, write_whole
 
 _WEIGHTS = ".safetensors"
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from distillkit.config import DatasetSource, RunConfig
 from distillkit.data import build_datasets
 from distillkit.data.prepared import file_states
+from distillkit.models.vocabulary import check_known_tokens
+from distillkit.runs.writing import read_json
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.opening import manifest_of, open_held_out, refuse_damage, refuse_other_format
-from distillkit.teacher.vocabulary import check_known_tokens
-from distillkit.training.models import Models
-from distillkit.training.processes import first_process_first
-from distillkit.training.run_folder import RUN, RunFolder, read_json
+from distillkit.training.processes import main_process_first
+from distillkit.training.run_folder import RUN, RunFolder
+from distillkit.training.setup import Models
 
 PREPARED = "_prepared"
 """In a run's folder: the rows that its processes share, until it ends. What begins with _ is not pushed to the hub.
@@ -70,7 +71,7 @@ def load_text(
         )
         return train_rows, rows, judge
 
-    train_rows, rows, judge = first_process_first(arguments, build)
+    train_rows, rows, judge = main_process_first(arguments, build)
     held_out = None if rows is None else HeldOut(rows, judge)
     for teacher, each, name in ((captured, train_rows, "dataset.train_dataset"), (judge, rows, key)):
         if each is not None:

@@ -21,8 +21,8 @@ from distillkit.config import UserError
 from distillkit.evaluation.divergence import Divergence
 from distillkit.losses.objective import shifted_labels
 from distillkit.losses.vocabulary_head import IGNORED_LABEL
+from distillkit.runs import checkpoints
 from distillkit.teacher.signal import Teacher, TeacherSignal
-from distillkit.training import checkpoints
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.optimizers import protect_updates
 from distillkit.training.saving import save_student
@@ -105,7 +105,7 @@ class DistillationTrainer(Trainer):
         try:
             return super().create_optimizer(model)
         except (ImportError, ValueError) as error:
-            raise UserError(f"training_args.optim: {self.args.optim.value}: {error}") from error
+            raise UserError("training_args.optim", f"{self.args.optim.value}: {error}") from error
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -127,8 +127,9 @@ class DistillationTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None and not math.isfinite(norm):
             raise UserError(
-                f"training_args.learning_rate: the gradient of step {self.state.global_step + 1} is {float(norm)}; the "
-                "run has stopped before it reached the weights; lower it, and start again in another output_path"
+                "training_args.learning_rate",
+                f"the gradient of step {self.state.global_step + 1} is {float(norm)}; the "
+                "run has stopped before it reached the weights; lower it, and start again in another output_path",
             )
         return norm
 

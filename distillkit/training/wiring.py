@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from distillkit.config import RunConfig
 from distillkit.config.losses import ATTENTION_FUNCTIONS
 from distillkit.losses import ModelShape, Objective
-from distillkit.teacher.attention import trained_attention
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.models.attention import trained_attention
+from distillkit.teacher.live import LiveTeacher
 
 
 def objective_of(
@@ -44,10 +44,10 @@ def online_teacher(
     objective: Objective,
     vocabulary_size: int,
     background: Float[Tensor, " vocab"] | None = None,
-) -> OnlineTeacher:
-    """A live teacher who says what the objective asks for. background: as for `OnlineTeacher`."""
+) -> LiveTeacher:
+    """A live teacher who says what the objective asks for. background: as for `LiveTeacher`."""
     assert config.teacher.kind == "hf"
-    return OnlineTeacher(
+    return LiveTeacher(
         teacher,
         objective.teacher_layers,
         final_norm=objective.taps_final_norm,

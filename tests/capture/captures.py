@@ -5,7 +5,7 @@ import io
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from distillkit.capture.capture import capture
+from distillkit.capture.run import capture
 from distillkit.config.capture import CaptureConfig
 
 VOCABULARY = 259

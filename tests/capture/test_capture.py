@@ -16,8 +16,8 @@ from rich.console import Console
 from distillkit.capture import capture as capture_module
 from distillkit.capture import summary as summary_module
 from distillkit.capture import transformers_engine
-from distillkit.capture.capture import capture
 from distillkit.capture.fidelity import FidelityMeter
+from distillkit.capture.run import capture
 from distillkit.capture.sharing import Share, find_share
 from distillkit.capture.transformers_engine import TransformersEngine, batches
 from distillkit.compression import build_codec
@@ -25,9 +25,9 @@ from distillkit.config import UserError
 from distillkit.data import build_dataset
 from distillkit.distribution import DenseDistribution, SparseDistribution
 from distillkit.losses.divergences import over_vocabulary, reverse_kl
-from distillkit.pretrained import load_model
+from distillkit.models.loading import load_model
 from distillkit.shards import read_background, read_manifest, signal_tensor, verify_shards
-from distillkit.teacher.tokenizer import read_tokenizer, write_tokenizer
+from distillkit.teacher.captured_tokenizer import read_tokenizer, write_tokenizer
 from tests.capture.captures import PLAIN, VOCABULARY, configuration, files, rows_of, run
 from tests.training.tiny import save_llama, save_text, tokenizer
 

@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 
 from distillkit.capture import inspection
-from distillkit.capture.capture import capture
 from distillkit.capture.inspection import inspect_dataset, stored_rows
 from distillkit.capture.packing import pack
+from distillkit.capture.run import capture
 from distillkit.cli import main
 from distillkit.compression import build_codec
 from distillkit.config import DatasetSource, UserError
 from distillkit.config.capture import CaptureConfig
-from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.models.loading import load_model, load_tokenizer
 from distillkit.shards import read_background, read_manifest
 from tests.capture.captures import files
 from tests.training.tiny import BYTES, llama, save_llama, save_text, tokenizer

@@ -14,9 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from distillkit.capture.capture import capture
+from distillkit.capture.run import capture
 from distillkit.config.capture import CaptureConfig
-from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.models.loading import load_model, load_tokenizer
 from distillkit.shards import read_manifest, verify_shards
 from tests.capture.captures import files, rows_of
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distillkit.pretrained import weights_sha256
+from distillkit.models.loading import weights_sha256
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.capture.vllm_engine import VLLMEngine, sparse_distribution
 from distillkit.config import HFTeacherConfig, UserError
 from distillkit.distribution import SparseDistribution
-from distillkit.pretrained import load_pretrained_config
+from distillkit.models.loading import load_pretrained_config
 from tests.capture.captures import configuration, run
 
 from . import vllm_outputs

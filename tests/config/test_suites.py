@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from distillkit.config import UserError
-from distillkit.config.evaluate import EvaluateOptions, check_evaluate_ready, load_evaluate_config
-from distillkit.config.suites import EvaluateConfig
+from distillkit.config.evaluate import EvaluateConfig
+from distillkit.config.evaluate_options import EvaluateOptions, check_evaluate_ready, load_evaluate_config
 
 STUDENT = {"a": {"path": "someone/a"}}
 LEAST = {"output_path": "out", "students": STUDENT, "speed": {}}

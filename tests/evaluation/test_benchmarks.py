@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from distillkit.config.errors import UserError
-from distillkit.config.suites import BenchmarksConfig
+from distillkit.config.evaluate import BenchmarksConfig
 from distillkit.evaluation.benchmarks import run_benchmark
-from distillkit.pretrained import load_model, load_tokenizer
+from distillkit.models.loading import load_model, load_tokenizer
 
 from ..model.students import LAYOUTS, student
 from ..training.tiny import BYTES, save_llama

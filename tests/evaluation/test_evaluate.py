@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from distillkit.cli import main
 from distillkit.config import DatasetSource
-from distillkit.config.suites import EvaluateConfig, ModelConfig
+from distillkit.config.evaluate import EvaluateConfig, ModelConfig
 from distillkit.data import build_dataset
 from distillkit.evaluation import evaluate, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
-from distillkit.evaluation.models import Subject, trained_length
+from distillkit.evaluation.model_spec import Subject, trained_length
 from distillkit.evaluation.suites import measure
-from distillkit.pretrained import load_model
+from distillkit.models.loading import load_model
 from distillkit.reporting import write_report
 from tests.training.tiny import BYTES, llama, row, save_llama, save_text, tokenizer
 

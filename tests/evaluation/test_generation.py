@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from distillkit.evaluation.generation import decode_greedily, left_padded, prefill
-from distillkit.model import KimiDeltaAttention
+from distillkit.student.network import KimiDeltaAttention
 
 from ..model.students import student, tokens
 from ..training.tiny import llama

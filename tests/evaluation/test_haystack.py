@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from distillkit.config.errors import UserError
-from distillkit.config.suites import ESSAY_TASKS
+from distillkit.config.evaluate import ESSAY_TASKS
 from distillkit.evaluation.haystack import TASKS, Essay, build_prompt
 
 from ..smollm2 import needs_smollm2, smollm2_tokenizer

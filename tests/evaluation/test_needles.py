@@ -11,7 +11,7 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from distillkit.config.errors import UserError
-from distillkit.config.suites import NeedlesConfig
+from distillkit.config.evaluate import NeedlesConfig
 from distillkit.evaluation.haystack import TASKS
 from distillkit.evaluation.needles import measure_needles
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillkit.config.suites import SpeedConfig
+from distillkit.config.evaluate import SpeedConfig
 from distillkit.evaluation.generation import prefill
 from distillkit.evaluation.speed import cache_bytes, measure_speed
 

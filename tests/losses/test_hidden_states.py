@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distillkit.losses import HiddenStateTaps
+from distillkit.models.hidden_states import HiddenStateTaps
 
 LAYERS = 3
 

@@ -10,13 +10,13 @@ from distillkit.distribution import DenseDistribution
 from distillkit.losses import (
     DISTRIBUTION_LOSSES,
     HIDDEN_STATE_LOSSES,
-    HiddenStateTaps,
     ModelShape,
     Objective,
     counted_rows,
     reduce,
     shifted_labels,
 )
+from distillkit.models.hidden_states import HiddenStateTaps
 
 VOCAB = 23
 FLAGSHIP = [

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillkit.distribution import DenseDistribution, SparseDistribution
-from distillkit.losses import DISTRIBUTION_LOSSES, DistributionTerm, chunked_vocabulary_losses, reduce
+from distillkit.losses import DISTRIBUTION_LOSSES, LossTerm, chunked_vocabulary_losses, reduce
 from tests.losses.test_divergences import DIVERGENCES, VOCAB, labels_for, logits_rows, paired, sparse_case, value
 
 ALL = sorted(DISTRIBUTION_LOSSES)
@@ -77,7 +77,7 @@ def through_the_head(hidden, logits, name, sparse, labels, chunk_tokens):
         None,
         labels,
         lambda rows: sparse_teacher(logits[rows], 3) if sparse else DenseDistribution(logits[rows]),
-        [DistributionTerm("it", name, 1.0)],
+        [LossTerm("it", name, 1.0)],
         {"it": 2.0},
         chunk_tokens,
     )

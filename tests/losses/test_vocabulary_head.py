@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from distillkit.distribution import DenseDistribution, SparseDistribution
 from distillkit.losses import (
     DISTRIBUTION_LOSSES,
-    DistributionTerm,
+    LossTerm,
     chunked_vocabulary_losses,
     preference_pair_counts,
     reduce,
@@ -20,10 +20,10 @@ from tests.losses import golden
 
 WIDTH, VOCAB = 6, 19
 TERMS = [
-    DistributionTerm("cross_entropy", "cross_entropy", 0.2),
-    DistributionTerm("kl", "kl", 0.3, {"temperature": 2.0}),
-    DistributionTerm("jsd", "jsd", 0.1, {"missing_probability_handling": "symmetric_uniform"}),
-    DistributionTerm("hinge", "hinge", 0.4, {"top_k": 3}),
+    LossTerm("cross_entropy", "cross_entropy", 0.2),
+    LossTerm("kl", "kl", 0.3, {"temperature": 2.0}),
+    LossTerm("jsd", "jsd", 0.1, {"missing_probability_handling": "symmetric_uniform"}),
+    LossTerm("hinge", "hinge", 0.4, {"top_k": 3}),
 ]
 
 
@@ -147,7 +147,7 @@ def test_golden_rows_at_any_chunk_size(row, chunk_tokens):
         None,
         torch.where(golden.MASK, 5, -100),
         teacher,
-        [DistributionTerm("it", row["function"], 1.0, golden.options(row))],
+        [LossTerm("it", row["function"], 1.0, golden.options(row))],
         {"it": counts.sum()},
         chunk_tokens,
     )

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from distillkit.conversion.convert import student_on_meta
 from distillkit.losses import Objective
-from distillkit.planning.models import student_config, student_model, teacher_on_meta
+from distillkit.planning.meta_models import student_config, student_model, teacher_on_meta
 from distillkit.planning.settings import Settings
 from distillkit.planning.step import COMPILED, chunk_tokens, rehearse
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze_matching
-from distillkit.training.models import checkpoint_layers
 from distillkit.training.precision import cast_for_training
+from distillkit.training.setup import checkpoint_layers
 from distillkit.training.wiring import objective_of, online_teacher
 from tests.planning.small import ATTENTION, DISTRIBUTION, FROZEN, HIDDEN, run, teacher_config
 

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distillkit.config import UserError
+from distillkit.runs.writing import _whole_or_not_at_all, remove_leftovers, sha256
 from distillkit.shards import (
     Manifest,
     fitted_background,
     read_background,
     read_manifest,
     read_record,
-    remove_leftovers,
     signal_array,
     signal_table,
     signal_tensor,
@@ -30,7 +30,6 @@ from distillkit.shards import (
     write_manifest,
     write_shard,
 )
-from distillkit.shards.files import _whole_or_not_at_all, sha256
 
 DTYPES = [torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32]
 

@@ -13,7 +13,7 @@ from distillkit.distribution import DenseDistribution
 from distillkit.evaluation import measure_divergence
 from distillkit.shards import write_background
 from distillkit.teacher.captured import CapturedTeacher
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.teacher.live import LiveTeacher
 from distillkit.teacher.opening import open_background, open_captured
 from tests.training.tiny import VOCAB, batch, llama, row
 
@@ -44,7 +44,7 @@ def stored(teacher_model, codec):
 
 def test_it_says_what_the_live_teacher_says_of_its_likeliest_tokens(teacher_model, codec, stored):
     rows = torch.tensor([0, 3, 11, 20])
-    live = OnlineTeacher(teacher_model, top_k=K).signal(stored).distribution(rows)(slice(1, 4))
+    live = LiveTeacher(teacher_model, top_k=K).signal(stored).distribution(rows)(slice(1, 4))
     said = CapturedTeacher(codec).signal(stored).distribution(rows)(slice(1, 4))
     assert torch.equal(said.ids, live.ids)
     torch.testing.assert_close(said.logprobs, live.logprobs)

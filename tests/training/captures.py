@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from safetensors.torch import load_file
 
-from distillkit.capture.capture import capture
+from distillkit.capture.run import capture
 from distillkit.config import RunConfig
 from distillkit.config.capture import CaptureConfig
 from distillkit.training import distill

@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 
 from distillkit.config import LossConfig, UserError
 from distillkit.losses import ModelShape, Objective
-from distillkit.teacher.attention import trained_attention
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.models.attention import trained_attention
+from distillkit.teacher.live import LiveTeacher
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze
 from distillkit.training.precision import cast_for_training
-from tests.model.students import student
+from tests.student.students import student
 from tests.training.captures import configuration
 from tests.training.captures import run as run_configuration
 from tests.training.tiny import VOCAB, batch, documents, llama, row, save_llama, save_text
@@ -34,7 +34,7 @@ KL = LossConfig(function="kl", weight=1.0, temperature=2.0)
 def distiller_of(model, teacher_model, losses, top_k=None):
     shapes = [ModelShape(each.config.hidden_size, each.config.num_hidden_layers) for each in (model, teacher_model)]
     objective = Objective(losses, None, *shapes, attention_layers=list(trained_attention(model)))
-    teacher = OnlineTeacher(teacher_model, top_k=top_k, attention_layers=objective.attention_layers)
+    teacher = LiveTeacher(teacher_model, top_k=top_k, attention_layers=objective.attention_layers)
     return Distiller(model, objective), teacher
 
 

@@ -125,7 +125,7 @@ def test_precision_is_said_in_one_line_and_bf16_students_are_saved_as_bf16(input
 def test_sdpa_is_for_teacher_and_student(inputs, tmp_path, monkeypatch, wanted):
     """Where the exchange of SDPA is possible at all, which is on CUDA: here it is only noted."""
     exchanged = []
-    monkeypatch.setattr("distillkit.training.models.use_varlen_attention", lambda model, _: exchanged.append(model))
+    monkeypatch.setattr("distillkit.training.setup.use_varlen_attention", lambda model, _: exchanged.append(model))
     run(configuration(inputs, tmp_path, {"max_steps": 1}, evaluation=None, use_flash_attention=wanted))
     assert len(exchanged) == (2 if wanted else 0)
 

@@ -12,9 +12,9 @@ from distillkit.config import DatasetSource, RunConfig, UserError
 from distillkit.data import build_dataset
 from distillkit.evaluation import measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
-from distillkit.pretrained import load_model
+from distillkit.models.loading import load_model
+from distillkit.runs.writing import sha256
 from distillkit.shards import verify
-from distillkit.shards.files import sha256
 from tests.training.captures import COMPRESSED, KL, captured, configuration, first_step, run
 from tests.training.tiny import BYTES, llama, save_llama, save_text, tokenizer
 

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from distillkit.losses import Objective
-from distillkit.pretrained import load_model
-from distillkit.teacher.decoder import head
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.models.decoder import head
+from distillkit.models.loading import load_model
+from distillkit.teacher.live import LiveTeacher
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import grow_embeddings
-from tests.model.students import VOCABULARY, student, tokens
+from tests.student.students import VOCABULARY, student, tokens
 from tests.training.test_distill import configuration, run
 from tests.training.test_trainer import ALL_KINDS
 from tests.training.tiny import BYTES, batch, llama, row, save_llama, save_text, tokenizer
@@ -86,7 +86,7 @@ def test_no_loss_sees_the_new_rows():
     for multiple in (1, 64):
         model = llama(1, tied=False)
         grow_embeddings(model, multiple)
-        signal = OnlineTeacher(llama(0), vocabulary_size=97).signal(asked)
+        signal = LiveTeacher(llama(0), vocabulary_size=97).signal(asked)
         pairs = objective.preference_pairs(inputs["labels"], signal.distribution)
         output = Distiller(model, objective)(
             **inputs, normalizer=torch.tensor(10.0), preference_pairs=pairs, signal=signal

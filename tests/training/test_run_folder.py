@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from distillkit.config import RunConfig
-from distillkit.training.run_folder import begin_run_file, changes, kept_config, read_json
+from distillkit.runs.writing import read_json
+from distillkit.training.run_folder import begin_run_file, changes, kept_config
 
 
 def test_secrets_are_not_kept_and_change_nothing(tmp_path: Path, monkeypatch) -> None:

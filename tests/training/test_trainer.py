@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from distillkit.config import LossConfig, UserError
 from distillkit.losses import ModelShape, Objective
-from distillkit.teacher.attention import trained_attention
-from distillkit.teacher.online import OnlineTeacher
+from distillkit.models.attention import trained_attention
+from distillkit.runs.checkpoints import complete_checkpoints
+from distillkit.teacher.live import LiveTeacher
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.batches import Collator
-from distillkit.training.checkpoints import complete_checkpoints
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze, freeze_all_but
 from distillkit.training.precision import cast_for_training, compute_dtype
@@ -57,7 +57,7 @@ def make_trainer(folder, rows=UNEVEN, losses=ALL_KINDS, frozen=(), teacher_layer
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return DistillationTrainer(
         Distiller(student, objective),
-        OnlineTeacher(
+        LiveTeacher(
             teacher,
             objective.teacher_layers,
             final_norm=objective.taps_final_norm,

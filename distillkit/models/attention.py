@@ -1,0 +1,147 @@
+"""What a decoder's attention is given and returns: recorded in a teacher, and asked of a student on the same inputs.
+
+Attention is what a decoder layer calls `self_attn`, whatever it computes: softmax attention, with positions or
+without, or Kimi Delta Attention.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distillkit.config.errors import UserError
+from distillkit.models.decoder import decoder_inputs
+
+Attend = Callable[[], Float[Tensor, "batch tokens width"]]
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """What one layer's attention was given (after the layer's input norm) and returned; no gradient flows into it."""
+
+    input: Float[Tensor, "batch tokens width"]
+    output: Float[Tensor, "batch tokens width"]
+
+
+def trained_attention(model: PreTrainedModel) -> dict[int, list[nn.Parameter]]:
+    """The trainable parameters of each layer's attention, by layer; layers whose attention has none are left out."""
+    trained = {
+        index: [parameter for parameter in layer.self_attn.parameters() if parameter.requires_grad]
+        for index, layer in enumerate(model.get_decoder().layers)
+        if hasattr(layer, "self_attn")
+    }
+    return {index: parameters for index, parameters in trained.items() if parameters}
+
+
+@contextmanager
+def recorded_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, AttentionRecord]]:
+    """Within, each forward pass of `model` puts here what the attention of `layers` was given and returned.
+
+    Raises:
+        UserError: a layer has no `self_attn`.
+    """
+    records: dict[int, AttentionRecord] = {}
+
+    def keep(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        records[index] = AttentionRecord(given.detach(), _first(output).detach())
+
+    handles = [
+        attention.register_forward_hook(partial(keep, index), with_kwargs=True)
+        for index, attention in _attention(model, layers).items()
+    ]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_calls(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    position_ids: Int[Tensor, "batch tokens"],
+    inputs: Mapping[int, Float[Tensor, "batch tokens width"]],
+) -> dict[int, Attend]:
+    """For each layer of `inputs` a call of its attention on that input.
+
+    Everything else that attention is handed (masks, document boundaries, position embeddings) is made by the decoder
+    itself, of which nothing but that is run: no layer, and nothing that has a gradient.
+    """
+    given = decoder_inputs(model, input_ids, position_ids)
+    with torch.no_grad(), _noted_arguments(model, inputs) as arguments:
+        model.get_decoder()(**given)
+    layout = given["input_ids"].shape
+    return {
+        index: partial(_attend, attention, arguments[index], inputs[index], layout)
+        for index, attention in _attention(model, inputs).items()
+    }
+
+
+def _attend(
+    attention: nn.Module,
+    arguments: Mapping[str, Any],
+    hidden_states: Float[Tensor, "batch tokens width"],
+    layout: tuple[int, int],
+) -> Float[Tensor, "batch tokens width"]:
+    """`layout`: (rows, tokens) in which the decoder sees the batch."""
+    batch, tokens, width = hidden_states.shape
+    hidden_states = hidden_states.to(_computing_dtype(attention, hidden_states.device.type))
+    output = _first(attention(hidden_states=hidden_states.reshape(*layout, width), **arguments))
+    return output.reshape(batch, tokens, width)
+
+
+@contextmanager
+def _noted_arguments(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, dict[str, Any]]]:
+    """Within, decoder layers do nothing but note what they are handed beside hidden states, for their attention."""
+    noted: dict[int, dict[str, Any]] = {}
+    wanted = set(layers)
+
+    def note(index: int, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        if index in wanted:
+            noted[index] = arguments
+        return hidden_states
+
+    modules = list(model.get_decoder().layers)
+    # What is compiled, or hooked by accelerate, has a forward of its own before the class's.
+    own = [vars(module).get("forward") for module in modules]
+    for index, module in enumerate(modules):
+        module.forward = partial(note, index)
+    try:
+        yield noted
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _attention(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, nn.Module]:
+    modules = model.get_decoder().layers
+    for index in layers:
+        if not hasattr(modules[index], "self_attn"):
+            raise UserError(
+                "loss_functions",
+                f"layer {index} of {type(model).__name__} has no self_attn, which attn_mse and "
+                "attn_cosine compare; remove them",
+            )
+    return {index: modules[index].self_attn for index in layers}
+
+
+def _first(output: Any) -> Tensor:
+    """Attention returns its output alone, or before its weights."""
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+def _computing_dtype(attention: nn.Module, device_type: str) -> torch.dtype:
+    """Autocast's dtype, or that of the projections (vectors beside them may be kept in float32)."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return next(parameter.dtype for parameter in attention.parameters() if parameter.dim() == 2)

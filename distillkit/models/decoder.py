@@ -1,0 +1,85 @@
+"""A causal language model in its two parts: a decoder that makes hidden states, and a head that makes logits of them.
+
+Logits of a whole sequence are too large to hold, so nothing in this package calls a model for its logits; the two
+parts are called here, the head elsewhere and a chunk of tokens at a time. `check_head` makes sure that a model is in
+fact the sum of these parts.
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distillkit.config.errors import UserError
+from distillkit.models.hidden_states import HiddenStateTaps
+from distillkit.models.varlen_attention import VARLEN, document_boundaries
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    position_ids: Int[Tensor, "batch tokens"],
+    layers: Iterable[int] = (),
+    *,
+    final_norm: bool = True,
+) -> tuple[Float[Tensor, "batch tokens width"], dict[int, Float[Tensor, "batch tokens width"]]]:
+    """The final hidden states, and those of `layers` (`HiddenStateTaps` says what the indices mean).
+
+    Documents end where `position_ids` start again; none sees another. No attention mask is needed.
+    """
+    batch, tokens = input_ids.shape
+    decoder, wanted = model.get_decoder(), list(layers)
+    with HiddenStateTaps(decoder, wanted, final_norm=final_norm) if wanted else nullcontext() as taps:
+        output = decoder(**decoder_inputs(model, input_ids, position_ids))
+    states = {} if taps is None else {index: state.view(batch, tokens, -1) for index, state in taps.states.items()}
+    return output.last_hidden_state.view(batch, tokens, -1), states
+
+
+def decoder_inputs(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], position_ids: Int[Tensor, "batch tokens"]
+) -> dict[str, Any]:
+    """Keyword arguments of `model.get_decoder()` for packed documents: rows as they are, or laid end to end in one."""
+    implementation, boundaries = model.config._attn_implementation or "", {}
+    if "flash" in implementation or implementation == VARLEN:
+        # Both look for documents in a single row only, and a row is as good as a document.
+        input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+    if implementation == VARLEN:
+        cu_seqlens, longest = document_boundaries(position_ids)
+        boundaries = {"cu_seq_lens_q": cu_seqlens, "max_length_q": longest}
+    return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **boundaries}
+
+
+def head(model: PreTrainedModel) -> tuple[Float[Tensor, "vocab width"], Float[Tensor, " vocab"] | None]:
+    """The matrix that turns final hidden states into logits, and its bias."""
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise UserError(None, f"{type(model).__name__} has no linear language-modelling head and cannot be distilled")
+    return linear.weight, linear.bias
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, role: str) -> None:
+    """Make sure that logits are head · final hidden states: no soft-capping, no scale, nothing in between.
+
+    Raises:
+        UserError: the model's own logits differ; the line names `role` (the YAML's key).
+    """
+    weight, bias = head(model)
+    input_ids = torch.arange(8, device=weight.device).remainder(weight.shape[0]).unsqueeze(0)
+    position_ids = torch.arange(8, device=weight.device).unsqueeze(0)
+    training = model.training
+    model.eval()
+    hidden, _ = decode(model, input_ids, position_ids)
+    ours = nn.functional.linear(hidden.to(weight), weight, bias).float()
+    theirs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float().to(ours.device)
+    model.train(training)
+    if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
+        raise UserError(
+            role,
+            f"{type(model).__name__} changes its logits after the head (soft-capping or a scale, for example), "
+            "which the losses here do not follow",
+        )

@@ -1,0 +1,126 @@
+"""The models of a run on the meta device: their shapes, from configurations and the headers of weight files alone."""
+
+import copy
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.conversion.convert import check_teacher, student_on_meta
+from distillkit.models.loading import load_pretrained_config, where
+from distillkit.student.network import KimiDeltaAttention
+
+
+def read_config(path: str, key: str, kwargs: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    """A model's configuration. Raises `UserError` where it cannot be read, and says what would do instead."""
+    try:
+        return load_pretrained_config(path, key=key, trust_remote_code=trust_remote_code, **where(kwargs))
+    except UserError as error:
+        if os.path.isdir(os.path.expanduser(path)):
+            raise
+        raise UserError(
+            error.key, f"{error.problem}; to plan without the hub, name a local folder that has the config.json"
+        ) from error
+
+
+def teacher_on_meta(config: PreTrainedConfig, teacher: HFTeacherConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The teacher in the dtype that it is loaded in."""
+    given = teacher.kwargs.get("dtype", teacher.kwargs.get("torch_dtype", "auto"))
+    dtype = given if isinstance(given, torch.dtype) else vars(torch).get(str(given).removeprefix("torch."))
+    if not isinstance(dtype, torch.dtype):  # auto: the checkpoint's
+        quantised = teacher.path.endswith(".gguf") or "gguf_file" in teacher.kwargs
+        dtype = torch.float32 if quantised else config.dtype or torch.float32
+    return _on_meta(_sdpa(copy.deepcopy(config)), dtype, trust_remote_code).eval().requires_grad_(False)
+
+
+def student_config(run: RunConfig, teacher: PreTrainedConfig | None) -> PreTrainedConfig:
+    """The configuration of the student that a run starts with, converted or not."""
+    if run.student is None:
+        assert run.model is not None
+        return read_config(run.model, "model", run.model_kwargs, run.trust_remote_code)
+    assert teacher is not None
+    converted = student_on_meta(_sdpa(copy.deepcopy(teacher)), run.student)
+    with torch.device("meta"):
+        check_teacher(AutoModelForCausalLM.from_config(teacher))
+    return converted.config
+
+
+def student_model(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
+    """The student in float32 and not frozen, its embeddings grown as the run asks."""
+    config = _sdpa(copy.deepcopy(config))
+    multiple = run.resize_embeddings_to_multiple_of or 1
+    rows: int = config.vocab_size
+    config.vocab_size = rows + -rows % multiple
+    return _on_meta(config, torch.float32, run.trust_remote_code)
+
+
+def parameter_groups(model: PreTrainedModel, trained: list[nn.Parameter]) -> dict[str, tuple[int, int]]:
+    """(all, trained) parameters of each part of a model; a tensor that has two names is counted once."""
+    ids = {id(parameter) for parameter in trained}
+    totals: Counter[str] = Counter()
+    of_trained: Counter[str] = Counter()
+    linear = {f"{name}." for name, module in model.named_modules() if isinstance(module, KimiDeltaAttention) and name}
+    for name, parameter in model.named_parameters():
+        group = _group(name, linear)
+        totals[group] += parameter.numel()
+        of_trained[group] += parameter.numel() if id(parameter) in ids else 0
+    order = [group for group in GROUPS if totals[group]]
+    return {group: (totals[group], of_trained[group]) for group in order}
+
+
+GROUPS = ("attention, KDA", "attention, full", "MLP", "embeddings and head", "norms", "other")
+
+
+def _group(name: str, linear: set[str]) -> str:
+    if any(name.startswith(prefix) for prefix in linear):
+        return GROUPS[0]
+    if ".self_attn." in name:
+        return GROUPS[1]
+    if ".mlp." in name:
+        return GROUPS[2]
+    if "embed" in name or name.startswith("lm_head"):
+        return GROUPS[3]
+    return GROUPS[4] if "norm" in name else GROUPS[5]
+
+
+def parameters_in_files(path: str) -> int | None:
+    """Numbers in the safetensors files of a local folder, from their headers; None where there are none."""
+    files = sorted(Path(os.path.expanduser(path)).glob("*.safetensors")) if os.path.isdir(path) else []
+    total = 0
+    for file in files:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, tensor in header.items():
+            size = 1
+            for length in tensor["shape"] if name != "__metadata__" else [0]:
+                size *= length
+            total += size
+    return total if files else None
+
+
+def _sdpa(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Flash attention is not asked for by a plan: neither the package nor the device need be here."""
+    config._attn_implementation = "sdpa"
+    vars(config).pop("quantization_config", None)
+    return config
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    finally:
+        transformers_logging.set_verbosity(level)
+    model.tie_weights()
+    return model

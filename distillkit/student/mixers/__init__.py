@@ -1,0 +1,1 @@
+"""Token mixers of the student, one folder each."""

@@ -1,0 +1,224 @@
+"""The two models of a run and their tokenizer, loaded and made ready: the student converted first if need be."""
+
+import itertools
+import shutil
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_flash_attn_2_available
+
+from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.config.losses import align_attention_alone
+from distillkit.config.phases import WHERE_THE_ORIGINAL_IS
+from distillkit.config.teacher import DatasetTeacherConfig
+from distillkit.console import say
+from distillkit.conversion.convert import convert
+from distillkit.models.attention import trained_attention
+from distillkit.models.decoder import check_head, head
+from distillkit.models.loading import load_model, load_tokenizer, where
+from distillkit.models.varlen_attention import use_varlen_attention
+from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
+from distillkit.runs.writing import read_json
+from distillkit.student.network import KimiDeltaAttention
+from distillkit.teacher.captured import CapturedTeacher
+from distillkit.teacher.opening import captured_tokenizer, open_captured
+from distillkit.training.arguments import StudentTechniques
+from distillkit.training.embeddings import grow_embeddings
+from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_but
+from distillkit.training.precision import cast_for_training, compute_dtype
+from distillkit.training.processes import main_process_first
+from distillkit.training.run_folder import RUN, RunFolder
+
+OF_THE_ORIGINAL_ALONE = (*WHERE_THE_ORIGINAL_IS, "torch_dtype", "dtype")
+"""Keyword arguments for loading a student that say where it is, or in which dtype: not for a checkpoint of it."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher and student on the device of the run; the student frozen and cast as it trains.
+
+    A captured teacher is not loaded: its word comes with the batches.
+    """
+
+    teacher: PreTrainedModel | CapturedTeacher
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary_size: int
+    """Tokens that both models know."""
+    embedding_rows: int
+    """Rows of the student's embeddings before these grew."""
+    freezing: Freezing
+
+
+def load_models(
+    config: RunConfig,
+    folder: RunFolder,
+    arguments: TrainingArguments,
+    techniques: StudentTechniques,
+    console: Console,
+) -> Models:
+    """Load what a run needs. A student that goes on comes from its checkpoint, float32 masters and all."""
+    teacher_config = config.teacher
+    teacher: PreTrainedModel | CapturedTeacher
+    if isinstance(teacher_config, HFTeacherConfig):
+        origin = _origin(config, teacher_config, folder, arguments, console)
+        teacher = _load_teacher(config, teacher_config, arguments)
+        tokenizer, teachers_tokenizer = _load_tokenizers(config, teacher_config, origin)
+    elif isinstance(teacher_config, DatasetTeacherConfig):
+        origin = str(config.model)
+        teacher = open_captured(teacher_config, config.dataset.train_dataset)
+        tokenizer = _load_students_tokenizer(config)
+        teachers_tokenizer = captured_tokenizer(config.dataset.train_dataset, tokenizer)
+    else:
+        raise UserError("teacher.kind", f"{teacher_config.kind} is not built yet; use kind: hf or dataset")
+    student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, arguments)
+    embedding_rows = _grow_embeddings(config, folder, student, console)
+    freezing = freeze(student, config.frozen_res, config.frozen_modules)
+    for matched, other in freezing.shared_with_frozen:
+        say(console, f"frozen: {other} too, for it is the same tensor as {matched}")
+    dtype = compute_dtype(arguments)
+    trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
+    say(console, cast_for_training(student, dtype, trained_dtype))
+    if align_attention_alone(config.loss_functions):
+        freezing = _freeze_all_but_attention(student, freezing, console)
+    student = student.to(arguments.device)
+    if config.use_flash_attention and config.model_kwargs.get("attn_implementation") != "sdpa":
+        use_varlen_attention(student, dtype)
+    with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        check_head(student, "model")
+    if techniques.gradient_checkpointing:
+        checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
+    vocabulary_size = common_vocabulary(
+        teacher.vocabulary_size if isinstance(teacher, CapturedTeacher) else len(head(teacher)[0]),
+        student,
+        tokenizer,
+        teachers_tokenizer,
+    )
+    return Models(teacher, student, tokenizer, vocabulary_size, embedding_rows, freezing)
+
+
+def _grow_embeddings(config: RunConfig, folder: RunFolder, student: PreTrainedModel, console: Console) -> int:
+    """Let the embeddings grow if that is asked for. Rows that they had before, which a checkpoint no longer tells."""
+    rows, grown = grow_embeddings(student, config.resize_embeddings_to_multiple_of or 1)
+    if grown > rows:
+        say(console, f"embeddings: {rows:,} rows grow to {grown:,}; those added mean no token")
+    if folder.checkpoint is not None:
+        return int(folder.noted("embedding_rows") or rows)
+    if config.model is not None:  # they may have grown in the phase before
+        rows = min(rows, int(read_json(Path(config.model) / RUN).get("embedding_rows") or rows))
+    folder.note("embedding_rows", rows)
+    return rows
+
+
+def _freeze_all_but_attention(student: PreTrainedModel, freezing: Freezing, console: Console) -> Freezing:
+    """Losses of attention outputs reach nothing else: no optimizer should hold it, and no process send its gradient."""
+    names = freeze_all_but(student, itertools.chain(*trained_attention(student).values()))
+    if not names:
+        return freezing
+    idle = sum(student.get_parameter(name).numel() for name in names)
+    say(console, f"no loss reaches {idle:,} parameters that are not frozen ({examples(names)}); they stay as they are")
+    return replace(freezing, trainable=freezing.trainable - idle, frozen=freezing.frozen + idle)
+
+
+def checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Gradient checkpointing, with the options that Trainer takes for it.
+
+    A checkpointed layer is run again just before its backward pass: what KDA's kernels keep in between is short-lived,
+    and to keep all of it is quicker than to make part of it a third time.
+    """
+    layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.17 does not know the new name of this method
+        student.gradient_checkpointing_enable(options, **layers)
+    for layer in student.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for module in layer.modules():
+                if isinstance(module, KimiDeltaAttention):
+                    module.keep_intermediates = layer.gradient_checkpointing
+
+
+def _origin(
+    config: RunConfig,
+    teacher: HFTeacherConfig,
+    folder: RunFolder,
+    arguments: TrainingArguments,
+    console: Console,
+) -> str:
+    """The folder or hub id of the untrained student; the teacher is converted unless that was done already."""
+    if config.student is None:
+        assert config.model is not None
+        return config.model
+    main_process_first(arguments, lambda: _convert(config, teacher, folder, console))
+    return str(folder.untrained)
+
+
+def _convert(config: RunConfig, teacher: HFTeacherConfig, folder: RunFolder, console: Console) -> None:
+    """Convert the teacher into `untrained`, which one process does, unless the same was done there already."""
+    assert config.student is not None
+    recipe = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
+    if not folder.main_process or (folder.untrained.exists() and folder.noted("converted") == recipe):
+        return
+    for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
+        shutil.rmtree(remains, ignore_errors=True)
+    options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
+    console.print(convert(teacher.path, folder.untrained, config.student, **options))
+    folder.note("converted", recipe)
+
+
+def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArguments) -> PreTrainedModel:
+    """In float32, from which everything else is cast."""
+    kwargs: dict[str, Any] = {
+        name: value for name, value in config.model_kwargs.items() if name not in ("torch_dtype", "dtype")
+    }
+    if str(path) != config.model:
+        kwargs = {name: value for name, value in kwargs.items() if name not in OF_THE_ORIGINAL_ALONE}
+    if _wants_flash_attention(config, arguments):
+        kwargs.setdefault("attn_implementation", "flash_attention_2")
+    return load_model(
+        path,
+        key="model",
+        auto_class=config.model_auto_class or "AutoModelForCausalLM",
+        trust_remote_code=config.trust_remote_code,
+        dtype=torch.float32,
+        **kwargs,
+    )
+
+
+def _wants_flash_attention(config: RunConfig, arguments: TrainingArguments) -> bool:
+    """It computes in 16 bits only. Where nobody asked, its absence is no news either."""
+    asked = "use_flash_attention" in config.model_fields_set
+    in_16_bits = compute_dtype(arguments) != torch.float32
+    return config.use_flash_attention and in_16_bits and (asked or is_flash_attn_2_available())
+
+
+def _load_teacher(config: RunConfig, teacher: HFTeacherConfig, arguments: TrainingArguments) -> PreTrainedModel:
+    options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
+    model = load_model(teacher.path, key="teacher.path", **options)
+    if "device_map" not in teacher.kwargs:
+        model = model.to(arguments.device)
+    if config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":
+        use_varlen_attention(model, model.dtype)
+    check_head(model, "teacher.path")
+    return model
+
+
+def _load_students_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    options = {"trust_remote_code": config.trust_remote_code, **where(config.model_kwargs)}
+    return load_tokenizer(str(config.model), key="model", **options)
+
+
+def _load_tokenizers(
+    config: RunConfig, teacher: HFTeacherConfig, origin: str
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The student's tokenizer (the teacher's where the student comes without), which reads the text; the teacher's."""
+    options = {"trust_remote_code": config.trust_remote_code}
+    teachers = load_tokenizer(teacher.path, key="teacher.path", **options, **where(teacher.kwargs))
+    if config.model is None:
+        return teachers, teachers
+    return load_students_tokenizer(origin, teachers, "model", **options, **where(config.model_kwargs)), teachers

@@ -1,0 +1,22 @@
+"""The command that result files keep: to be typed again, and without secrets."""
+
+import sys
+
+from distillkit.runs.provenance import command
+
+
+def test_secrets_are_not_kept(monkeypatch):
+    words = ["run.yaml", "training_args.hub_token=hf_abc", "teacher={api_key: sk-1, model: m}", "num_tokens=200"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/distillkit", *words])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    kept = "distillkit run.yaml 'training_args.hub_token=***' 'teacher={api_key: ***, model: m}' num_tokens=200"
+    assert command() == kept
+
+
+def test_torchrun_is_part_of_the_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/distillkit/__main__.py", "run.yaml"])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert command() == "torchrun --nproc-per-node=8 -m distillkit run.yaml"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert command() == "torchrun --nnodes=2 --nproc-per-node=4 -m distillkit run.yaml"
