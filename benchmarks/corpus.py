@@ -29,8 +29,7 @@ from rewriting import documents_of, rewritten
 from transformers import PreTrainedTokenizerBase
 
 from distillkit.config import DatasetSource
-from distillkit.config.loading import load_run_config
-from distillkit.config.phases import phases_of
+from distillkit.config.resolve import load_run, resolve
 from distillkit.data import build_datasets
 from distillkit.data.rows import RowFormat, list_entries, tokenize_rows
 from distillkit.data.sources import load_source
@@ -86,7 +85,7 @@ def write_parts(documents: pa.Table, output: Path, most_bytes: int, level: int) 
 
 def prepare_rows(files: list[str]) -> None:
     """The rows of all phases of some runs, each kind once, in the folders where the runs will look for them."""
-    phases = [phase.config for file in files for phase in phases_of(load_run_config(Path(file)))]
+    phases = [phase.config for file in files for phase in resolve(load_run(Path(file)).config).phases]
     for config in {phase.dataset.prepared_dataset_path: phase for phase in phases}.values():
         start = time.perf_counter()
         assert config.teacher.kind == "hf"

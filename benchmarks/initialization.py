@@ -33,7 +33,8 @@ from distillkit.conversion import build_student
 from distillkit.conversion.convert import fit_output_scales
 from distillkit.data import build_dataset, collate
 from distillkit.evaluation.divergence import measure_divergence
-from distillkit.losses.objective import ModelShape, Objective, counted_rows
+from distillkit.losses.labels import counted_rows
+from distillkit.losses.objective import ModelShape, Objective
 from distillkit.models.loading import load_model, load_tokenizer
 from distillkit.student.mixers.kda.initialize import set_memory
 from distillkit.student.network import KDAHybridForCausalLM, KimiDeltaAttention

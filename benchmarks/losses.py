@@ -30,7 +30,7 @@ from measuring import MIB, RESULTS, free_memory, in_own_process, peak_memory, pr
 from distillkit.distribution import DenseDistribution
 from distillkit.losses import DISTRIBUTION_LOSSES, LossTerm, chunked_vocabulary_losses
 from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
-from distillkit.losses.vocabulary_head import chunk_tokens_within
+from distillkit.models.chunked_logits import chunk_tokens_within
 
 TERMS = [
     LossTerm("cross_entropy", "cross_entropy", 0.5),

@@ -8,7 +8,7 @@ from typing import Any
 from measuring import ROOT
 
 from distillkit.config.evaluate import TEACHER
-from distillkit.reporting.training import NOT_LOSSES
+from distillkit.runs.metrics import NOT_LOSSES
 
 POINTS = 40
 """Of a curve; more than a picture shows are not kept."""

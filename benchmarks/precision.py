@@ -33,7 +33,8 @@ import distillkit.student.network.kda_attention as kda_attention
 from distillkit.config import DatasetSource, StudentConfig
 from distillkit.conversion import build_student
 from distillkit.data import build_dataset
-from distillkit.losses.objective import ModelShape, Objective, counted_rows
+from distillkit.losses.labels import counted_rows
+from distillkit.losses.objective import ModelShape, Objective
 from distillkit.models.loading import load_model, load_tokenizer
 from distillkit.teacher.live import LiveTeacher
 from distillkit.training.arguments import build_training_arguments

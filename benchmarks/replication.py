@@ -42,7 +42,7 @@ from variants import VARIANTS, base, evaluation_of_teacher, evaluations_of, run_
 from distillkit.cli import main as distillkit
 from distillkit.config.errors import UserError
 from distillkit.config.evaluate import TEACHER
-from distillkit.config.loading import load_run_config
+from distillkit.config.resolve import load_run
 from distillkit.config.tokens import parse_tokens
 from distillkit.models.loading import load_tokenizer, where
 from distillkit.runs.writing import write_json
@@ -69,7 +69,7 @@ class Replication:
             for file, described in plan["files"].items():
                 (folder / file).write_text(yaml.safe_dump(described, sort_keys=False))
             if name != TEACHER:
-                load_run_config(folder / "run.yaml", plan["overrides"])
+                load_run(folder / "run.yaml", plan["overrides"])
 
     def work_off(self, names: list[str]) -> bool:
         """One worker per GPU; whether all went well."""

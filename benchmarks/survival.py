@@ -27,8 +27,7 @@ from typing import Any
 import yaml
 from measuring import RESULTS, ROOT, provenance
 
-from distillkit.config.loading import load_run_config
-from distillkit.config.phases import phases_of
+from distillkit.config.resolve import load_run, resolve
 from distillkit.runs.checkpoints import complete_checkpoints
 from distillkit.runs.writing import sha256
 
@@ -57,14 +56,14 @@ class State:
 
 def prepare(recipe: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The recipe with a log line per step and a checkpoint every few, and the folders of its phases."""
-    config = load_run_config(ROOT / "recipes" / "miniature" / f"{recipe}.yaml")
+    config = load_run(ROOT / "recipes" / "miniature" / f"{recipe}.yaml").config
     described = config.model_dump(mode="json")
     described["training_args"] |= {"logging_steps": 1, "save_steps": options.save_steps, "save_total_limit": 1}
     described["evaluation"] |= {"num_tokens": options.num_tokens, "max_new_tokens": 8}
     if options.max_steps is not None:
         for phase in described["phases"]:
             phase["training_args"]["max_steps"] = options.max_steps
-    folders = [f"phases/{Path(phase.config.output_path).name}" for phase in phases_of(config)]
+    folders = [f"phases/{Path(phase.config.output_path).name}" for phase in resolve(config).phases]
     return described, folders
 
 

@@ -15,15 +15,14 @@ from typing import Annotated, Any
 
 import typer
 
-from distillkit.config import DatasetSource, RunConfig, StudentConfig, UserError, load_run_config
+from distillkit.config import DatasetSource, Run, StudentConfig, UserError, load_run
 from distillkit.config.capture import CaptureConfig, check_capture_ready, load_capture_config
 from distillkit.config.evaluate_options import EvaluateOptions, check_evaluate_ready, load_evaluate_config
 from distillkit.config.loading import read_yaml
 from distillkit.config.readiness import check_model_path, check_ready
 from distillkit.config.schema import Kind, json_schema
 from distillkit.config.student import KVHeads, Layout
-
-USAGE_ERROR = 2
+from distillkit.console import FAILED, USAGE_ERROR
 
 Overrides = Annotated[
     list[str] | None,
@@ -52,7 +51,7 @@ def distill(
 ) -> None:
     """Run the distillation that a YAML file describes."""
     changes = [*(overrides or []), *(["resume=true"] if resume else [])]
-    run = load_run_config(config, changes)
+    run = load_run(config, changes)
     if dry_run:
         _print_plan(run)
         return
@@ -75,17 +74,15 @@ def plan(
     Parameters, tokens, steps, memory, disk and time of each phase. Only configurations and headers are read. Exit code
     1: it could not run as it is.
     """
-    described: RunConfig | CaptureConfig
+    described: Run | CaptureConfig
     if "compression" in read_yaml(config):
         described = load_capture_config(config, overrides or [])
     else:
-        described = load_run_config(config, overrides or [])
+        described = load_run(config, overrides or [])
     _print_plan(described, gpu=gpu, gpus=gpus, as_json=as_json)
 
 
-def _print_plan(
-    described: RunConfig | CaptureConfig, *, gpu: str = "H100", gpus: int = 1, as_json: bool = False
-) -> None:
+def _print_plan(described: Run | CaptureConfig, *, gpu: str = "H100", gpus: int = 1, as_json: bool = False) -> None:
     if isinstance(described, CaptureConfig) and gpus > 1:
         raise UserError(
             "--gpus", "a capture is planned on one GPU; n of them share it (--shard i/n) in 1/n of the time"
@@ -95,7 +92,7 @@ def _print_plan(
     from distillkit.planning import CapturePlan, RunPlan, plan_capture, plan_run
 
     plan: RunPlan | CapturePlan
-    if isinstance(described, RunConfig):
+    if isinstance(described, Run):
         plan = plan_run(described, gpu=gpu, gpus=gpus)
     else:
         plan = plan_capture(described, gpu=gpu)
@@ -104,7 +101,7 @@ def _print_plan(
     else:
         Console().print(plan)
     if plan.errors:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -213,7 +210,7 @@ def evaluate(
     from distillkit.evaluation import evaluate
 
     if evaluate(config)["failures"]:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -283,7 +280,7 @@ def inspect(
         gguf_file=gguf_file,
     )
     if not whole:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @app.command()

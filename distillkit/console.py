@@ -1,9 +1,12 @@
-"""What every long work says in the same way: plain lines, and the time that is left."""
+"""What every long work prints in the same way, and the exit codes of the command line."""
 
 from rich.console import Console
 
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+"""Exit codes: something could not be done, a mistake of the user's, Ctrl-C or SIGTERM."""
 
-def say(console: Console, line: str) -> None:
+
+def print_line(console: Console, line: str) -> None:
     """One line as it is: no colours, no markup, not wrapped."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 

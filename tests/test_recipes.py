@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distillkit.capture.run import capture
-from distillkit.config import RunConfig, StudentConfig, load_run_config, phases_of
+from distillkit.config import RunConfig, StudentConfig
 from distillkit.config.capture import CaptureConfig, load_capture_config
 from distillkit.config.loading import read_yaml
 from distillkit.conversion.convert import convert
@@ -170,8 +170,8 @@ def test_a_recipe_is_planned_and_runs(name: str, inputs: Path, tmp_path: Path) -
     layout = read_yaml(RECIPES / name)["student"]["layout"]
     teacher = inputs / ("afm-4.5b" if name.startswith("afm-4.5b") else "smollm2")
     overrides = small(name, teacher, inputs / "train.jsonl", inputs / "valid.jsonl", tmp_path / "run")
-    config = load_run_config(RECIPES / name, overrides)
-    runs = [phase.config for phase in phases_of(config)] or [config]
+    config = load_run(RECIPES / name, overrides).config
+    runs = [phase.config for phase in resolve(config).phases] or [config]
     plan = plan_run(config)
     assert plan.errors == []
 
@@ -201,7 +201,7 @@ def test_a_capture_is_planned_and_made(name: str, inputs: Path, tmp_path: Path) 
 
 def test_a_student_learns_from_what_the_recipe_of_the_capture_writes(inputs: Path, tmp_path: Path) -> None:
     """The commands at the head of the recipe, in their order."""
-    recipe, described = load_run_config(RECIPES / OFFLINE), load_capture_config(RECIPES / "smollm2/capture.yaml")
+    recipe, described = load_run(RECIPES / OFFLINE).config, load_capture_config(RECIPES / "smollm2/capture.yaml")
     assert recipe.dataset.train_dataset.disk_path == described.output_path
     assert recipe.sequence_length == described.sequence_length
     teacher, untrained = inputs / "smollm2", tmp_path / "untrained"
@@ -210,7 +210,7 @@ def test_a_student_learns_from_what_the_recipe_of_the_capture_writes(inputs: Pat
         capture(capture_config("smollm2/capture.yaml", inputs, text, tmp_path / text), None, QUIET)
 
     overrides = small(OFFLINE, teacher, tmp_path / "train", tmp_path / "valid", tmp_path / "run")
-    config = load_run_config(RECIPES / OFFLINE, [*overrides, f"model={untrained}"])
+    config = load_run(RECIPES / OFFLINE, [*overrides, f"model={untrained}"]).config
     assert plan_run(config).errors == []
     folder = distill(config, QUIET)
     results = read(folder / "results.json")

@@ -25,7 +25,7 @@ from distillkit.capture.fidelity import Fidelity, FidelityMeter
 from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.compression import Codec, build_codec
 from distillkit.config import UserError
-from distillkit.console import say
+from distillkit.console import print_line
 from distillkit.data import tokenizer_hash
 from distillkit.distribution import SparseDistribution
 from distillkit.models.decoder import check_head
@@ -84,9 +84,9 @@ def inspect_dataset(
     _print_pairs(console, describe(manifest, codec))
     problems = verify_shards(folder, manifest) if verify else []
     for line in problems:
-        say(console, line)
+        print_line(console, line)
     if verify and not problems:
-        say(console, "\nevery shard is what was captured")
+        print_line(console, "\nevery shard is what was captured")
     if problems:
         return False
     teacher_kwargs = _as_captured(manifest, teacher) | {
@@ -250,7 +250,7 @@ def _print_tokens(console: Console, row: StoredRow, tokens: int, tokenizer: PreT
         expected = "  ".join(f"{text(token)} {p:.1%}" for token, p in list(pairs)[:ALTERNATIVES] if p > 0)
         came = text(row.input_ids[position + 1]) if position + 1 < length else ""
         lines.append((text(row.input_ids[position]), came, f"{probabilities.sum():.2%}", expected))
-    say(console, "")
+    print_line(console, "")
     if console.is_terminal:
         table = Table(*header)
         for line in lines:
@@ -259,7 +259,7 @@ def _print_tokens(console: Console, row: StoredRow, tokens: int, tokenizer: PreT
     else:
         widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
         for line in (header, *lines):
-            say(console, "  ".join(map(str.ljust, line, widths)).rstrip())
+            print_line(console, "  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 def _fidelity_lines(fidelity: Fidelity) -> Lines:
@@ -274,9 +274,9 @@ def _fidelity_lines(fidelity: Fidelity) -> Lines:
 
 def _print_pairs(console: Console, pairs: Lines) -> None:
     width = max(len(label) for label, _ in pairs)
-    say(console, "")
+    print_line(console, "")
     for label, value in pairs:
-        say(console, f"{label.ljust(width)}  {value}")
+        print_line(console, f"{label.ljust(width)}  {value}")
 
 
 def _short(value: object) -> str:

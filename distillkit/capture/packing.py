@@ -27,7 +27,7 @@ from trl.data_utils import pack_dataset
 
 from distillkit.compression import SIGNAL_COLUMNS
 from distillkit.config import DatasetSource, UserError
-from distillkit.console import say
+from distillkit.console import print_line
 from distillkit.data.packing import document_lengths, piece_lengths
 from distillkit.data.prepared import file_states
 from distillkit.data.rows import running_sums
@@ -71,9 +71,9 @@ def pack(source: DatasetSource, out: Path, sequence_length: int, console: Consol
     if out.exists():
         damaged = _damaged(out, made_from)
         if not damaged:
-            say(console, f"{out}: is packed already, nothing is left to do")
+            print_line(console, f"{out}: is packed already, nothing is left to do")
             return
-        say(console, f"{out}: {', '.join(damaged)}: lost or damaged, to be made again")
+        print_line(console, f"{out}: {', '.join(damaged)}: lost or damaged, to be made again")
         _take_apart(out, partial, damaged)
     rows = _carried(load_source(source, _KEY), console)
     documents, rows_start = _documents(rows)
@@ -81,7 +81,7 @@ def pack(source: DatasetSource, out: Path, sequence_length: int, console: Consol
     if len(pieces) == 0:
         raise UserError(_KEY, "has only empty rows")
     shards = _shards(pieces, _tokens_per_shard(rows, sequence_length))
-    say(console, f"packing {pieces.sum():,} tokens into rows of {sequence_length:,}, in {len(shards):,} shards")
+    print_line(console, f"packing {pieces.sum():,} tokens into rows of {sequence_length:,}, in {len(shards):,} shards")
     _open(partial, made_from)
     records = []
     first_row = first_token = 0
@@ -96,7 +96,7 @@ def pack(source: DatasetSource, out: Path, sequence_length: int, console: Consol
     partial.rename(out)
     count = records[-1].rows[1]
     filled = pieces.sum() / (count * sequence_length)
-    say(console, f"{out}: {len(rows):,} rows became {count:,}, {filled:.1%} filled, in {len(records)} shards")
+    print_line(console, f"{out}: {len(rows):,} rows became {count:,}, {filled:.1%} filled, in {len(records)} shards")
 
 
 def _checked_manifest(source: DatasetSource) -> Manifest | None:
@@ -192,7 +192,7 @@ def _carried(rows: Dataset, console: Console) -> Dataset:
     carried = aligned_rows(rows, [name for name in signals if name in SIGNAL_COLUMNS or name in fitting], _KEY)
     left_out = [name for name in rows.column_names if name not in ("attention_mask", *carried.column_names)]
     if left_out:
-        say(console, f"left out, for want of a list of numbers for each token: {', '.join(left_out)}")
+        print_line(console, f"left out, for want of a list of numbers for each token: {', '.join(left_out)}")
     return carried
 
 

@@ -25,6 +25,7 @@ from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError, shown
 from distillkit.data import tokenizer_hash
+from distillkit.losses.labels import IGNORED_LABEL
 from distillkit.runs.writing import sha256, write_first
 from distillkit.shards import Manifest, ShardRecord
 
@@ -32,8 +33,6 @@ PLAN = "plan.json"
 
 FORMAT = 1
 """Of the file; to be counted up when what it says changes its meaning."""
-
-IGNORED = -100
 
 WITHOUT_BEARING: Any = {
     "teacher": True,
@@ -212,7 +211,7 @@ def _read_through(rows: Dataset) -> tuple[str, bool, list[int]]:
         (_, input_ids), (_, labels), (_, documents) = columns.values()
         row_lengths += columns["input_ids"][0].tolist()
         expected = input_ids.copy()
-        expected[np.cumsum(documents) - documents] = IGNORED
+        expected[np.cumsum(documents) - documents] = IGNORED_LABEL
         labels_say_more = labels_say_more or not np.array_equal(labels, expected)
     return digest.hexdigest(), labels_say_more, row_lengths
 

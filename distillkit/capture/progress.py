@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from distillkit.console import clock, say
+from distillkit.console import clock, print_line
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -58,7 +58,7 @@ class CaptureProgress:
         elif time.perf_counter() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.perf_counter()
             left = clock((self._total - self.tokens) / self.rate)
-            say(self._console, f"captured {self._figures()}  left {left}")
+            print_line(self._console, f"captured {self._figures()}  left {left}")
 
     def _figures(self) -> str:
         return f"{self.tokens:,}/{self._total:,} tokens  {self.rate:,.0f} tokens/s"

@@ -30,7 +30,7 @@ from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError
-from distillkit.console import say
+from distillkit.console import INTERRUPTED, print_line
 from distillkit.models.decoder import check_head
 from distillkit.models.loading import load_model
 from distillkit.models.varlen_attention import use_varlen_attention
@@ -39,7 +39,6 @@ from distillkit.shards import fitted_background, signal_table, write_background,
 from distillkit.shards.background import BACKGROUND
 from distillkit.teacher.captured_tokenizer import write_tokenizer
 
-INTERRUPTED = 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -202,7 +201,7 @@ def _say_what_is_left(planned: Capture, ours: Share, done: int, missing: int, co
         line += f"; {done} are there already"
     if ours.count > 1:
         line += f"; this is share {ours.index + 1} of {ours.count}"
-    say(console, f"{line}; {missing} to make" if missing else f"{line}; nothing to make")
+    print_line(console, f"{line}; {missing} to make" if missing else f"{line}; nothing to make")
 
 
 @contextmanager
@@ -230,7 +229,7 @@ def _told_how_to_go_on(planned: Capture, console: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say(console, f"interrupted: {so_far()}; the same command goes on with the others")
+        print_line(console, f"interrupted: {so_far()}; the same command goes on with the others")
         raise SystemExit(INTERRUPTED) from None
     except torch.OutOfMemoryError as error:
         tokens = planned.config.tokens_per_batch

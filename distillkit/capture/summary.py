@@ -13,7 +13,7 @@ from distillkit.capture.engines import Row
 from distillkit.capture.fidelity import Fidelity, FidelityMeter
 from distillkit.capture.preparation import Capture
 from distillkit.capture.transformers_engine import TransformersEngine
-from distillkit.console import say
+from distillkit.console import print_line
 from distillkit.distribution import SparseDistribution
 from distillkit.shards import read_background, read_manifest, shard_name, signal_tensor
 
@@ -65,21 +65,23 @@ def print_summary(console: Console, summary: CaptureSummary) -> None:
     """In a few lines."""
     if summary.captured_tokens:
         rate = summary.captured_tokens / max(summary.seconds, 1e-9)
-        say(console, f"captured {summary.captured_tokens:,} tokens in {summary.seconds:,.0f} s ({rate:,.0f} tokens/s)")
+        print_line(
+            console, f"captured {summary.captured_tokens:,} tokens in {summary.seconds:,.0f} s ({rate:,.0f} tokens/s)"
+        )
     if not summary.complete:
-        say(
+        print_line(
             console,
             f"{summary.folder}: {summary.shards} of {summary.shards_planned} shards are there; the process that makes "
             "the last one, or one started after it, completes the dataset",
         )
         return
-    say(
+    print_line(
         console,
         f"{summary.folder}: {summary.tokens:,} tokens in {summary.rows:,} rows and {summary.shards} shards, "
         f"{summary.bytes / 1e6:,.1f} MB, {summary.bytes / max(summary.tokens, 1):,.1f} bytes per token on disk",
     )
     if summary.fidelity is not None:
-        say(console, _told(summary.fidelity, fitted_on=summary.rows == 1))
+        print_line(console, _told(summary.fidelity, fitted_on=summary.rows == 1))
 
 
 def _told(fidelity: Fidelity, *, fitted_on: bool) -> str:

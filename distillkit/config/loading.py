@@ -1,9 +1,8 @@
-"""From YAML files and overrides of the command line to a checked `RunConfig`. No torch is imported on the way."""
+"""YAML files, the files that they extend, and overrides of the command line."""
 
-import logging
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,7 @@ import yaml
 from distillkit.config.data import move_dataset_keys
 from distillkit.config.errors import UserError, did_you_mean, shown
 from distillkit.config.merging import merged
-from distillkit.config.run import RunConfig
 from distillkit.config.tokens import BUDGETS, without_budget
-
-logger = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,22 +34,6 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
-
-
-def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file describes, changed by `key=value` overrides.
-
-    Raises `UserError`, one line that names the key and the remedy; warns of a key without effect.
-    """
-    data = read_yaml(path)
-    for override in overrides:
-        apply_override(data, override)
-    config = RunConfig.parse(data)
-    for override in overrides:
-        _refuse_without_effect(override.partition("=")[0], config)
-    if config.functionary_packing:
-        logger.warning("functionary_packing: has no effect; packed documents never see each other anyway")
-    return config
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -129,15 +109,6 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             kept = without_budget(level, but=budget)
             level.clear()
             level.update(kept)
-
-
-def _refuse_without_effect(key: str, config: RunConfig) -> None:
-    """Raises `UserError` where each phase replaces the top level's `key`; warns where some do."""
-    replacing = [phase.name for phase in config.phases if phase.replaces(key)]
-    if replacing and len(replacing) == len(config.phases):
-        raise UserError(key, f"every phase names its own; use phases.{replacing[0]}.{key}")
-    for name in replacing:
-        logger.warning("%s: has no effect on phase %s, which names its own; use phases.%s.%s", key, name, name, key)
 
 
 def _key_in(section: Any, key: str, override: str) -> Any:

@@ -5,35 +5,31 @@ import os
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError
-from distillkit.config.phases import phases_of
+from distillkit.config.resolve import Run
 from distillkit.config.run import RunConfig
-from distillkit.config.unbuilt import refuse_unbuilt
 
 
-def check_ready(config: RunConfig) -> None:
+def check_ready(run: Run) -> None:
     """Raises `UserError` where the run, or one of its phases, could not start."""
     _refuse_split_models()
-    if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
-        raise UserError("output_path", f"{config.output_path!r} is a file; name a folder")
-    if not config.phases:
-        _check_inputs(config, check_model=True)
-    for index, (named, phase) in enumerate(zip(config.phases, phases_of(config), strict=True)):
+    output_path = run.config.output_path
+    if os.path.exists(output_path) and not os.path.isdir(output_path):
+        raise UserError("output_path", f"{output_path!r} is a file; name a folder")
+    for phase in run.phases:
         try:
-            _check_inputs(phase.config, check_model=index == 0)  # of later ones the phase before makes the student
+            _check_inputs(phase.config, check_model=phase.index == 0)  # later ones start from the phase before
         except UserError as error:
-            own = named.names(str(error).partition(": ")[0])
-            raise UserError(None, f"phases[{index}].{error}" if own else str(error)) from None
+            raise phase.located(error) from None
 
 
 def _check_inputs(config: RunConfig, *, check_model: bool) -> None:
-    refuse_unbuilt(config)
     for key, source in _sources(config).items():
         check_source(f"{key}.disk_path", source)
     if config.model is not None and check_model:
         check_model_path("model", config.model)
     if config.teacher.kind == "hf":
         check_model_path("teacher.path", config.teacher.path)
-    if config.teacher.kind != "vllm" and config.teacher.background is not None:
+    if config.teacher.background is not None:
         check_source("teacher.background", DatasetSource(disk_path=config.teacher.background))
 
 

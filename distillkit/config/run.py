@@ -8,11 +8,11 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from distillkit.config.data import DatasetConfig, move_dataset_keys
 from distillkit.config.errors import KeyProblem, did_you_mean, shown
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
-from distillkit.config.phases import PhaseConfig, check_names, phases_of
+from distillkit.config.phases import PhaseConfig, check_names
 from distillkit.config.run_evaluation import RunEvaluationConfig
 from distillkit.config.section import AnyMapping, PathText, Section, TextList, none_is_empty
 from distillkit.config.student import StudentConfig
-from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig, VLLMTeacherConfig
+from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig
 from distillkit.config.tokens import TokenBudget, check_one_budget
 from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS, check_training_args
 
@@ -35,10 +35,7 @@ def _check_layer_mapping(value: Any) -> Any:
 
 LayerMapping = Annotated[Literal["all"] | list[tuple[int, int]] | None, BeforeValidator(_check_layer_mapping)]
 Phases = Annotated[list[PhaseConfig], BeforeValidator(none_is_empty, json_schema_input_type=list[PhaseConfig] | None)]
-TeacherConfig = Annotated[
-    HFTeacherConfig | DatasetTeacherConfig | VLLMTeacherConfig,
-    Field(discriminator="kind"),
-]
+TeacherConfig = Annotated[HFTeacherConfig | DatasetTeacherConfig, Field(discriminator="kind")]
 
 
 def _default_losses() -> list[LossConfig]:
@@ -56,7 +53,7 @@ class RunConfig(Section):
     student: StudentConfig | None = Field(
         None, description="how the teacher is converted into the student first; instead of model"
     )
-    teacher: TeacherConfig = Field(description="whom the student learns from; kind: hf, dataset or vllm")
+    teacher: TeacherConfig = Field(description="the model that the student learns from; kind: hf or dataset")
     trust_remote_code: bool = Field(False, description="run code that comes with the student, teacher or tokenizer")
     model_kwargs: AnyMapping = Field(default={}, description="keyword arguments of from_pretrained for the student")
     model_auto_class: str | None = Field(
@@ -206,8 +203,6 @@ class RunConfig(Section):
                 if self.teacher.background is None and self.dataset.train_dataset.disk_path is None:
                     raise KeyProblem(key, "background needs teacher.background, for a dataset of the hub has none")
                 continue
-            if self.teacher.kind != "hf":
-                continue
             if self.teacher.top_k is None:
                 raise KeyProblem(key, "background needs teacher.top_k: of a whole distribution nothing is missing")
             if self.teacher.background is None:
@@ -238,9 +233,4 @@ class RunConfig(Section):
                     f"loss_functions[{position}].function",
                     f"{loss.function} needs a teacher of kind: hf; {self.teacher.kind} has no hidden states",
                 )
-        return self
-
-    @model_validator(mode="after")
-    def check_phases(self) -> Self:
-        phases_of(self)
         return self

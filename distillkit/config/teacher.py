@@ -1,4 +1,4 @@
-"""`teacher`: whom the student learns from. `kind` says which of three it is."""
+"""`teacher`: the model that the student learns from. `kind` says which of two it is."""
 
 from typing import Literal, Self
 
@@ -49,36 +49,4 @@ class DatasetTeacherConfig(Section):
     def check_one_format(self) -> Self:
         if self.logprob_compressor and self.legacy_logit_compression:
             raise KeyProblem("legacy_logit_compression", "logprob_compressor is given too; keep one of the two")
-        return self
-
-
-class VLLMTeacherConfig(Section):
-    """A teacher served by vLLM: a server that runs already (`base_url`), or one to be started (`model_path`)."""
-
-    kind: Literal["vllm"] = Field("vllm", description="vllm: a model that vLLM serves")
-    top_k: int = Field(gt=0, description="log-probabilities asked for per token")
-
-    base_url: str | None = Field(None, description="address of a running server, such as http://localhost:8000")
-    model: str | None = Field(None, description="the server's name of the model")
-    api_key: str | None = Field(None, repr=False, description="key of the server")
-    timeout: float = Field(120.0, gt=0, description="seconds until a request is given up")
-    max_retries: int = Field(3, ge=0, description="how often a failed request is sent again")
-
-    model_path: PathText | None = Field(None, description="the teacher to start: a folder or hub id")
-    teacher_gpu_ids: list[int] | None = Field(None, description="GPUs of the teacher, apart from the student's")
-    tensor_parallel_size: int = Field(1, gt=0, description="GPUs that share each layer")
-    dtype: str | None = Field("bfloat16", description="type of the teacher's weights")
-    quantization: str | None = Field(None, description="vLLM's name of a quantisation")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory that vLLM may take")
-    max_model_len: int | None = Field(None, gt=0, description="longest sequence in tokens")
-    trust_remote_code: bool = Field(False, description="run code that comes with the teacher")
-    cache_size_mb: int = Field(2048, gt=0, description="cache of outputs in MB")
-    request_timeout_sec: float = Field(60.0, gt=0, description="seconds until a request is given up")
-
-    @model_validator(mode="after")
-    def check_one_way(self) -> Self:
-        if (self.base_url is None) == (self.model_path is None):
-            raise KeyProblem("base_url", "give either base_url (a running server) or model_path (a teacher to start)")
-        if self.base_url is not None and self.model is None:
-            raise KeyProblem("model", "is missing: the server's name of the model")
         return self

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config import StudentConfig, UserError
 from distillkit.conversion.layouts import layer_types
@@ -62,6 +62,16 @@ def convert(
     teacher = load_model(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs)
     places = where(teacher_kwargs)
     tokenizer = load_tokenizer(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **places)
+    return convert_model(teacher, tokenizer, output, student)
+
+
+def convert_model(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, student: StudentConfig
+) -> ConversionSummary:
+    """Write the untrained student of a loaded teacher into a new folder, which appears whole or not at all.
+
+    Raises `UserError` for a teacher that cannot be converted.
+    """
     model = build_student(teacher, student)
     with _whole_or_not_at_all(output) as folder:
         model.save_pretrained(folder)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from distillkit.losses.vocabulary_head import IGNORED_LABEL
+from distillkit.losses.labels import IGNORED_LABEL
 
 
 def collate(

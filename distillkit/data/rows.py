@@ -24,7 +24,7 @@ from trl.data_utils import apply_chat_template, common_prefix_length, is_convers
 
 from distillkit.config.errors import UserError
 from distillkit.data.assistant import assistant_encoder, training_template
-from distillkit.losses.vocabulary_head import IGNORED_LABEL
+from distillkit.losses.labels import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 

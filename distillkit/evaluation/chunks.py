@@ -1,8 +1,8 @@
-"""What two models say about the same tokens, a chunk of tokens at a time.
+"""A student's and its teacher's distributions over the same tokens, a chunk of tokens at a time.
 
-Logits of both exist for one chunk, so neither the length of the sequences nor the size of the vocabulary matters. Which
-tokens are measured is what training would count: every token of a document but its first. Every measure of divergence
-reads its numbers off these chunks.
+Logits of both exist for one chunk, so neither the length of the sequences nor the size of the vocabulary matters. The
+tokens are those that training would count: every token of a document but its first. Every measure of divergence
+reads its numbers from these chunks.
 """
 
 from __future__ import annotations
@@ -12,25 +12,23 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from distillkit.distribution import Distribution, at_least_float32
-from distillkit.losses.objective import counted_rows, shifted_labels
-from distillkit.losses.vocabulary_head import padded
+from distillkit.losses.labels import counted_rows, shifted_labels
+from distillkit.models.chunked_logits import ChunkedHead, chunk_tokens_within
 from distillkit.models.decoder import decode, head
-from distillkit.teacher.signal import Teacher
+from distillkit.teacher import SignalRequest, Teacher
 
 CHUNK_BYTES = 256 * 2**20
-LIVE_COPIES = 9
-"""Float32 copies of a chunk's logits that are alive at once: two models' logits, log-probabilities, and products."""
+"""Memory for the logits of a chunk and what is computed from them."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some tokens, and what both models say of them."""
+    """The distributions of both models at some tokens."""
 
     teacher: Distribution | None
     logits: Float[Tensor, "tokens vocab"]
@@ -39,14 +37,13 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A student and the teacher that is asked about the same batches; None where the student alone is.
+class ModelPair:
+    """A student and its teacher; without a teacher the student alone is measured.
 
     vocabulary_size: columns that both models' heads are cut to, where they are padded differently.
     student_autocast: dtype of the student's matrix products, where its parameters are float32 masters.
     chunk_tokens: tokens whose logits exist at once; by default as many as fit in 256 MiB.
-    layers: indices of the hidden states that are kept of a batch, the last one before the final norm. The teacher is
-        expected to give the same ones.
+    layers: indices of the hidden states that are compared, the last one before the final norm.
     """
 
     teacher: Teacher | None
@@ -61,15 +58,17 @@ class Pair:
         """Where batches are read."""
         return next(self.student.parameters()).device
 
-    def answers(self, batch: Mapping[str, Tensor], rows: Int[Tensor, " rows"]) -> Answers:
-        """Both models' word on the given rows of the flattened batch, which is on `device`."""
-        signal = None if self.teacher is None else self.teacher.signal(batch)
+    def outputs(self, batch: Mapping[str, Tensor], rows: Int[Tensor, " rows"]) -> PairOutputs:
+        """Of both models, at the given rows of the flattened batch, which is on `device`."""
+        signal = None
+        if self.teacher is not None:
+            signal = self.teacher.signal(batch, SignalRequest(hidden_states=self.layers, final_norm=False))
         with self._autocast():
             hidden, states = decode(
                 self.student, batch["input_ids"], batch["position_ids"], self.layers, final_norm=False
             )
         pairs = ((states[layer], signal.hidden_states[layer]) for layer in self.layers if signal is not None)
-        return Answers(
+        return PairOutputs(
             self._chunks(
                 hidden.flatten(0, 1)[rows],
                 shifted_labels(batch["labels"]).flatten()[rows],
@@ -78,20 +77,19 @@ class Pair:
             ((student.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows]) for student, teacher in pairs),
         )
 
-    def _chunks(self, hidden: Tensor, targets: Tensor, said: Callable[[slice], Distribution] | None) -> Iterator[Chunk]:
+    def _chunks(
+        self, hidden: Tensor, targets: Tensor, teacher: Callable[[slice], Distribution] | None
+    ) -> Iterator[Chunk]:
         weight, bias = head(self.student)
-        matrix = padded(weight.detach().to(self.student_autocast or weight.dtype), dim=0)
-        columns = min(len(weight), self.vocabulary_size or len(weight))
-        step = self.chunk_tokens or max(1, CHUNK_BYTES // (4 * LIVE_COPIES * len(weight)))
+        students = ChunkedHead(weight, bias, self.student_autocast or weight.dtype)
+        step = self.chunk_tokens or chunk_tokens_within(CHUNK_BYTES, len(weight))
         for start in range(0, len(hidden), step):
             chunk = slice(start, min(start + step, len(hidden)))
-            logits = F.linear(hidden[chunk].to(matrix.dtype), matrix)[:, : len(weight)]
-            if bias is not None:
-                logits = logits + bias
-            word = None if said is None else said(chunk)
-            if word is not None and self.vocabulary_size is not None:
-                word = word.first_columns(self.vocabulary_size)
-            yield Chunk(word, at_least_float32(logits[:, :columns]), targets[chunk])
+            logits = at_least_float32(students.logits(hidden[chunk])[:, : self.vocabulary_size])
+            distribution = None if teacher is None else teacher(chunk)
+            if distribution is not None and self.vocabulary_size is not None:
+                distribution = distribution.first_columns(self.vocabulary_size)
+            yield Chunk(distribution, logits, targets[chunk])
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.student_autocast in (None, torch.float32):
@@ -100,10 +98,10 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Of one batch: the chunks of its rows, and for each layer the student's and the teacher's hidden states there.
+class PairOutputs:
+    """The chunks of a batch's rows, and for each layer the student's and the teacher's hidden states there.
 
-    Both are made as they are read.
+    Both are computed as they are read.
     """
 
     chunks: Iterator[Chunk]

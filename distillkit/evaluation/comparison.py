@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from distillkit.config import UserError
 from distillkit.distribution import DenseDistribution, at_least_float32
-from distillkit.evaluation.chunks import Chunk, Pair, counted_batches
+from distillkit.evaluation.chunks import Chunk, ModelPair, counted_batches
 from distillkit.evaluation.divergence import NOTHING_TO_MEASURE
 from distillkit.evaluation.jackknife import Named, jackknife
 from distillkit.losses.divergences import jsd, kl, reverse_kl
@@ -72,8 +72,7 @@ def compare(
         UserError: no token counts.
     """
     compared = tuple(range(1, student.config.num_hidden_layers + 1)) if layers and _alike(teacher, student) else ()
-    asked = LiveTeacher(teacher.eval(), compared, final_norm=False)
-    pair = Pair(asked, student.eval(), vocabulary_size, chunk_tokens=chunk_tokens, layers=compared)
+    pair = ModelPair(LiveTeacher(teacher), student.eval(), vocabulary_size, chunk_tokens=chunk_tokens, layers=compared)
     edges = [*(edge for edge in position_buckets if edge < sequence_length), sequence_length]
     of_documents: list[Named] = []
     done = 0
@@ -97,16 +96,16 @@ def _alike(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
     return shapes[0] == shapes[1]
 
 
-def _per_token(pair: Pair, batch: Mapping[str, Tensor], rows: Int[Tensor, " rows"]) -> Named:
+def _per_token(pair: ModelPair, batch: Mapping[str, Tensor], rows: Int[Tensor, " rows"]) -> Named:
     """What is summed of each token, [rows] or [rows, width], by name."""
-    answers = pair.answers(batch, rows)
-    chunks = [_of_chunk(chunk) for chunk in answers.chunks]
+    outputs = pair.outputs(batch, rows)
+    chunks = [_of_chunk(chunk) for chunk in outputs.chunks]
     joined = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().double() for name in chunks[0]}
     for role in ROLES:
         confidence, correct = (joined.pop(f"{role}_{name}") for name in ("confidence", "correct"))
         bins = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)  # each without its lower end, as Guo et al.
         joined[f"{role}_gaps"] = F.one_hot(bins, BINS) * (confidence - correct).unsqueeze(-1)
-    cosines = [1 - hs_cosine(student, teacher)[0].cpu().double() for student, teacher in answers.hidden_states]
+    cosines = [1 - hs_cosine(student, teacher)[0].cpu().double() for student, teacher in outputs.hidden_states]
     layers = {"layers": torch.stack(cosines, dim=-1)} if cosines else {}
     return {"tokens": torch.ones(len(rows), dtype=torch.float64), **joined, **layers}
 

@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from distillkit.config import UserError
 from distillkit.distribution import DenseDistribution, Distribution, at_least_float32
-from distillkit.evaluation.chunks import Pair, counted_batches
+from distillkit.evaluation.chunks import ModelPair, counted_batches
 from distillkit.losses.divergences import kl
-from distillkit.teacher.captured import CapturedTeacher
-from distillkit.teacher.live import LiveTeacher
+from distillkit.teacher import Teacher
 
 NOTHING_TO_MEASURE = "no token to measure on: the held-out text is empty, or every document in it has one token"
 
@@ -46,7 +45,7 @@ class Divergence:
 
 @torch.no_grad()
 def measure_divergence(
-    teacher: PreTrainedModel | CapturedTeacher | None,
+    teacher: Teacher | None,
     student: PreTrainedModel,
     batches: Iterable[Mapping[str, Tensor]],
     *,
@@ -58,8 +57,7 @@ def measure_divergence(
     """Measure the student against the teacher on the first `num_tokens` counted tokens of `batches`.
 
     Args:
-        teacher: a causal language model on the student's device, in whatever dtype it is; a captured one, whose
-            columns the batches have; or None, then the student's perplexity is all that is measured.
+        teacher: where it is captured, the batches have its columns; None: only the student's perplexity is measured.
         student: a causal language model, in whatever dtype it is.
         batches: with `input_ids`, `position_ids` (starting again at each document) and `labels` (-100: not counted,
             among them each document's first token), each [batch, tokens].
@@ -72,12 +70,11 @@ def measure_divergence(
     """
     training = student.training
     student.eval()
-    asked = LiveTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
-    pair = Pair(asked, student, vocabulary_size, student_autocast, chunk_tokens)
+    pair = ModelPair(teacher, student, vocabulary_size, student_autocast, chunk_tokens)
     totals: dict[str, float] = {}
     tokens = 0
     for batch, rows in counted_batches(batches, num_tokens, pair.device):
-        for chunk in pair.answers(batch, rows).chunks:
+        for chunk in pair.outputs(batch, rows).chunks:
             for name, total in _chunk_totals(chunk.teacher, chunk.logits, chunk.targets).items():
                 totals[name] = totals.get(name, 0.0) + total.double().item()
         tokens += len(rows)

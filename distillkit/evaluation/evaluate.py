@@ -21,7 +21,7 @@ from rich.console import Console
 
 from distillkit.config.errors import UserError
 from distillkit.config.evaluate import TEACHER, EvaluateConfig
-from distillkit.console import say
+from distillkit.console import INTERRUPTED, print_line
 from distillkit.evaluation.model_spec import Loaded, Subject, release_memory
 from distillkit.evaluation.progress import EvaluationProgress
 from distillkit.evaluation.results import FAILURES, print_results, write_results
@@ -30,7 +30,6 @@ from distillkit.evaluation.units import Measured, Unit, UnitResults, shortened, 
 from distillkit.runs.provenance import commit, machine, versions, without_secrets
 
 CONFIG, UNITS = "config.yaml", "units"
-INTERRUPTED = 130
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     try:
         evaluation.run()
     except KeyboardInterrupt:
-        say(console, "interrupted; what was measured is kept, and the same command goes on")
+        print_line(console, "interrupted; what was measured is kept, and the same command goes on")
         raise SystemExit(INTERRUPTED) from None
     finally:
         found, missing = evaluation.found_in_order(), evaluation.missing()
@@ -102,7 +101,7 @@ class _Evaluation:
             else:
                 self._found[unit] = measured
         if known := sum(unit.suite != "model" for unit in self._found):
-            say(self._console, f"{known} results are there already")
+            print_line(self._console, f"{known} results are there already")
         count = sum(unit.suite != "model" for unit in self._missing)
         with EvaluationProgress(self._console, count) as self._progress:
             for subject in self._subjects.values():

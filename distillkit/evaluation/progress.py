@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from distillkit.console import clock, say
+from distillkit.console import clock, print_line
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -69,7 +69,7 @@ class EvaluationProgress:
 
     def _line(self, line: str) -> None:
         self._last_line = time.perf_counter()
-        say(self._console, line)
+        print_line(self._console, line)
 
     def _left(self, part: float) -> str:
         done = self._done + part

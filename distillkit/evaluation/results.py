@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from distillkit.config.evaluate import TEACHER, EvaluateConfig, ModelConfig
-from distillkit.console import say
+from distillkit.console import print_line
 from distillkit.evaluation.divergence import shown
 from distillkit.evaluation.model_spec import trained_length
 from distillkit.evaluation.units import Measured, Unit
-from distillkit.reporting.reading import EVALUATION, FORMAT, RESULTS
+from distillkit.reporting.reading import EVALUATION, FORMAT
+from distillkit.runs.names import RESULTS
 from distillkit.runs.writing import write_json
 
 FAILURES = "failures.log"
@@ -85,12 +86,12 @@ def print_results(console: Console, results: Json, folder: Path) -> None:
     console.print(table)
     for failure in results["failures"]:
         unit = " ".join(part for part in (failure["model"], failure["suite"], failure["task"]) if part)
-        say(console, f"failed: {unit}: {failure['error']}")
+        print_line(console, f"failed: {unit}: {failure['error']}")
     if elsewhere := len(results["measured_elsewhere"]):
-        say(console, f"{elsewhere} results are of another commit, version or machine; {RESULTS} tells which")
+        print_line(console, f"{elsewhere} results are of another commit, version or machine; {RESULTS} tells which")
     if results["failures"]:
-        say(console, f"tracebacks are in {folder / FAILURES}; the same command tries again what failed")
-    say(console, f"results are in {folder / RESULTS}; distillkit report {folder} makes a report of them")
+        print_line(console, f"tracebacks are in {folder / FAILURES}; the same command tries again what failed")
+    print_line(console, f"results are in {folder / RESULTS}; distillkit report {folder} makes a report of them")
 
 
 def _named(unit: Unit) -> Json:

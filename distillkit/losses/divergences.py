@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distillkit.distribution import Distribution, SparseDistribution, at_least_float32
+from distillkit.losses.labels import IGNORED_LABEL
 
 PerToken = tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]
 
@@ -37,7 +38,9 @@ def cross_entropy(
     student_logits: Float[Tensor, "tokens vocab"], teacher: Distribution | None, labels: Int[Tensor, " tokens"]
 ) -> PerToken:
     """-log q(label). The teacher is not asked. A label of -100 gives 0."""
-    return _one_each(F.cross_entropy(at_least_float32(student_logits), labels, reduction="none", ignore_index=-100))
+    return _one_each(
+        F.cross_entropy(at_least_float32(student_logits), labels, reduction="none", ignore_index=IGNORED_LABEL)
+    )
 
 
 def kl(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -30,16 +29,16 @@ from distillkit.losses.functions import (
     RANKING_LOSSES,
     masked_totals,
 )
+from distillkit.losses.labels import counted_mask, counted_rows, shifted_labels
 from distillkit.losses.ranking import preference_pair_counts
 from distillkit.losses.vocabulary_head import (
-    IGNORED_LABEL,
     LossTerm,
     TeacherChunks,
     TermTotals,
-    chunk_tokens_within,
     chunked_vocabulary_losses,
     term_totals,
 )
+from distillkit.models.chunked_logits import chunk_tokens_within
 
 # What a chunk's logits, and all that losses make of them, may take. (On a CPU not less: glibc gives memory back to the
 # system when it is freed only for blocks above 32 MiB, so that many smaller ones leave holes.)
@@ -47,16 +46,6 @@ CUDA_CHUNK_BYTES = 4 * 2**30
 CPU_CHUNK_BYTES = 512 * 2**20
 
 TeacherRows = Callable[[Int[Tensor, " rows"]], TeacherChunks]
-
-
-def shifted_labels(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-    """What each position predicts: the next position's label, and -100 (nothing) for the last."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-
-
-def counted_rows(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, " rows"]:
-    """The positions of the flattened batch whose next token counts, for unshifted labels."""
-    return _counted(labels).nonzero().squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -183,7 +172,7 @@ class Objective(nn.Module):
         """
         if self.ranking_terms and preference_pairs is None:
             raise ValueError("ranking losses need preference_pairs, the pairs in the whole optimizer step")
-        counted = _counted(labels)
+        counted = counted_mask(labels)
         rows = counted.nonzero().squeeze(-1)
         loss = torch.zeros((), device=labels.device)
         sums: dict[str, Tensor] = {}
@@ -253,11 +242,6 @@ def pair_sum(
         student = projection(student.to(projection.weight.dtype))
     total, _ = masked_totals(*HIDDEN_STATE_LOSSES[function](student, teacher), counted)
     return total
-
-
-def _counted(labels: Int[Tensor, "batch tokens"]) -> Bool[Tensor, " batch_tokens"]:
-    """Of each position of the flattened batch, whether its next token counts."""
-    return shifted_labels(labels).flatten() != IGNORED_LABEL
 
 
 def _terms(loss_functions: Sequence[LossConfig]) -> list[LossTerm]:

@@ -1,7 +1,7 @@
 """Distribution losses straight from hidden states and head weights, a chunk of tokens at a time.
 
 The logits of a long sequence do not fit: at 128k columns and 32k tokens one float32 copy is 16.8 GB. Here a chunk's
-logits, student's and teacher's, are made, judged by every loss and turned into their gradient there and then, during
+logits, student's and teacher's, are computed, passed to every loss and turned into their gradient there and then, in
 the forward pass; what is kept is the gradient of the hidden states and of the head (in float32). The backward pass
 only scales them. So the memory is that of one chunk, whatever the number of tokens.
 
@@ -15,17 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distillkit.distribution import Distribution, at_least_float32
 from distillkit.losses.functions import DISTRIBUTION_LOSSES, masked_totals
-
-IGNORED_LABEL = -100
-# How many float32 copies of a chunk's logits are alive at the worst moment (kl with a dense teacher, measured).
-LIVE_COPIES = 9
+from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.models.chunked_logits import ChunkedHead, padded
 
 TeacherChunks = Callable[[slice], Distribution]
 TermTotals = Callable[..., Tensor]
@@ -58,11 +55,11 @@ def chunked_vocabulary_losses(
 
     `loss` is differentiable once with respect to hidden_states, weight and bias; what needs no gradient costs none,
     and under torch.no_grad() none is computed. Tokens labelled -100 count nowhere (leaving them out is cheaper).
-    `teacher(rows)` gives the teacher's word on a slice of the tokens; cross_entropy alone needs no teacher.
+    `teacher(rows)` gives the teacher distribution of a slice of the tokens; cross_entropy alone needs no teacher.
     A normalizer below 1 is taken as 1, so that a step in which nothing counts has loss 0.
     `vocabulary_size`: student and teacher are both taken given that the token is one of their first so many, for
     models that share a tokenizer and pad its embeddings differently. Labels must lie below it.
-    `compiled_totals`: `term_totals` as torch.compile has it. It is asked for all terms at once, which then read the
+    `compiled_totals`: `term_totals` as torch.compile returns it. It computes all terms at once, which then read the
     logits together; uncompiled, one term's intermediate results exist at a time.
     """
     if not terms:
@@ -70,8 +67,8 @@ def chunked_vocabulary_losses(
     if vocabulary_size is not None and vocabulary_size < weight.shape[0]:
         weight = weight[:vocabulary_size]
         bias = None if bias is None else bias[:vocabulary_size]
-    asks_teacher = any(term.function != "cross_entropy" for term in terms)
-    if asks_teacher and teacher is None:
+    needs_teacher = any(term.function != "cross_entropy" for term in terms)
+    if needs_teacher and teacher is None:
         raise ValueError("a loss other than cross_entropy needs a teacher")
     loss_dtype = at_least_float32(weight.new_empty(0)).dtype
     scales = [
@@ -79,16 +76,20 @@ def chunked_vocabulary_losses(
         for term in terms
     ]
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, weight, bias)]
-    said_by = teacher if asks_teacher else None
-    work = _Work(labels, said_by, terms, scales, chunk_tokens, vocabulary_size, wants, loss_dtype, compiled_totals)
+    work = _Work(
+        labels,
+        teacher if needs_teacher else None,
+        terms,
+        scales,
+        chunk_tokens,
+        vocabulary_size,
+        wants,
+        loss_dtype,
+        compiled_totals,
+    )
     loss, sums, counts = _ChunkedHead.apply(hidden_states, weight, bias, work)
     names = [term.name for term in terms]
     return loss, dict(zip(names, sums.unbind(), strict=True)), dict(zip(names, counts.unbind(), strict=True))
-
-
-def chunk_tokens_within(memory_bytes: float, vocabulary_size: int) -> int:
-    """The most tokens whose logits and what losses make of them stay within `memory_bytes`; at least 1."""
-    return max(1, int(memory_bytes / (4 * LIVE_COPIES * vocabulary_size)))
 
 
 @dataclass(frozen=True)
@@ -121,25 +122,22 @@ class _ChunkedHead(torch.autograd.Function):
 def _run_chunks(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    vocab = weight.shape[0]
     matmul_dtype = _matmul_dtype(hidden_states)
-    matrix = padded(weight.detach().to(matmul_dtype), dim=0)
+    head = ChunkedHead(weight, bias, matmul_dtype)
     hidden_gradient = torch.zeros_like(hidden_states) if work.wants[0] else None
-    weight_gradient = torch.zeros_like(matrix, dtype=work.loss_dtype) if work.wants[1] else None
-    bias_gradient = weight.new_zeros(vocab, dtype=work.loss_dtype) if work.wants[2] else None
+    weight_gradient = torch.zeros_like(head.matrix, dtype=work.loss_dtype) if work.wants[1] else None
+    bias_gradient = weight.new_zeros(head.columns, dtype=work.loss_dtype) if work.wants[2] else None
     totals = torch.zeros(2, len(work.terms), dtype=work.loss_dtype, device=weight.device)
 
     for start in range(0, len(hidden_states), work.chunk_tokens):
         rows = slice(start, min(start + work.chunk_tokens, len(hidden_states)))
-        said = work.teacher(rows) if work.teacher is not None else None
-        if said is not None and work.vocabulary_size is not None:
-            said = said.first_columns(work.vocabulary_size)
+        distribution = work.teacher(rows) if work.teacher is not None else None
+        if distribution is not None and work.vocabulary_size is not None:
+            distribution = distribution.first_columns(work.vocabulary_size)
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden = hidden_states[rows].to(matmul_dtype)
-            logits = at_least_float32(F.linear(hidden, matrix)[:, :vocab])
-            if bias is not None:
-                logits = logits + bias
-            sums_and_counts, gradient = _chunk_losses(logits, said, work.labels[rows], work)
+            logits = at_least_float32(head.logits(hidden))
+            sums_and_counts, gradient = _chunk_losses(logits, distribution, work.labels[rows], work)
             totals += sums_and_counts
             if gradient is None:
                 continue
@@ -147,13 +145,13 @@ def _run_chunks(
                 bias_gradient += gradient.sum(0)
             gradient = padded(gradient.to(matmul_dtype), dim=1)
             if hidden_gradient is not None:
-                hidden_gradient[rows] = (gradient @ matrix).to(hidden_gradient.dtype)
+                hidden_gradient[rows] = (gradient @ head.matrix).to(hidden_gradient.dtype)
             if weight_gradient is not None:
                 _add_product(weight_gradient, gradient.T, hidden)
 
     loss = sum((scale * total for scale, total in zip(work.scales, totals[0], strict=True)), totals.new_zeros(()))
     if weight_gradient is not None:
-        weight_gradient = weight_gradient[:vocab]
+        weight_gradient = weight_gradient[: head.columns]
     return loss, totals[0], totals[1], [hidden_gradient, weight_gradient, bias_gradient]
 
 
@@ -196,14 +194,6 @@ def _matmul_dtype(hidden_states: Tensor) -> torch.dtype:
     device = hidden_states.device.type
     autocast = torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64
     return torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
-
-
-def padded(tensor: Float[Tensor, "rows columns"], dim: int) -> Float[Tensor, "padded_rows padded_columns"]:
-    """On CUDA a vocabulary that is no multiple of 64 (AFM-4.5B's 128005 is odd) slows the matmul several times."""
-    missing = -tensor.shape[dim] % 64 if tensor.is_cuda else 0
-    if missing == 0:
-        return tensor
-    return F.pad(tensor, (0, missing) if dim == 1 else (0, 0, 0, missing))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.config import HFTeacherConfig, Run, RunConfig, UserError
 from distillkit.config.losses import ATTENTION_FUNCTIONS
 from distillkit.config.readiness import check_ready
 from distillkit.config.tokens import token_text
@@ -30,61 +30,71 @@ rate it is rounded to one of them in one step of 24, and what the step meant is 
 
 
 def about_run(
-    config: RunConfig,
-    phases: list[RunConfig],
-    plan: RunPlan,
-    teacher: PreTrainedConfig | None,
-    student: PreTrainedConfig,
+    run: Run, plan: RunPlan, teacher: PreTrainedConfig | None, student: PreTrainedConfig
 ) -> tuple[list[str], list[str]]:
     """(errors, warnings) about a run as a whole."""
     errors = []
     try:
-        check_ready(config)
+        check_ready(run)
     except UserError as error:
         errors.append(str(error))
-    lines = [
-        *_about_places(config, plan),
-        *_about_teacher(config, plan, teacher, student),
+    phases = [phase.config for phase in run.phases]
+    warnings = [
+        *_about_places(run.config, plan),
+        *_about_teacher(run.config, plan, teacher, student),
         *_about_order(phases),
         *_about_lengths(phases, teacher, student),
     ]
-    return errors, lines
+    return errors, [str(warning) for warning in warnings]
 
 
-def _about_places(config: RunConfig, plan: RunPlan) -> Iterator[str]:
+def _about_places(config: RunConfig, plan: RunPlan) -> Iterator[UserError]:
     output = Path(config.output_path).expanduser()
     if output.is_dir() and any(output.iterdir()) and not config.resume:
-        yield f"output_path: {config.output_path!r} exists and is not empty; use --resume to go on, or another folder"
+        yield UserError(
+            "output_path", f"{config.output_path!r} exists and is not empty; use --resume to go on, or another folder"
+        )
     parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if plan.disk_peak > free:
         yield (
-            f"output_path: needs {plan.disk_peak / GIB:.0f} GiB, and {free / GIB:.0f} GiB are free there; name "
-            "another, or lower training_args.save_total_limit"
+            UserError(
+                "output_path",
+                f"needs {plan.disk_peak / GIB:.0f} GiB, and {free / GIB:.0f} GiB are free there; name "
+                "another, or lower training_args.save_total_limit",
+            )
         )
     settings = Settings.of(config)
     if settings.push_to_hub and settings.hub_model_id is None:
-        yield (f"training_args.hub_model_id: is missing, push_to_hub would make one named {output.name!r}; name it")
+        yield (
+            UserError(
+                "training_args.hub_model_id", f"is missing, push_to_hub would make one named {output.name!r}; name it"
+            )
+        )
 
 
-def _about_held_out_text(config: RunConfig) -> Iterator[str]:
+def _about_held_out_text(config: RunConfig) -> Iterator[UserError]:
     held_out = config.dataset.eval_dataset
     if config.evaluation is not None and config.evaluation.dataset is not None:
         held_out = config.evaluation.dataset
     if held_out is None:
         yield (
-            "dataset.eval_dataset: there is no held-out text, so nothing will say how far the student is from its "
-            "teacher; name some"
+            UserError(
+                "dataset.eval_dataset",
+                "there is no held-out text, so nothing will say how far the student is from its teacher; name some",
+            )
         )
     elif held_out == config.dataset.train_dataset:
-        yield "dataset.eval_dataset: is the training text; name text that is held out"
+        yield UserError("dataset.eval_dataset", "is the training text; name text that is held out")
     elif config.evaluation is None and config.training_args.get("eval_strategy", "no") == "no":
-        yield "evaluation: is missing, so the held-out text is not measured on; give evaluation, or eval_strategy"
+        yield UserError(
+            "evaluation", "is missing, so the held-out text is not measured on; give evaluation, or eval_strategy"
+        )
 
 
 def _about_teacher(
     config: RunConfig, plan: RunPlan, teacher: PreTrainedConfig | None, student: PreTrainedConfig
-) -> Iterator[str]:
+) -> Iterator[UserError]:
     if not isinstance(config.teacher, HFTeacherConfig) or teacher is None:
         return
     given = config.teacher.kwargs.get("dtype", config.teacher.kwargs.get("torch_dtype"))
@@ -92,44 +102,59 @@ def _about_teacher(
     by_default = torch.float32 if quantised else teacher.dtype or torch.float32
     if str(given).endswith("float32") or (given in (None, "auto") and by_default == torch.float32):
         yield (
-            "teacher.kwargs.dtype: the teacher is loaded in float32, at twice the memory and a fraction of the speed; "
-            "set dtype: bfloat16"
+            UserError(
+                "teacher.kwargs.dtype",
+                "the teacher is loaded in float32, at twice the memory and a fraction of the speed; "
+                "set dtype: bfloat16",
+            )
         )
     in_files = parameters_in_files(config.teacher.path)
     counted = plan.teacher_parameters or 0
     if in_files is not None and abs(in_files - counted) > 0.02 * counted:
         yield (
-            f"teacher.path: its files hold {in_files:,} numbers, its config.json describes {counted:,} parameters; see "
-            "that the two belong together"
+            UserError(
+                "teacher.path",
+                f"its files hold {in_files:,} numbers, its config.json describes {counted:,} parameters; see "
+                "that the two belong together",
+            )
         )
     if teacher.vocab_size != student.vocab_size:
         yield (
-            f"model: has {student.vocab_size:,} rows of embeddings, the teacher {teacher.vocab_size:,}; losses compare "
-            "the tokens that both have; see that the tokenizers are the same"
+            UserError(
+                "model",
+                f"has {student.vocab_size:,} rows of embeddings, the teacher {teacher.vocab_size:,}; losses compare "
+                "the tokens that both have; see that the tokenizers are the same",
+            )
         )
 
 
-def _about_order(phases: list[RunConfig]) -> Iterator[str]:
+def _about_order(phases: list[RunConfig]) -> Iterator[UserError]:
     aligns = [any(loss.function in ATTENTION_FUNCTIONS for loss in phase.loss_functions) for phase in phases]
     for index, (before, now) in enumerate(zip(aligns, aligns[1:], strict=False), start=1):
         if now and not before:
             yield (
-                f"phases[{index}].loss_functions: aligns attention after a phase that trained end to end, whose layers "
-                "need no longer be given the teacher's inputs; put alignment first"
+                UserError(
+                    f"phases[{index}].loss_functions",
+                    "aligns attention after a phase that trained end to end, whose layers "
+                    "need no longer be given the teacher's inputs; put alignment first",
+                )
             )
 
 
 def _about_lengths(
     phases: list[RunConfig], teacher: PreTrainedConfig | None, student: PreTrainedConfig
-) -> Iterator[str]:
+) -> Iterator[UserError]:
     kinds = getattr(student, "layer_types", None) or []
     nope = sum(kind == "full_attention" for kind in kinds) if not getattr(student, "use_rope", True) else 0
     longest = max(phase.sequence_length for phase in phases)
     reach = 0 if teacher is None else teacher.max_position_embeddings
     if nope and longest < reach:
         yield (
-            f"sequence_length: is at most {longest:,}; with NoPE layers retrieval fails past the length trained on, "
-            f"and the published advice is to train on twice the length that will be used (the teacher's is {reach:,})"
+            UserError(
+                "sequence_length",
+                f"is at most {longest:,}; with NoPE layers retrieval fails past the length trained on, "
+                f"and the published advice is to train on twice the length that will be used (teacher: {reach:,})",
+            )
         )
 
 
@@ -142,7 +167,7 @@ def about_phase(
     teacher: PreTrainedConfig | None,
     gpu: GPU,
     gpus: int,
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[UserError], list[UserError]]:
     """(errors, warnings) about a phase, or about a run without phases; the student frozen as it trains.
 
     reached: parameters that a loss gives a gradient.
@@ -156,115 +181,151 @@ def about_phase(
     ]
     errors = _pattern_errors(student, config)
     if not errors and not reached:
-        errors.append("loss_functions: none of them reaches a parameter that is not frozen; freeze less, or add a loss")
+        errors.append(
+            UserError(
+                "loss_functions", "none of them reaches a parameter that is not frozen; freeze less, or add a loss"
+            )
+        )
     return errors, lines
 
 
-def _pattern_errors(student: nn.Module, config: RunConfig) -> list[str]:
+def _pattern_errors(student: nn.Module, config: RunConfig) -> list[UserError]:
     """Each pattern and name by itself, as the run would say it, and then what they leave to train."""
     frozen = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     tries: list[tuple[list[str], list[str]]] = [
         ([], config.frozen_modules[: index + 1]) for index in range(len(config.frozen_modules))
     ]
     tries += [(config.frozen_res[: index + 1], []) for index in range(len(config.frozen_res))]
-    errors = []
+    errors: list[UserError] = []
     for patterns, modules in tries:
         try:
             freeze(student, patterns, modules)
         except UserError as error:
-            errors.append(str(error))
+            errors.append(error)
             break
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(frozen[name])
     if not errors and not any(frozen.values()):
-        errors.append("frozen_res: every parameter is frozen; leave something to train")
+        errors.append(UserError("frozen_res", "every parameter is frozen; leave something to train"))
     return errors
 
 
-def _about_batches(settings: Settings, timing: Schedule, gpus: int) -> Iterator[str]:
+def _about_batches(settings: Settings, timing: Schedule, gpus: int) -> Iterator[UserError]:
     if gpus == 1:
         return
     key, count = "training_args.gradient_accumulation_steps", settings.accumulation
     if count > 1 and count % gpus:
         yield (
-            f"{key}: {count} micro-batches cannot be divided over {gpus} GPUs; use a multiple of {gpus} and give each "
-            "GPU its share, to keep the step that you have on one"
+            UserError(
+                key,
+                f"{count} micro-batches cannot be divided over {gpus} GPUs; use a multiple of {gpus} and give each "
+                "GPU its share, to keep the step that you have on one",
+            )
         )
     elif count > 1:
         yield (
-            f"{key}: is per GPU, so a step is {timing.tokens_per_step:,} tokens, {gpus} times that of one GPU; "
-            f"use {count // gpus} to keep that one"
+            UserError(
+                key,
+                f"is per GPU, so a step is {timing.tokens_per_step:,} tokens, {gpus} times that of one GPU; "
+                f"use {count // gpus} to keep that one",
+            )
         )
     else:
         rows = settings.batch_size
         keep = f"use {rows // gpus} to keep that one" if rows % gpus == 0 else "choose the learning rate for it"
         yield (
-            f"training_args.per_device_train_batch_size: is per GPU, so a step is {timing.tokens_per_step:,} tokens, "
-            f"{gpus} times that of one GPU; {keep}"
+            UserError(
+                "training_args.per_device_train_batch_size",
+                f"is per GPU, so a step is {timing.tokens_per_step:,} tokens, {gpus} times that of one GPU; {keep}",
+            )
         )
 
 
-def _about_budget(config: RunConfig, settings: Settings, timing: Schedule) -> Iterator[str]:
+def _about_budget(config: RunConfig, settings: Settings, timing: Schedule) -> Iterator[UserError]:
     budget = "tokens" if config.tokens is not None else "training_args.max_steps"
     if timing.passes is not None and timing.passes > 1.5 and (config.tokens or settings.max_steps > 0):
         yield (
-            f"{budget}: reads the data about {timing.passes:.1f} times ({token_text(timing.tokens or 0)} of about "
-            f"{token_text(timing.available.tokens if timing.available else 0)} tokens); add text, or lower it"
+            UserError(
+                budget,
+                f"reads the data about {timing.passes:.1f} times ({token_text(timing.tokens or 0)} of about "
+                f"{token_text(timing.available.tokens if timing.available else 0)} tokens); add text, or lower it",
+            )
         )
     steps = timing.steps
     if steps is not None and settings.warmup >= 1 and steps <= settings.warmup:
         yield (
-            f"training_args.warmup_steps: {settings.warmup:.0f} steps of warmup are all of {steps} steps; lower it, or "
-            f"raise {budget}"
+            UserError(
+                "training_args.warmup_steps",
+                f"{settings.warmup:.0f} steps of warmup are all of {steps} steps; lower it, or raise {budget}",
+            )
         )
     if config.tokens is not None and config.tokens < timing.tokens_per_step:
-        yield f"tokens: {config.tokens:,} are less than one step of {timing.tokens_per_step:,} tokens; raise it"
+        yield UserError(
+            "tokens", f"{config.tokens:,} are less than one step of {timing.tokens_per_step:,} tokens; raise it"
+        )
 
 
-def _about_precision(config: RunConfig, settings: Settings, gpu: GPU) -> Iterator[str]:
+def _about_precision(config: RunConfig, settings: Settings, gpu: GPU) -> Iterator[UserError]:
     in_bf16 = config.trained_weights == "bfloat16"
     if in_bf16 and settings.learning_rate < SMALLEST_BF16_RATE:
         yield (
-            f"training_args.learning_rate: {settings.learning_rate:g} is small for trained_weights: bfloat16, where a "
-            f"step is mostly rounding; use {SMALLEST_BF16_RATE:g} or more, or trained_weights: float32"
+            UserError(
+                "training_args.learning_rate",
+                f"{settings.learning_rate:g} is small for trained_weights: bfloat16, where a "
+                f"step is mostly rounding; use {SMALLEST_BF16_RATE:g} or more, or trained_weights: float32",
+            )
         )
     if in_bf16 and settings.accumulation >= LOSSY_ADDENDS:
         yield (
-            f"training_args.gradient_accumulation_steps: the gradients of {settings.accumulation} micro-batches are "
-            "added up in bfloat16, which loses more than 1 % of them; use larger micro-batches, or float32"
+            UserError(
+                "training_args.gradient_accumulation_steps",
+                f"the gradients of {settings.accumulation} micro-batches are "
+                "added up in bfloat16, which loses more than 1 % of them; use larger micro-batches, or float32",
+            )
         )
     if gpu.cuda and settings.compute_dtype == torch.float32:
-        yield "training_args.bf16: is off, so that everything is in float32; set bf16: true"
+        yield UserError("training_args.bf16", "is off, so that everything is in float32; set bf16: true")
 
 
 def _about_rows(
     config: RunConfig, settings: Settings, student: PreTrainedModel, teacher: PreTrainedConfig | None, gpu: GPU
-) -> Iterator[str]:
+) -> Iterator[UserError]:
     length = config.sequence_length
     asked = any(loss.function != "cross_entropy" for loss in config.loss_functions)
     if teacher is not None and asked and length > teacher.max_position_embeddings:
         yield (
-            f"sequence_length: {length:,} tokens, but the teacher was trained for {teacher.max_position_embeddings:,}, "
-            "and its word beyond is worth little; lower it, or use cross_entropy alone"
+            UserError(
+                "sequence_length",
+                f"{length:,} tokens, but the teacher was trained for {teacher.max_position_embeddings:,}, "
+                "and its word beyond is worth little; lower it, or use cross_entropy alone",
+            )
         )
     if length >= LONG and not settings.gradient_checkpointing and gpu.cuda:
         yield (
-            f"training_args.gradient_checkpointing: is off at {length:,} tokens per row; set it to true for a third "
-            "more work and a fraction of the activations"
+            UserError(
+                "training_args.gradient_checkpointing",
+                f"is off at {length:,} tokens per row; set it to true for a third "
+                "more work and a fraction of the activations",
+            )
         )
     rows = head(student)[0].shape[0]
     if gpu.cuda and rows % 64:
         yield (
-            f"resize_embeddings_to_multiple_of: the head has {rows:,} rows and is copied to a multiple of 64 for each "
-            "batch, for matrix products on CUDA are slow otherwise; set 64 to have it so"
+            UserError(
+                "resize_embeddings_to_multiple_of",
+                f"the head has {rows:,} rows and is copied to a multiple of 64 for each "
+                "batch, for matrix products on CUDA are slow otherwise; set 64 to have it so",
+            )
         )
     if not config.dataset.packing and not config.dataset.prepacked:
-        yield "dataset.packing: is off, so that short documents leave rows half empty; the plan counts full rows"
+        yield UserError(
+            "dataset.packing", "is off, so that short documents leave rows half empty; the plan counts full rows"
+        )
 
 
 def remedies(
     plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU, teacher_parameters: int | None
-) -> list[str]:
+) -> list[UserError]:
     """Where a phase does not fit: the keys that would help most, with about how much each gives back."""
     if plan.memory is None or plan.cost is None or plan.memory <= gpu.memory:
         return []
@@ -296,5 +357,8 @@ def remedies(
     missing = (plan.memory - gpu.memory) / GIB
     best = sorted(options, reverse=True)[:4]
     listed = "; ".join(f"{text} (about {size / GIB:.0f} GiB)" for size, text in best)
-    first = f"sequence_length: {plan.memory / GIB:.1f} GiB do not fit into {gpu.name}'s {gpu.memory / GIB:.1f} GiB"
-    return [f"{first}, {missing:.1f} too many; what would help: {listed or 'a shorter one'}"]
+    problem = (
+        f"{plan.memory / GIB:.1f} GiB do not fit into {gpu.name}'s {gpu.memory / GIB:.1f} GiB, {missing:.1f} too many; "
+        f"what would help: {listed or 'a shorter one'}"
+    )
+    return [UserError("sequence_length", problem)]

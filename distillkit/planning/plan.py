@@ -8,9 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from distillkit.compression import build_codec
-from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.config import HFTeacherConfig, Phase, Run, RunConfig, UserError
 from distillkit.config.losses import align_attention_alone
-from distillkit.config.phases import Phase, PhaseConfig, phases_of
 from distillkit.planning.advice import about_phase, about_run, remedies
 from distillkit.planning.disk import disk_use
 from distillkit.planning.gpus import GPU, find_gpu, seconds
@@ -26,11 +25,13 @@ from distillkit.planning.settings import Settings
 from distillkit.planning.step import FakeCapturedTeacher, StepCost, reached_by, rehearse
 from distillkit.planning.tokens import schedule
 from distillkit.shards import read_manifest
+from distillkit.teacher import Teacher
+from distillkit.teacher.live import LiveTeacher
 from distillkit.training.freezing import freeze_matching
 from distillkit.training.precision import cast_for_training
 
 
-def plan_run(config: RunConfig, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
+def plan_run(run: Run, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
     """The plan of a run, with phases or without, on so many GPUs of one kind.
 
     Raises `UserError` where a model's configuration cannot be read; what else is wrong is among the plan's errors.
@@ -38,19 +39,18 @@ def plan_run(config: RunConfig, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it says of a configuration, the run says
     try:
-        return _plan(config, find_gpu(gpu), gpus)
+        return _plan(run, find_gpu(gpu), gpus)
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def _plan(config: RunConfig, device: GPU, gpus: int) -> RunPlan:
-    phases = phases_of(config) or [Phase("", config)]
-    first = phases[0].config
+def _plan(run: Run, device: GPU, gpus: int) -> RunPlan:
+    first = run.phases[0].config
     teacher = _teacher_config(first)
     student = student_config(first, teacher)
-    makers = [_PhaseMaker(phase, student, device, gpus, index) for index, phase in enumerate(phases)]
-    made = [maker.plan(several=len(phases) > 1) for maker in makers]
-    run = RunPlan(
+    makers = [_PhaseMaker(phase, student, device, gpus) for phase in run.phases]
+    made = [maker.plan() for maker in makers]
+    plan = RunPlan(
         gpu=device,
         gpus=gpus,
         teacher=first.teacher.path if isinstance(first.teacher, HFTeacherConfig) else first.teacher.kind,
@@ -59,28 +59,26 @@ def _plan(config: RunConfig, device: GPU, gpus: int) -> RunPlan:
         phases=made,
         untrained=makers[0].untrained if first.student is not None else 0,
     )
-    errors, warnings = about_run(config, [phase.config for phase in phases], run, teacher, student)
+    errors, warnings = about_run(run, plan, teacher, student)
     for maker in makers:
         errors = errors + maker.errors
-    warnings += _said_once([maker.warnings for maker in makers], config.phases)
-    return replace(run, errors=errors, warnings=warnings)
+    warnings += _each_once(makers)
+    return replace(plan, errors=errors, warnings=warnings)
 
 
-def _said_once(of_phases: list[list[str]], phases: list[PhaseConfig]) -> list[str]:
+def _each_once(makers: "list[_PhaseMaker]") -> list[str]:
     """Each line under the key as the YAML has it: a phase's own, or the top level's, once for all that inherit it."""
-    if not phases:
-        return of_phases[0]
     inherited: dict[str, list[str]] = {}
-    said = []
-    for index, (lines, phase) in enumerate(zip(of_phases, phases, strict=True)):
-        for line in lines:
-            if phase.names(line.partition(": ")[0]):
-                said.append(f"phases[{index}].{line}")
+    lines = []
+    for maker in makers:
+        for warning in maker.warnings:
+            if maker.phase.names(warning.key):
+                lines.append(str(maker.phase.located(warning)))
             else:
-                inherited.setdefault(line, []).append(phase.name)
+                inherited.setdefault(str(warning), []).append(maker.phase.name)
     for line, names in inherited.items():
-        said.append(line if len(names) == len(phases) else f"{line} (phase {', '.join(names)})")
-    return said
+        lines.append(line if len(names) == len(makers) else f"{line} (phase {', '.join(names)})")
+    return lines
 
 
 def _teacher_config(config: RunConfig) -> PreTrainedConfig | None:
@@ -98,17 +96,16 @@ class _PhaseMaker:
     student_config: PreTrainedConfig
     gpu: GPU
     gpus: int
-    index: int
 
     def __post_init__(self) -> None:
         self.config = self.phase.config
         self.settings = Settings.of(self.config)
         self.errors: list[str] = []
-        self.warnings: list[str] = []
+        self.warnings: list[UserError] = []
         self.teacher_parameters: int | None = None
         self.untrained = 0
 
-    def plan(self, *, several: bool) -> PhasePlan:
+    def plan(self) -> PhasePlan:
         config, settings = self.config, self.settings
         teacher_config = _teacher_config(config)
         teacher = self._teacher(teacher_config)
@@ -118,16 +115,15 @@ class _PhaseMaker:
         groups = parameter_groups(student, reached)
         trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
         cast_for_training(student, settings.compute_dtype, trained_dtype)
-        if isinstance(teacher, PreTrainedModel):
-            self.teacher_parameters = sum(parameter.numel() for parameter in teacher.parameters())
-            self.untrained = sum(total for total, _ in groups.values()) * teacher.dtype.itemsize
+        if teacher.model is not None:
+            self.teacher_parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
+            self.untrained = sum(total for total, _ in groups.values()) * teacher.model.dtype.itemsize
         timing = schedule(config, settings, self.gpus)
-        last = not several
-        disk = disk_use(student, settings, reached, masters=not last)
+        disk = disk_use(student, settings, reached, masters=not self.phase.is_last)
         errors, warnings = about_phase(config, settings, timing, student, reached, teacher_config, self.gpu, self.gpus)
         cost = self._rehearse(teacher, student) if reached else None
         made = PhasePlan(
-            name=self.phase.name,
+            name=self.phase.name if self.phase.changes is not None else "",
             sequence_length=config.sequence_length,
             losses=[loss.function for loss in config.loss_functions],
             schedule=timing,
@@ -142,21 +138,21 @@ class _PhaseMaker:
         )
         made = self._timed(made, student.config)
         warnings += remedies(made, config, settings, self.gpu, self.teacher_parameters)
-        self.errors += map(self._named, errors)
+        self.errors += [str(self.phase.located(error)) for error in errors]
         self.warnings += warnings
         return made
 
-    def _teacher(self, config: PreTrainedConfig | None) -> "PreTrainedModel | FakeCapturedTeacher":
+    def _teacher(self, config: PreTrainedConfig | None) -> Teacher:
         if isinstance(self.config.teacher, HFTeacherConfig):
             assert config is not None
-            return teacher_on_meta(config, self.config.teacher, self.config.trust_remote_code)
+            return LiveTeacher(teacher_on_meta(config, self.config.teacher, self.config.trust_remote_code))
         return _captured(self.config, self.student_config.vocab_size)
 
-    def _rehearse(self, teacher: "PreTrainedModel | FakeCapturedTeacher", student: PreTrainedModel) -> StepCost | None:
+    def _rehearse(self, teacher: Teacher, student: PreTrainedModel) -> StepCost | None:
         try:
             return rehearse(self.config, self.settings, teacher, student, cuda=self.gpu.cuda, gpus=self.gpus)
         except UserError as error:  # losses that these two models cannot have
-            self.errors.append(self._named(str(error)))
+            self.errors.append(str(self.phase.located(error)))
             return None
 
     def _timed(self, made: PhasePlan, student: PreTrainedConfig) -> PhasePlan:
@@ -179,12 +175,9 @@ class _PhaseMaker:
         tokens = made.schedule.tokens
         return replace(made, seconds=None if tokens is None else tokens / speed, tokens_per_second=speed)
 
-    def _named(self, line: str) -> str:
-        return f"phases[{self.index}].{line}" if self.phase.name else line
-
 
 def _captured(config: RunConfig, vocabulary: int) -> FakeCapturedTeacher:
-    """The word of a captured teacher, as its manifest or the YAML says."""
+    """A captured teacher's stand-in, stored as its manifest or the YAML says."""
     teacher = config.teacher
     folder = config.dataset.train_dataset.disk_path
     manifest = None if folder is None else read_manifest(Path(folder))

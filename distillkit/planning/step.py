@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 from distillkit.config import LossConfig, RunConfig
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
 from distillkit.distribution import Distribution, SparseDistribution
-from distillkit.losses import Objective
 from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
-from distillkit.losses.vocabulary_head import chunk_tokens_within
 from distillkit.models.attention import trained_attention
+from distillkit.models.chunked_logits import chunk_tokens_within
 from distillkit.models.decoder import head
 from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.cuda_rules import CudaAutocast
@@ -29,10 +28,11 @@ from distillkit.planning.ledger import Ledger, without_data
 from distillkit.planning.optimizer import optimizer_memory
 from distillkit.planning.settings import Settings
 from distillkit.student.network import KimiDeltaAttention
-from distillkit.teacher.signal import Teacher, TeacherSignal
+from distillkit.teacher.live import LiveTeacher
+from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller
 from distillkit.training.setup import checkpoint_layers
-from distillkit.training.wiring import objective_of, online_teacher
+from distillkit.training.wiring import objective_of, signal_request
 
 TEACHER, FORWARD, BACKWARD, UPDATE = "teacher's pass", "student's forward pass", "backward pass", "optimizer step"
 
@@ -76,7 +76,7 @@ class Batch:
 def rehearse(
     config: RunConfig,
     settings: Settings,
-    teacher: "PreTrainedModel | FakeCapturedTeacher",
+    teacher: Teacher,
     student: PreTrainedModel,
     *,
     cuda: bool,
@@ -87,22 +87,24 @@ def rehearse(
     teacher, student: on the meta device; the student frozen and cast as it trains. Both are used up.
     """
     ledger = Ledger()
-    vocabulary = min(
-        teacher.vocabulary_size if isinstance(teacher, FakeCapturedTeacher) else _rows(teacher), _rows(student)
-    )
+    vocabulary = min(teacher.vocabulary_size, _rows(student))
     with ledger:
         _materialize(student, ledger, "student weights", config, settings, cuda)
-        if isinstance(teacher, PreTrainedModel):
-            _materialize(teacher, ledger, "teacher weights", config, settings, cuda)
-        asked, objective = _teacher_and_objective(config, teacher, student, vocabulary, cuda)
-        if isinstance(asked, FakeCapturedTeacher) or not objective.needs_teacher:
-            matrices = []
-        else:
-            matrices = _padding(teacher, ledger, "teacher weights", cuda)
+        if teacher.model is not None:
+            _materialize(teacher.model, ledger, "teacher weights", config, settings, cuda)
+            teacher = LiveTeacher(teacher.model)
+        chunk = chunk_tokens(config.loss_functions, _rows(student), cuda)
+        objective = objective_of(config, student, teacher, vocabulary, chunk)
+        matrices = []
+        if teacher.model is not None and objective.needs_teacher:
+            matrices = _padding(teacher.model, ledger, "teacher weights", cuda)
         if settings.gradient_checkpointing:
             _checkpoint_layers(student, settings, cuda)
         distiller = Distiller(student, objective).train()
-        cost = _step(config, settings, ledger, distiller, asked if objective.needs_teacher else None, gpus, cuda)
+        top_k = config.teacher.top_k if config.teacher.kind == "hf" else None
+        request = signal_request(objective, top_k=top_k, vocabulary_size=vocabulary)
+        used = teacher if objective.needs_teacher else None
+        cost = _step(config, settings, ledger, distiller, used, request, gpus, cuda)
         del matrices
     return cost
 
@@ -139,20 +141,6 @@ def _checkpoint_layers(student: PreTrainedModel, settings: Settings, cuda: bool)
     checkpoint_layers(student, options)
 
 
-def _teacher_and_objective(
-    config: RunConfig,
-    teacher: "PreTrainedModel | FakeCapturedTeacher",
-    student: PreTrainedModel,
-    vocabulary: int,
-    cuda: bool,
-) -> tuple[Teacher, Objective]:
-    chunk = chunk_tokens(config.loss_functions, _rows(student), cuda)
-    if isinstance(teacher, FakeCapturedTeacher):
-        return teacher, objective_of(config, student, None, vocabulary, chunk)
-    objective = objective_of(config, student, teacher, vocabulary, chunk)
-    return online_teacher(config, teacher, objective, vocabulary), objective
-
-
 def chunk_tokens(losses: list[LossConfig], rows: int, cuda: bool) -> int:
     """Tokens of which the vocabulary head makes logits at one time, for a head of so many rows."""
     asked = [loss.sparse_chunk_length for loss in losses if loss.sparse_chunk_length is not None]
@@ -165,6 +153,7 @@ def _step(
     ledger: Ledger,
     distiller: Distiller,
     teacher: Teacher | None,
+    request: SignalRequest,
     gpus: int,
     cuda: bool,
 ) -> StepCost:
@@ -184,7 +173,7 @@ def _step(
     batch = _batch(Batch(settings.batch_size, config.sequence_length))
     ledger.fresh_peak()
     with ledger.during(TEACHER):
-        signal = None if teacher is None else teacher.signal(batch)
+        signal = None if teacher is None else teacher.signal(batch, request)
     hidden_states = ledger.live["activations"]
     with ledger.during(FORWARD):
         padding = _padding(distiller.student, ledger, "activations", cuda) if distiller.objective.terms else []
@@ -266,16 +255,20 @@ def _rows(model: nn.Module) -> int:
     return int(weight.shape[0])
 
 
-@dataclass(frozen=True)
-class FakeCapturedTeacher:
+class FakeCapturedTeacher(Teacher):
     """Stands for a captured teacher: k tokens of each row, which come with the batches and are decoded by chunks."""
 
-    k: int
-    vocabulary_size: int
-    bytes_per_token: int
+    def __init__(self, k: int, vocabulary_size: int, bytes_per_token: int) -> None:
+        self.k = k
+        self.bytes_per_token = bytes_per_token
+        self._vocabulary_size = vocabulary_size
 
-    def signal(self, batch: Mapping[str, Any]) -> TeacherSignal:
-        """The word on a batch; its bytes are alive as long as the word is."""
+    @property
+    def vocabulary_size(self) -> int:
+        return self._vocabulary_size
+
+    def signal(self, batch: Mapping[str, Any], request: SignalRequest = DISTRIBUTION) -> TeacherSignal:
+        """The stored bytes are alive as long as the signal is."""
         stored = _bytes(self.bytes_per_token * batch["input_ids"].numel())
 
         def distribution(rows: Tensor) -> Callable[[slice], Distribution]:

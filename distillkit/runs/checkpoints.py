@@ -11,10 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.runs.writing import flush
-
-MARKER = "complete"
-PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,9 @@ class Checkpoint:
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
     found = [
-        Checkpoint(path, int(path.name.removeprefix(PREFIX)))
-        for path in folder.glob(f"{PREFIX}*")
-        if path.name.removeprefix(PREFIX).isdigit() and (path / MARKER).exists()
+        Checkpoint(path, int(path.name.removeprefix(CHECKPOINT)))
+        for path in folder.glob(f"{CHECKPOINT}*")
+        if path.name.removeprefix(CHECKPOINT).isdigit() and (path / COMPLETE).exists()
     ]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -43,7 +41,7 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 def mark_complete(path: Path) -> None:
     """Declare a checkpoint complete, once all that it holds has reached the disk."""
     flush_files(path.rglob("*"))
-    (path / MARKER).touch()
+    (path / COMPLETE).touch()
     flush(path)
 
 
@@ -56,14 +54,14 @@ def flush_files(paths: Iterable[Path]) -> None:
 
 def delete(path: Path) -> None:
     """Delete a checkpoint. Killed half-way, what is left does not count as one."""
-    (path / MARKER).unlink(missing_ok=True)
+    (path / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(path)
 
 
 def delete_incomplete(folder: Path) -> None:
     """Delete what a killed run left half-written or half-deleted."""
-    for path in folder.glob(f"{PREFIX}*"):
-        if path.is_dir() and not (path / MARKER).exists():
+    for path in folder.glob(f"{CHECKPOINT}*"):
+        if path.is_dir() and not (path / COMPLETE).exists():
             shutil.rmtree(path)
 
 

@@ -1,1 +1,5 @@
-"""What a teacher says about a batch, and the ways to ask it."""
+"""Teachers: one type, live or captured, and how a configuration becomes one."""
+
+from distillkit.teacher.teacher import SignalRequest as SignalRequest
+from distillkit.teacher.teacher import Teacher as Teacher
+from distillkit.teacher.teacher import TeacherSignal as TeacherSignal

@@ -1,40 +1,43 @@
-"""A teacher whose word was captured and lies in the dataset, as a codec stores it."""
+"""A teacher whose outputs were captured and lie in the dataset, as a codec stores them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
+from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 
 from distillkit.compression import Codec
+from distillkit.config.errors import UserError
+from distillkit.data import collate
+from distillkit.data.signals import TensorRows
 from distillkit.distribution import Distribution
-from distillkit.teacher.signal import TeacherSignal
+from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 
 
-@dataclass(frozen=True)
-class CapturedTeacher:
-    """Reads what was stored: bytes travel with the batch, and a chunk of them at a time is decoded where they are.
+class CapturedTeacher(Teacher):
+    """Decodes what was stored: bytes travel with the batch, and a chunk of them at a time is decoded on its device.
 
-    background: the log-distribution that mass outside the stored tokens may be taken to follow.
+    Args:
+        codec: how the outputs are stored; its columns are columns of the dataset, and names in the batch.
+        background: the log-distribution that the mass outside the stored tokens is taken to follow.
     """
 
-    codec: Codec
-    background: Float[Tensor, " vocab"] | None = None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns of the dataset, and names in the batch."""
-        return self.codec.columns
+    def __init__(self, codec: Codec, background: Float[Tensor, " vocab"] | None = None) -> None:
+        self.codec = codec
+        self.background = background
+        self.columns = codec.columns
 
     @property
     def vocabulary_size(self) -> int:
-        """Columns of the head of the model that was captured."""
         return self.codec.vocabulary_size
 
     @torch.no_grad()
-    def signal(self, batch: Mapping[str, Tensor]) -> TeacherSignal:
-        """The teacher's word on the batch's `columns`, each [batch, tokens, width]."""
+    def signal(self, batch: Mapping[str, Tensor], request: SignalRequest = DISTRIBUTION) -> TeacherSignal:
+        """From the batch's `columns`, each [batch, tokens, width]. Only distributions were stored."""
+        if request.hidden_states or request.attention:
+            raise ValueError("a captured teacher has neither hidden states nor attention outputs")
         stored = {name: batch[name].flatten(0, 1) for name in self.columns}
         device = batch[self.columns[0]].device
         background = None if self.background is None else self.background.to(device)
@@ -42,9 +45,24 @@ class CapturedTeacher:
         def distribution(rows: Tensor) -> Callable[[slice], Distribution]:
             def decoded(chunk: slice) -> Distribution:
                 wanted = rows[chunk]
-                said = self.codec.decode({name: values[wanted] for name, values in stored.items()})
-                return replace(said, background=background)
+                distribution = self.codec.decode({name: values[wanted] for name, values in stored.items()})
+                return replace(distribution, background=background)
 
             return decoded
 
         return TeacherSignal(distribution)
+
+    def check_rows(self, rows: Dataset, key: str) -> None:
+        """Raises UserError where this codec did not store the first row: other widths, ids beyond the vocabulary."""
+        batch = collate([TensorRows(rows, self.columns)[0]], pad_token_id=0, signal_columns=self.columns)
+        try:
+            first = self.codec.decode({name: batch[name].flatten(0, 1) for name in self.columns})
+        except UserError as error:
+            raise UserError(key, str(error)) from None
+        largest = int(first.ids.max())
+        if largest >= self.vocabulary_size or bool(first.logprobs.isnan().any()):
+            raise UserError(
+                key,
+                f"decoded as {self.codec.kind}, its first row holds token {largest} of a vocabulary of "
+                f"{self.vocabulary_size}; give the configuration that it was captured with",
+            )

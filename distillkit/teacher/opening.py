@@ -1,7 +1,8 @@
-"""From the configuration to a captured teacher: how its word is stored, and whether the files are what was captured.
+"""From the configuration to a teacher.
 
-A dataset that `distillkit capture` made has a manifest, which says how; what the YAML says must not contradict it.
-Datasets that others published have none: there the YAML says how, or the columns are plain.
+The manifest of a dataset that `distillkit capture` made says how a captured teacher's outputs are stored; what the YAML
+says must not contradict it. Datasets that others published have no manifest: there the YAML says how, or the columns
+are plain.
 """
 
 import logging
@@ -9,27 +10,54 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.compression import Codec, build_codec
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError, shown
+from distillkit.config.run import RunConfig
 from distillkit.config.section import Section
-from distillkit.config.teacher import DatasetTeacherConfig
-from distillkit.data import collate, tokenizer_hash
-from distillkit.data.signals import TensorRows
+from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig
+from distillkit.data import tokenizer_hash
 from distillkit.data.sources import load_source
+from distillkit.models.decoder import head
 from distillkit.models.vocabulary import check_same_tokenizer
 from distillkit.shards import Manifest, read_background, read_background_file, read_manifest, verify_shards
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.captured_tokenizer import read_tokenizer
+from distillkit.teacher.live import LiveTeacher
+from distillkit.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 PLAIN = ("token_ids", "top_values")
+
+
+def open_teacher(config: RunConfig, model: PreTrainedModel | None = None) -> Teacher:
+    """The teacher of a run, with the background distribution where a loss needs one.
+
+    model: that of a live teacher, loaded.
+
+    Raises UserError where a captured teacher cannot be read, and where a background is needed and there is none.
+    """
+    positions = [
+        position
+        for position, loss in enumerate(config.loss_functions)
+        if loss.missing_probability_handling == "background"
+    ]
+    if isinstance(config.teacher, HFTeacherConfig):
+        assert model is not None
+        path = config.teacher.background if positions else None
+        return LiveTeacher(model, None if path is None else open_background(path, len(head(model)[0])))
+    teacher = open_captured(config.teacher, config.dataset.train_dataset)
+    if positions and teacher.background is None:
+        raise UserError(
+            f"loss_functions[{positions[0]}].missing_probability_handling",
+            "background needs teacher.background, for dataset.train_dataset has none",
+        )
+    return teacher
 
 
 def manifest_of(source: DatasetSource) -> Manifest | None:
@@ -72,26 +100,29 @@ def open_captured(
 
 
 def open_held_out(
-    taught: CapturedTeacher, training: DatasetSource, student: PreTrainedTokenizerBase, source: DatasetSource, key: str
-) -> CapturedTeacher | None:
-    """The teacher whose word a held-out dataset holds; None where it holds text alone.
+    teacher: Teacher, training: DatasetSource, student: PreTrainedTokenizerBase, source: DatasetSource, key: str
+) -> Teacher | None:
+    """The teacher that a student is measured against on a held-out dataset; None where the dataset has text alone.
 
-    taught: the teacher of the training dataset, whose format a dataset without a manifest is taken to have.
-    training: the training dataset.
-    student: the student's tokenizer.
+    A live teacher is that of the training. For a captured one the held-out dataset must hold its outputs, too; without
+    a manifest, in the format of the training dataset.
+
+    training: the training dataset. student: the student's tokenizer.
 
     Raises `UserError` where its tokens are not the student's, or its vocabulary is not that of the training dataset;
-    warns where its teacher is another.
+    warns where it is another teacher.
     """
+    if not teacher.columns:
+        return teacher
     manifest = manifest_of(source)
     if manifest is None:
-        return taught if set(taught.columns) <= set(load_source(source, key).column_names) else None
+        return teacher if set(teacher.columns) <= set(load_source(source, key).column_names) else None
     captured_tokenizer(source, student, key)
-    if manifest.vocabulary_size != taught.vocabulary_size:
+    if manifest.vocabulary_size != teacher.vocabulary_size:
         raise UserError(
             key,
             f"was captured over {manifest.vocabulary_size} tokens, but dataset.train_dataset over "
-            f"{taught.vocabulary_size}; capture both from one teacher",
+            f"{teacher.vocabulary_size}; capture both from one teacher",
         )
     trained_on = manifest_of(training)
     others = {} if trained_on is None else trained_on.teacher
@@ -161,22 +192,6 @@ def refuse_damage(source: DatasetSource, key: str) -> None:
         captured_here = (folder / "plan.json").is_file()
         goes_on = "capture goes on there" if captured_here else "pack, of the same dataset to the same folder, mends it"
         raise UserError(f"{key}.disk_path", f"{problems[0]}{more}; delete such files, and distillkit {goes_on}")
-
-
-def refuse_other_format(teacher: CapturedTeacher, rows: Dataset, key: str) -> None:
-    """Raises `UserError` where the first row cannot have been stored as is said: other widths, tokens that are none."""
-    batch = collate([TensorRows(rows, teacher.columns)[0]], pad_token_id=0, signal_columns=teacher.columns)
-    try:
-        said = teacher.codec.decode({name: batch[name].flatten(0, 1) for name in teacher.columns})
-    except UserError as error:
-        raise UserError(key, f"{error}") from None
-    largest = int(said.ids.max())
-    if largest >= teacher.vocabulary_size or bool(said.logprobs.isnan().any()):
-        raise UserError(
-            key,
-            f"read as {teacher.codec.kind}, its first row says nonsense (token {largest} of "
-            f"{teacher.vocabulary_size}); give the configuration that it was captured with",
-        )
 
 
 def _refuse_contradiction(kind: str, section: Section, codec: Codec, key: str) -> None:

@@ -16,7 +16,9 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
+from distillkit.config import RunConfig
 from distillkit.config.errors import UserError
+from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
 from distillkit.training.compilation import Compilation
 
 SAVE_MINUTES = 15.0
@@ -34,6 +36,30 @@ class StudentTechniques:
 
 _OF_TECHNIQUES = {f"{name}_checkpointing{end}" for name in ("gradient", "activation") for end in ("", "_kwargs")}
 _OF_TECHNIQUES |= {f"torch_compile{end}" for end in ("", "_backend", "_mode")}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The `training_args` of a phase: for transformers' Trainer, and for the student alone."""
+
+    trainer: TrainingArguments
+    techniques: StudentTechniques
+
+
+def build_arguments(config: RunConfig) -> Arguments:
+    """The arguments of a phase; building them sets up devices and processes. Raises UserError as below."""
+    functions = {loss.function for loss in config.loss_functions}
+    # Hidden states alone leave the head without a gradient; what attention outputs alone do not reach is frozen.
+    uses_logits = not functions & {*HIDDEN_STATE_FUNCTIONS} or bool(
+        functions - {*HIDDEN_STATE_FUNCTIONS, *ATTENTION_FUNCTIONS}
+    )
+    trainer, techniques = build_training_arguments(
+        config.training_args,
+        Path(config.output_path),
+        uses_logits=uses_logits,
+        project_name=config.project_name,
+    )
+    return Arguments(trainer, techniques)
 
 
 def build_training_arguments(

@@ -17,9 +17,9 @@ from rich.console import Console
 from transformers import Trainer
 
 from distillkit.config.tokens import token_text
-from distillkit.console import say
+from distillkit.console import print_line
 from distillkit.data.signals import list_lengths
-from distillkit.training.run_folder import RunFolder
+from distillkit.runs.folder import PhaseFolder
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Schedule:
         return f"{self.steps:,} steps, {token_text(self.tokens)} tokens, {self.times:.3g} times through the data"
 
 
-def set_steps(trainer: Trainer, rows: Dataset, budget: int | None, folder: RunFolder, console: Console) -> Schedule:
+def set_steps(trainer: Trainer, rows: Dataset, budget: int | None, folder: PhaseFolder, console: Console) -> Schedule:
     """Give the trainer the steps of a budget in tokens, or take those that it has; kept in `run.json`."""
     lengths = row_lengths(rows)
     steps = tokens_of_steps(trainer, lengths)
@@ -48,9 +48,9 @@ def set_steps(trainer: Trainer, rows: Dataset, budget: int | None, folder: RunFo
         count, tokens = steps_of_budget(steps, budget)
         trainer.args.max_steps = count
         if tokens > budget and count == 1:
-            say(console, f"tokens: {budget:,} are less than one step of {tokens:,}; one step is made")
+            print_line(console, f"tokens: {budget:,} are less than one step of {tokens:,}; one step is made")
     schedule = Schedule(count, tokens, tokens / int(lengths.sum()))
-    folder.note("schedule", asdict(schedule))
+    folder.update_record(schedule=asdict(schedule))
     return schedule
 
 

@@ -17,7 +17,7 @@ from distillkit.losses.alignment import AlignedLayer
 from distillkit.losses.objective import Objective
 from distillkit.models.attention import AttentionRecord, attention_calls, trained_attention
 from distillkit.models.decoder import decode, head
-from distillkit.teacher.signal import TeacherSignal
+from distillkit.teacher import TeacherSignal
 
 
 class DistillerOutput(TypedDict):

@@ -3,17 +3,18 @@
 The student is safe on disk by then. What the hub refuses is told in one line, and `--resume` tries again.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from rich.console import Console
 
 from distillkit.config import RunConfig, UserError
-from distillkit.console import say
-from distillkit.runs.writing import read_json, write_json
-from distillkit.training.run_folder import PHASES, RUN, UNTRAINED
+from distillkit.console import print_line
+from distillkit.runs.names import CHECKPOINT, PHASES, UNTRAINED
+from distillkit.runs.record import read_record
 
-LEFT_OUT = (f"{PHASES}/*", f"{UNTRAINED}/*", "checkpoint-*", "_*", ".*")
+LEFT_OUT = (f"{PHASES}/*", f"{UNTRAINED}/*", f"{CHECKPOINT}*", "_*", ".*")
 """What a run keeps in its folder that is not its result."""
 
 
@@ -37,14 +38,15 @@ def push(config: RunConfig, console: Console) -> None:
         return
     name, revision = arguments.get("hub_model_id") or folder.name, arguments.get("hub_revision")
     target = {"hub_model_id": name, "hub_revision": revision}
-    if (record := read_json(folder / RUN)).get("pushed") == target:
+    record = read_record(folder)
+    if record is None or record.pushed == target:
         return
     api = HfApi()
     try:
         name = api.create_repo(name, private=arguments.get("hub_private_repo"), exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
-        say(console, f"uploading {folder} to {name}")
+        print_line(console, f"uploading {folder} to {name}")
         api.upload_folder(
             repo_id=name,
             folder_path=folder,
@@ -57,5 +59,5 @@ def push(config: RunConfig, console: Console) -> None:
             "training_args.push_to_hub",
             f"{type(error).__name__}: {error}; the student is safe in {str(folder)!r}, and --resume tries again",
         ) from None
-    write_json(folder / RUN, {**record, "pushed": target})
-    say(console, f"the student is on the hub: {name}")
+    replace(record, pushed=target).write(folder)
+    print_line(console, f"the student is on the hub: {name}")

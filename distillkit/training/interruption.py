@@ -12,11 +12,11 @@ import time
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-EXIT_CODE = 130
+from distillkit.console import INTERRUPTED
+from distillkit.training.parallel import any_process
+
 SAME_SIGNAL_SECONDS = 1.0
 
 
@@ -47,7 +47,7 @@ class SaveRequests(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """All ranks save and stop at the same step, whichever of them was told."""
         due = self.minutes is not None and time.monotonic() - self._last_save > 60 * self.minutes
-        self.interrupted, due = any_rank(args, self.interrupted, due)
+        self.interrupted, due = any_process(args, self.interrupted, due)
         at_the_end = self.minutes is not None and state.global_step >= state.max_steps
         if self.interrupted:
             control.should_training_stop = True
@@ -74,13 +74,4 @@ class SaveRequests(TrainerCallback):
         if not self.interrupted:
             self.interrupted, self._first_signal = True, now
         elif number == signal.SIGINT and now - self._first_signal > SAME_SIGNAL_SECONDS:
-            os._exit(EXIT_CODE)
-
-
-def any_rank(args: TrainingArguments, *flags: bool) -> tuple[bool, ...]:
-    """For each flag, whether it is set on any rank."""
-    if args.world_size == 1:
-        return flags
-    told = torch.tensor(flags, dtype=torch.int32, device=args.device)
-    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-    return tuple(bool(flag) for flag in told.tolist())
+            os._exit(INTERRUPTED)

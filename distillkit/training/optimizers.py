@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from distillkit.config import UserError
 from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS
-from distillkit.console import say
+from distillkit.console import print_line
 
 SLICE = 2**24
 """Weights that `StochasticAdamW` updates at a time: what it computes in float32 for them is all it needs besides."""
@@ -208,4 +208,4 @@ class OptimizerLine(TrainerCallback):
         optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         for line in (describe(optimizer), lossy_accumulation(optimizer, args.gradient_accumulation_steps)):
             if line is not None:
-                say(self._console, line)
+                print_line(self._console, line)

@@ -7,11 +7,11 @@ from distillkit.config import DatasetSource, RunConfig
 from distillkit.config.teacher import HFTeacherConfig
 from distillkit.data.sources import local_files
 from distillkit.models.loading import weights_sha256
-from distillkit.training.run_folder import RunFolder
+from distillkit.runs.folder import PhaseFolder
 
 
-def note_origins(config: RunConfig, folder: RunFolder) -> None:
-    """Note them in `run.json` where a run begins; one that goes on from a checkpoint has done so."""
+def record_origins(config: RunConfig, folder: PhaseFolder) -> None:
+    """Record them where a phase begins; one that goes on from a checkpoint has them."""
     if folder.checkpoint is not None or not folder.main_process:
         return
     teacher = config.teacher
@@ -27,7 +27,7 @@ def note_origins(config: RunConfig, folder: RunFolder) -> None:
         "evaluation.dataset": held_out,
     }
     origins["data"] = {key: _files(source) for key, source in sources.items() if source is not None}
-    folder.note("origins", origins)
+    folder.update_record(origins=origins)
 
 
 def _model(path: str, kwargs: dict[str, Any]) -> dict[str, Any]:

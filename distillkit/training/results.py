@@ -1,7 +1,7 @@
 """How a run ended: a table for the person, `results.json` for programs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,36 +10,35 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from distillkit.config import RunConfig
-from distillkit.config.phases import Phase
-from distillkit.console import say
+from distillkit.config import Phase, Run, RunConfig
+from distillkit.console import print_line
 from distillkit.evaluation import Divergence, Sample
 from distillkit.evaluation.divergence import divergence_table
-from distillkit.reporting.reading import METRICS
-from distillkit.reporting.training import NOT_LOSSES
+from distillkit.runs.metrics import NOT_LOSSES, read_metrics
+from distillkit.runs.names import PHASES, RESULTS
 from distillkit.runs.provenance import commit, machine, versions
+from distillkit.runs.record import kept_config
 from distillkit.runs.writing import read_json, write_json
 from distillkit.training.freezing import Freezing
-from distillkit.training.progress import read_metrics
-from distillkit.training.run_folder import PHASES, RESULTS, RunFolder, kept_config
+
+Json = dict[str, Any]
 
 
-def write_results(
-    config: RunConfig,
-    folder: RunFolder,
+def write_phase_results(
+    phase: Phase,
+    folder: Path,
     freezing: Freezing,
     before: Divergence | None,
     after: Divergence | None,
     samples: list[Sample],
     device: torch.device,
-) -> dict[str, Any]:
-    """Write `results.json`: what was measured, and on what, with what, from what it came."""
-    lines = [line for line in read_metrics(folder.path / METRICS) if "loss" in line]
-    last = lines[-1] if lines else {}
+) -> Json:
+    """Write `results.json` of a phase: what was measured, on what, with what, and from what."""
+    config = phase.config
+    last = next((line for line in reversed(read_metrics(folder)) if "loss" in line), {})
+    ends = {"before": before, "after": after}
     results = {
-        "divergence": {
-            name: asdict(measured) for name, measured in (("before", before), ("after", after)) if measured is not None
-        },
+        "divergence": {name: asdict(measured) for name, measured in ends.items() if measured is not None},
         "training": {name: last.get(name) for name in ("step", "tokens", "seconds")},
         "losses": {name: value for name, value in last.items() if name not in NOT_LOSSES},
         "parameters": {"trained": freezing.trainable, "frozen": freezing.frozen},
@@ -49,62 +48,79 @@ def write_results(
             "data": config.dataset.seed,
             "samples": None if config.evaluation is None else config.evaluation.seed,
         },
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(),
-        "commit": commit(),
+        **_made_with(config),
         "machine": machine(device),
-        "config": kept_config(config),
     }
-    write_json(folder.path / RESULTS, results)
+    write_json(folder / RESULTS, results)
     return results
 
 
-def print_results(
-    console: Console, results: dict[str, Any], before: Divergence | None, after: Divergence | None
-) -> None:
-    """The result as a person wants it: before and after, what it took, what the student writes now."""
-    columns = {name: measured for name, measured in (("before", before), ("after", after)) if measured is not None}
-    if columns:
-        console.print(divergence_table(columns))
-    training = results["training"]
-    if training["step"]:
-        rate = training["tokens"] / max(training["seconds"], 1e-9)
-        say(
-            console,
-            f"trained {results['parameters']['trained']:,} parameters for {training['step']} steps, "
-            f"{training['tokens']:,} tokens, {training['seconds']:,.0f} s ({rate:,.0f} tokens/s)",
-        )
-    for sample in results["samples"]:
-        console.print(Text.assemble("\n", (sample["prompt"], "bold"), sample["continuation"], "\n"))
-
-
-def write_results_of_phases(config: RunConfig, phases: Sequence[Phase]) -> dict[str, Any]:
-    """Write the `results.json` of a whole run from those of its phases: its end is the last one's.
+def write_run_results(run: Run) -> Json:
+    """Write the `results.json` of a run from those of its phases: its end is the last one's.
 
     It has a divergence from before only where the first phase measured as the last one did: in rows of another length,
     or on another text, the same student has another divergence.
     """
-    folder = Path(config.output_path)
-    found = [(phase, read_json(Path(phase.config.output_path) / RESULTS)) for phase in phases]
+    found = [(phase, read_json(phase.folder / RESULTS)) for phase in run.phases]
     first, last = found[0][1], found[-1][1]
     sums = {name: sum(results["training"][name] or 0 for _, results in found) for name in ("step", "tokens", "seconds")}
-    alike = _measuring(phases[0].config) == _measuring(phases[-1].config)
+    alike = _measured_on(run.phases[0].config) == _measured_on(run.phases[-1].config)
     ends = {"before": first["divergence"].get("before") if alike else None, "after": last["divergence"].get("after")}
     results = {
         **last,
         "divergence": {name: measured for name, measured in ends.items() if measured is not None},
         "training": {**sums, "seconds": round(sums["seconds"], 3)},
         "phases": [_phase_row(phase, results) for phase, results in found],
+        **_made_with(run.config),
+    }
+    write_json(run.folder / RESULTS, results)
+    return results
+
+
+def print_results(console: Console, results: Json) -> None:
+    """The divergence before and after each phase, how long it took, and the samples of a phase."""
+    columns = dict(_columns(results))
+    if columns:
+        console.print(divergence_table(columns))
+    training, phases = results["training"], results.get("phases")
+    if training["step"]:
+        rate = training["tokens"] / max(training["seconds"], 1e-9)
+        trained = f"trained {results['parameters']['trained']:,} parameters for " if phases is None else ""
+        phases_done = "" if phases is None else f"{len(phases)} phases: "
+        print_line(
+            console,
+            f"{phases_done}{trained}{training['step']:,} steps, {training['tokens']:,} tokens, "
+            f"{training['seconds']:,.0f} s ({rate:,.0f} tokens/s)",
+        )
+    for sample in results["samples"] if phases is None else ():
+        console.print(Text.assemble("\n", (sample["prompt"], "bold"), sample["continuation"], "\n"))
+
+
+def _columns(results: Json) -> Iterator[tuple[str, Divergence]]:
+    """Title and divergence of each measurement, with the length of rows where it is not one for all."""
+    phases = results.get("phases")
+    if phases is None:
+        for name, measured in results["divergence"].items():
+            yield name, Divergence(**measured)
+        return
+    several = len({phase["sequence_length"] for phase in phases}) > 1
+    ends = [("before", phases[0], "before"), *((f"after {phase['name']}", phase, "after") for phase in phases)]
+    for title, phase, end in ends:
+        if end in phase["divergence"]:
+            rows = f", rows of {phase['sequence_length']:,}" if several else ""
+            yield title + rows, Divergence(**phase["divergence"][end])
+
+
+def _made_with(config: RunConfig) -> Json:
+    return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions(),
         "commit": commit(),
         "config": kept_config(config),
     }
-    write_json(folder / RESULTS, results)
-    return results
 
 
-def _measuring(config: RunConfig) -> tuple[object, ...]:
+def _measured_on(config: RunConfig) -> tuple[object, ...]:
     """All that a divergence depends on, but for the student."""
     dataset = config.dataset.model_dump(
         exclude={"train_dataset", "seed", "num_samples", "prepared_dataset_path", "dataset_num_proc"}
@@ -113,16 +129,16 @@ def _measuring(config: RunConfig) -> tuple[object, ...]:
     return (
         config.sequence_length,
         config.teacher,
-        config.dataset.train_dataset if config.teacher.kind == "dataset" else None,  # it holds the teacher's word
+        config.dataset.train_dataset if config.teacher.kind == "dataset" else None,  # it holds the teacher's outputs
         dataset,
         None if evaluation is None else (evaluation.dataset, evaluation.num_tokens),
     )
 
 
-def _phase_row(phase: Phase, results: dict[str, Any]) -> dict[str, Any]:
+def _phase_row(phase: Phase, results: Json) -> Json:
     return {
         "name": phase.name,
-        "folder": f"{PHASES}/{Path(phase.config.output_path).name}",
+        "folder": f"{PHASES}/{phase.folder.name}",
         "tokens": results["training"]["tokens"],
         "steps": results["training"]["step"],
         "seconds": results["training"]["seconds"],
@@ -131,23 +147,3 @@ def _phase_row(phase: Phase, results: dict[str, Any]) -> dict[str, Any]:
         "loss_functions": [loss.function for loss in phase.config.loss_functions],
         "divergence": results["divergence"],
     }
-
-
-def print_results_of_phases(console: Console, results: dict[str, Any]) -> None:
-    """The divergence before the first phase and after each, with the length of rows where it is not one for all."""
-    columns, phases = {}, results["phases"]
-    several = len({phase["sequence_length"] for phase in phases}) > 1
-    ends = [("before", phases[0], "before"), *((f"after {phase['name']}", phase, "after") for phase in phases)]
-    for title, phase, end in ends:
-        if end in phase["divergence"]:
-            rows = f", rows of {phase['sequence_length']:,}" if several else ""
-            columns[title + rows] = Divergence(**phase["divergence"][end])
-    if columns:
-        console.print(divergence_table(columns))
-    training = results["training"]
-    rate = training["tokens"] / max(training["seconds"], 1e-9)
-    say(
-        console,
-        f"{len(results['phases'])} phases: {training['step']:,} steps, {training['tokens']:,} tokens, "
-        f"{training['seconds']:,.0f} s ({rate:,.0f} tokens/s)",
-    )

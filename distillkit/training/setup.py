@@ -13,27 +13,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
-from distillkit.config import HFTeacherConfig, RunConfig, UserError
+from distillkit.config import HFTeacherConfig, RunConfig
 from distillkit.config.losses import align_attention_alone
-from distillkit.config.phases import WHERE_THE_ORIGINAL_IS
-from distillkit.config.teacher import DatasetTeacherConfig
-from distillkit.console import say
-from distillkit.conversion.convert import convert
+from distillkit.config.resolve import WHERE_THE_ORIGINAL_IS
+from distillkit.console import print_line
+from distillkit.conversion.convert import convert_model
 from distillkit.models.attention import trained_attention
-from distillkit.models.decoder import check_head, head
+from distillkit.models.decoder import check_head
 from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
-from distillkit.runs.writing import read_json
+from distillkit.runs.folder import PhaseFolder
+from distillkit.runs.record import read_record
 from distillkit.student.network import KimiDeltaAttention
-from distillkit.teacher.captured import CapturedTeacher
-from distillkit.teacher.opening import captured_tokenizer, open_captured
-from distillkit.training.arguments import StudentTechniques
+from distillkit.teacher import Teacher
+from distillkit.teacher.opening import captured_tokenizer, open_teacher
+from distillkit.training.arguments import Arguments
 from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_but
+from distillkit.training.parallel import main_process_first, place_model
 from distillkit.training.precision import cast_for_training, compute_dtype
-from distillkit.training.processes import main_process_first
-from distillkit.training.run_folder import RUN, RunFolder
 
 OF_THE_ORIGINAL_ALONE = (*WHERE_THE_ORIGINAL_IS, "torch_dtype", "dtype")
 """Keyword arguments for loading a student that say where it is, or in which dtype: not for a checkpoint of it."""
@@ -41,12 +40,9 @@ OF_THE_ORIGINAL_ALONE = (*WHERE_THE_ORIGINAL_IS, "torch_dtype", "dtype")
 
 @dataclass(frozen=True)
 class Models:
-    """Teacher and student on the device of the run; the student frozen and cast as it trains.
+    """Teacher and student on the device of the run; the student frozen and cast as it trains."""
 
-    A captured teacher is not loaded: its word comes with the batches.
-    """
-
-    teacher: PreTrainedModel | CapturedTeacher
+    teacher: Teacher
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int
@@ -58,61 +54,48 @@ class Models:
 
 def load_models(
     config: RunConfig,
-    folder: RunFolder,
-    arguments: TrainingArguments,
-    techniques: StudentTechniques,
+    folder: PhaseFolder,
+    arguments: Arguments,
     console: Console,
 ) -> Models:
     """Load what a run needs. A student that goes on comes from its checkpoint, float32 masters and all."""
-    teacher_config = config.teacher
-    teacher: PreTrainedModel | CapturedTeacher
-    if isinstance(teacher_config, HFTeacherConfig):
-        origin = _origin(config, teacher_config, folder, arguments, console)
-        teacher = _load_teacher(config, teacher_config, arguments)
-        tokenizer, teachers_tokenizer = _load_tokenizers(config, teacher_config, origin)
-    elif isinstance(teacher_config, DatasetTeacherConfig):
-        origin = str(config.model)
-        teacher = open_captured(teacher_config, config.dataset.train_dataset)
-        tokenizer = _load_students_tokenizer(config)
-        teachers_tokenizer = captured_tokenizer(config.dataset.train_dataset, tokenizer)
-    else:
-        raise UserError("teacher.kind", f"{teacher_config.kind} is not built yet; use kind: hf or dataset")
-    student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, arguments)
+    trainer, techniques = arguments.trainer, arguments.techniques
+    model = _load_teacher(config, folder, trainer, console)
+    teacher = open_teacher(config, model)
+    origin = str(folder.untrained) if config.model is None else config.model
+    tokenizer, teachers_tokenizer = _load_tokenizers(config)
+    student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, trainer)
     embedding_rows = _grow_embeddings(config, folder, student, console)
     freezing = freeze(student, config.frozen_res, config.frozen_modules)
     for matched, other in freezing.shared_with_frozen:
-        say(console, f"frozen: {other} too, for it is the same tensor as {matched}")
-    dtype = compute_dtype(arguments)
+        print_line(console, f"frozen: {other} too, for it is the same tensor as {matched}")
+    dtype = compute_dtype(trainer)
     trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
-    say(console, cast_for_training(student, dtype, trained_dtype))
+    print_line(console, cast_for_training(student, dtype, trained_dtype))
     if align_attention_alone(config.loss_functions):
         freezing = _freeze_all_but_attention(student, freezing, console)
-    student = student.to(arguments.device)
+    student = place_model(student, trainer)
     if config.use_flash_attention and config.model_kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(student, dtype)
-    with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with torch.autocast(trainer.device.type, dtype=dtype, enabled=dtype != torch.float32):
         check_head(student, "model")
     if techniques.gradient_checkpointing:
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
-    vocabulary_size = common_vocabulary(
-        teacher.vocabulary_size if isinstance(teacher, CapturedTeacher) else len(head(teacher)[0]),
-        student,
-        tokenizer,
-        teachers_tokenizer,
-    )
+    vocabulary_size = common_vocabulary(teacher.vocabulary_size, student, tokenizer, teachers_tokenizer)
     return Models(teacher, student, tokenizer, vocabulary_size, embedding_rows, freezing)
 
 
-def _grow_embeddings(config: RunConfig, folder: RunFolder, student: PreTrainedModel, console: Console) -> int:
+def _grow_embeddings(config: RunConfig, folder: PhaseFolder, student: PreTrainedModel, console: Console) -> int:
     """Let the embeddings grow if that is asked for. Rows that they had before, which a checkpoint no longer tells."""
     rows, grown = grow_embeddings(student, config.resize_embeddings_to_multiple_of or 1)
     if grown > rows:
-        say(console, f"embeddings: {rows:,} rows grow to {grown:,}; those added mean no token")
+        print_line(console, f"embeddings: {rows:,} rows grow to {grown:,}; those added mean no token")
     if folder.checkpoint is not None:
-        return int(folder.noted("embedding_rows") or rows)
+        return folder.record.embedding_rows or rows
     if config.model is not None:  # they may have grown in the phase before
-        rows = min(rows, int(read_json(Path(config.model) / RUN).get("embedding_rows") or rows))
-    folder.note("embedding_rows", rows)
+        former = read_record(Path(config.model))
+        rows = min(rows, rows if former is None else former.embedding_rows or rows)
+    folder.update_record(embedding_rows=rows)
     return rows
 
 
@@ -122,7 +105,9 @@ def _freeze_all_but_attention(student: PreTrainedModel, freezing: Freezing, cons
     if not names:
         return freezing
     idle = sum(student.get_parameter(name).numel() for name in names)
-    say(console, f"no loss reaches {idle:,} parameters that are not frozen ({examples(names)}); they stay as they are")
+    print_line(
+        console, f"no loss reaches {idle:,} parameters that are not frozen ({examples(names)}); they stay as they are"
+    )
     return replace(freezing, trainable=freezing.trainable - idle, frozen=freezing.frozen + idle)
 
 
@@ -141,34 +126,6 @@ def checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None
             for module in layer.modules():
                 if isinstance(module, KimiDeltaAttention):
                     module.keep_intermediates = layer.gradient_checkpointing
-
-
-def _origin(
-    config: RunConfig,
-    teacher: HFTeacherConfig,
-    folder: RunFolder,
-    arguments: TrainingArguments,
-    console: Console,
-) -> str:
-    """The folder or hub id of the untrained student; the teacher is converted unless that was done already."""
-    if config.student is None:
-        assert config.model is not None
-        return config.model
-    main_process_first(arguments, lambda: _convert(config, teacher, folder, console))
-    return str(folder.untrained)
-
-
-def _convert(config: RunConfig, teacher: HFTeacherConfig, folder: RunFolder, console: Console) -> None:
-    """Convert the teacher into `untrained`, which one process does, unless the same was done there already."""
-    assert config.student is not None
-    recipe = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
-    if not folder.main_process or (folder.untrained.exists() and folder.noted("converted") == recipe):
-        return
-    for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
-        shutil.rmtree(remains, ignore_errors=True)
-    options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
-    console.print(convert(teacher.path, folder.untrained, config.student, **options))
-    folder.note("converted", recipe)
 
 
 def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArguments) -> PreTrainedModel:
@@ -197,28 +154,52 @@ def _wants_flash_attention(config: RunConfig, arguments: TrainingArguments) -> b
     return config.use_flash_attention and in_16_bits and (asked or is_flash_attn_2_available())
 
 
-def _load_teacher(config: RunConfig, teacher: HFTeacherConfig, arguments: TrainingArguments) -> PreTrainedModel:
-    options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
-    model = load_model(teacher.path, key="teacher.path", **options)
+def _load_teacher(
+    config: RunConfig, folder: PhaseFolder, arguments: TrainingArguments, console: Console
+) -> PreTrainedModel | None:
+    """The model of a live teacher, read once: the student is converted from it, unless that was done already."""
+    teacher = config.teacher
+    if not isinstance(teacher, HFTeacherConfig):
+        return None
+    model = load_model(
+        teacher.path, key="teacher.path", **{"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
+    )
+    if config.student is not None:
+        main_process_first(arguments, lambda: _convert(config, teacher, model, folder, console))
     if "device_map" not in teacher.kwargs:
-        model = model.to(arguments.device)
+        model = place_model(model, arguments)
     if config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(model, model.dtype)
     check_head(model, "teacher.path")
     return model
 
 
-def _load_students_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+def _convert(
+    config: RunConfig, teacher: HFTeacherConfig, model: PreTrainedModel, folder: PhaseFolder, console: Console
+) -> None:
+    """Convert the teacher into `untrained`, which one process does, unless the same was done there already."""
+    assert config.student is not None
+    recipe = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
+    if not folder.main_process or (folder.untrained.exists() and folder.record.converted == recipe):
+        return
+    for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
+        shutil.rmtree(remains, ignore_errors=True)
+    console.print(convert_model(model, _load_teachers_tokenizer(config, teacher), folder.untrained, config.student))
+    folder.update_record(converted=recipe)
+
+
+def _load_tokenizers(config: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The student's tokenizer, which reads the text (the teacher's where the student comes without); the teacher's."""
     options = {"trust_remote_code": config.trust_remote_code, **where(config.model_kwargs)}
-    return load_tokenizer(str(config.model), key="model", **options)
-
-
-def _load_tokenizers(
-    config: RunConfig, teacher: HFTeacherConfig, origin: str
-) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The student's tokenizer (the teacher's where the student comes without), which reads the text; the teacher's."""
-    options = {"trust_remote_code": config.trust_remote_code}
-    teachers = load_tokenizer(teacher.path, key="teacher.path", **options, **where(teacher.kwargs))
+    if not isinstance(config.teacher, HFTeacherConfig):
+        student = load_tokenizer(str(config.model), key="model", **options)
+        return student, captured_tokenizer(config.dataset.train_dataset, student)
+    teacher = _load_teachers_tokenizer(config, config.teacher)
     if config.model is None:
-        return teachers, teachers
-    return load_students_tokenizer(origin, teachers, "model", **options, **where(config.model_kwargs)), teachers
+        return teacher, teacher
+    return load_students_tokenizer(config.model, teacher, "model", **options), teacher
+
+
+def _load_teachers_tokenizer(config: RunConfig, teacher: HFTeacherConfig) -> PreTrainedTokenizerBase:
+    options = {"trust_remote_code": config.trust_remote_code, **where(teacher.kwargs)}
+    return load_tokenizer(teacher.path, key="teacher.path", **options)

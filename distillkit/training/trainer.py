@@ -1,7 +1,7 @@
 """transformers' Trainer, taught to distil.
 
 Optimizers, schedulers, trackers and DDP are Trainer's. What is here is what differs: the loss is a sum over the whole
-optimizer step divided by the step's counted tokens; the teacher is asked outside of the module that is trained; a
+optimizer step divided by the step's counted tokens; the teacher runs outside of the module that is trained; a
 checkpoint holds a loadable student and counts only when it is complete; and what is logged are the single losses, and
 tokens.
 """
@@ -19,10 +19,10 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 
 from distillkit.config import UserError
 from distillkit.evaluation.divergence import Divergence
-from distillkit.losses.objective import shifted_labels
-from distillkit.losses.vocabulary_head import IGNORED_LABEL
+from distillkit.losses.labels import IGNORED_LABEL, shifted_labels
 from distillkit.runs import checkpoints
-from distillkit.teacher.signal import Teacher, TeacherSignal
+from distillkit.runs.names import CHECKPOINT, COMPLETE
+from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.optimizers import protect_updates
 from distillkit.training.saving import save_student
@@ -31,11 +31,12 @@ PROJECTIONS = "projections.safetensors"
 
 
 class DistillationTrainer(Trainer):
-    """Trains `distiller.student` on what `teacher` says.
+    """Trains `distiller.student` on the outputs of `teacher`.
 
     Args:
         distiller: the module to train.
-        teacher: who is asked; None where no loss asks.
+        teacher: None where no loss needs one.
+        request: what the teacher gives for each batch.
         weights_dtype: the dtype that saved students declare.
         divergence: measures the student, for `eval_strategy`; None without held-out text.
         others: as for Trainer. Batches are those of `training.batches.Collator`.
@@ -48,6 +49,7 @@ class DistillationTrainer(Trainer):
         self,
         distiller: Distiller,
         teacher: Teacher | None,
+        request: SignalRequest = DISTRIBUTION,
         *,
         weights_dtype: torch.dtype,
         divergence: Callable[[], Divergence] | None = None,
@@ -56,12 +58,13 @@ class DistillationTrainer(Trainer):
         super().__init__(model=distiller, **others)
         self.remove_callback(PrinterCallback)
         self.teacher = teacher
+        self.request = request
         self.weights_dtype = weights_dtype
         self.divergence = divergence
         self._window = _LogWindow()
         self._unread_tokens = torch.zeros((), dtype=torch.long)
         self._preference_pairs: dict[str, Tensor] = {}
-        self._said: TeacherSignal | None = None
+        self._kept_signal: TeacherSignal | None = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -86,9 +89,9 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the step's loss."""
-        signal, self._said = self._said, None
+        signal, self._kept_signal = self._kept_signal, None
         if signal is None and self.teacher is not None:
-            signal = self.teacher.signal(inputs)
+            signal = self.teacher.signal(inputs, self.request)
         output: DistillerOutput = model(
             **{name: inputs[name] for name in ("input_ids", "position_ids", "labels")},
             normalizer=num_items_in_batch,
@@ -160,17 +163,17 @@ class DistillationTrainer(Trainer):
         return self.accelerator.reduce(values, "sum")
 
     def _count_preference_pairs(self, batches: list[Any]) -> dict[str, Tensor]:
-        """Ranking losses are divided by the pairs of the whole step, which only the teacher's word on it tells.
+        """Ranking losses are divided by the preference pairs of the whole step, which depend on the teacher alone.
 
-        The word on a step of one micro-batch is kept for its loss. Of several it would take their number's memory.
+        The signal for a step of one micro-batch is kept for its loss; those of several would take too much memory.
         """
         objective = self.model.objective
         if not objective.ranking_terms or self.teacher is None:
             return {}
         totals: dict[str, Tensor] = {}
         for batch in map(self._prepare_inputs, batches):
-            signal = self.teacher.signal(batch)
-            self._said = signal if len(batches) == 1 else None
+            signal = self.teacher.signal(batch, self.request)
+            self._kept_signal = signal if len(batches) == 1 else None
             for name, pairs in objective.preference_pairs(batch["labels"], signal.distribution).items():
                 totals[name] = totals.get(name, torch.zeros_like(pairs)) + pairs
         return {name: self._over_ranks(pairs) for name, pairs in totals.items()}
@@ -178,8 +181,8 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, marked when complete; older ones are deleted after that, not before."""
         folder = Path(self.args.output_dir)
-        path = folder / f"{checkpoints.PREFIX}{self.state.global_step}"
-        if (path / checkpoints.MARKER).exists():
+        path = folder / f"{CHECKPOINT}{self.state.global_step}"
+        if (path / COMPLETE).exists():
             return
         self._read_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -1,36 +1,33 @@
-"""What a configuration makes of a student and its teacher: the objective, and the teacher as one who can be asked.
+"""What a configuration makes of a student and its teacher: the objective, and what the teacher is asked for.
 
-A run, the rehearsal of its step in a plan, and benchmarks of single steps are wired alike because it is done here.
+A run, the simulation of its step in a plan, and benchmarks of single steps are wired alike because it is done here.
 """
 
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from distillkit.config import RunConfig
 from distillkit.config.losses import ATTENTION_FUNCTIONS
 from distillkit.losses import ModelShape, Objective
 from distillkit.models.attention import trained_attention
-from distillkit.teacher.live import LiveTeacher
+from distillkit.teacher import SignalRequest, Teacher
 
 
 def objective_of(
     config: RunConfig,
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: Teacher,
     vocabulary_size: int,
     chunk_tokens: int | None = None,
 ) -> Objective:
     """The objective of a run.
 
-    student: frozen as it trains. teacher: None where it is captured, and has no layers to compare with.
-    vocabulary_size: tokens that both models know. chunk_tokens: as for `Objective`.
+    student: frozen as it trains. vocabulary_size: tokens that both models know. chunk_tokens: as for `Objective`.
     """
     return Objective(
         config.loss_functions,
         config.layer_mapping,
         _shape(student),
-        None if teacher is None else _shape(teacher),
+        None if teacher.model is None else _shape(teacher.model),
         force_hidden_state_projection=config.force_hidden_state_projection,
         vocabulary_size=vocabulary_size,
         chunk_tokens=chunk_tokens,
@@ -38,23 +35,16 @@ def objective_of(
     )
 
 
-def online_teacher(
-    config: RunConfig,
-    teacher: PreTrainedModel,
-    objective: Objective,
-    vocabulary_size: int,
-    background: Float[Tensor, " vocab"] | None = None,
-) -> LiveTeacher:
-    """A live teacher who says what the objective asks for. background: as for `LiveTeacher`."""
-    assert config.teacher.kind == "hf"
-    return LiveTeacher(
-        teacher,
-        objective.teacher_layers,
+def signal_request(
+    objective: Objective, *, top_k: int | None = None, vocabulary_size: int | None = None
+) -> SignalRequest:
+    """What the objective needs of the teacher for each batch; `top_k` and `vocabulary_size` as for `SignalRequest`."""
+    return SignalRequest(
+        hidden_states=tuple(objective.teacher_layers),
         final_norm=objective.taps_final_norm,
-        top_k=config.teacher.top_k,
+        attention=tuple(objective.attention_layers),
+        top_k=top_k,
         vocabulary_size=vocabulary_size,
-        background=background,
-        attention_layers=objective.attention_layers,
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distillkit.config import UserError, load_run_config
+from distillkit.config import UserError
 from distillkit.config.capture import load_capture_config
 from distillkit.config.loading import read_yaml
 
@@ -38,7 +38,7 @@ def test_mappings_are_merged_and_all_else_is_replaced(base: Path) -> None:
         "extends: base.yaml\nfrozen_res: [lm_head]\nteacher: {kwargs: {revision: v1}}\n"
         "training_args: {weight_decay: 1}\n",
     )
-    config = load_run_config(child)
+    config = load_run(child).config
     assert config.teacher.kind == "hf" and config.teacher.kwargs == {"dtype": "bfloat16", "revision": "v1"}
     assert config.frozen_res == ["lm_head"]
     assert (config.training_args["learning_rate"], config.training_args["weight_decay"]) == (1e-3, 1)
@@ -51,7 +51,7 @@ def test_what_a_file_names_goes_before_what_it_extends_under_any_name(base: Path
         "extends: base.yaml\ntokens: 5k\nteacher: {kind: dataset}\ntraining_args: {warmup_steps: 7, packing: true}\n"
         "dataset: {train_dataset: {disk_path: captured}}\n",
     )
-    config = load_run_config(child)
+    config = load_run(child).config
     assert config.tokens == 5000 and "num_train_epochs" not in config.training_args
     assert config.training_args["warmup_steps"] == 7
     assert config.teacher.kind == "dataset"
@@ -62,22 +62,22 @@ def test_what_a_file_names_goes_before_what_it_extends_under_any_name(base: Path
 
 def test_a_null_takes_a_key_away(base: Path) -> None:
     child = write(base.with_name("child.yaml"), "extends: base.yaml\nmodel: null\nstudent: {layout: kda_only}\n")
-    config = load_run_config(child)
+    config = load_run(child).config
     assert config.model is None and config.student is not None
 
 
 def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path, base: Path) -> None:
     middle = write(tmp_path / "models" / "middle.yaml", "extends: ../base.yaml\nsequence_length: 1024\n")
     top = write(tmp_path / "tries" / "a" / "top.yaml", "extends: ../../models/middle.yaml\noutput_path: top\n")
-    config = load_run_config(top)
+    config = load_run(top).config
     assert (config.sequence_length, config.output_path, config.model) == (1024, "top", "org/student")
     absolute = write(tmp_path / "absolute.yaml", f"extends: {middle}\n")
-    assert load_run_config(absolute).sequence_length == 1024
+    assert load_run(absolute).config.sequence_length == 1024
 
 
 def test_overrides_go_before_all_files(base: Path) -> None:
     child = write(base.with_name("child.yaml"), "extends: base.yaml\nsequence_length: 1024\n")
-    config = load_run_config(child, ["sequence_length=2048", "dataset.seed=9", "training_args.max_steps=3"])
+    config = load_run(child, ["sequence_length=2048", "dataset.seed=9", "training_args.max_steps=3"]).config
     assert (config.sequence_length, config.dataset.seed, config.training_args["max_steps"]) == (2048, 9, 3)
 
 
@@ -115,7 +115,7 @@ def test_a_mistake_is_one_line_that_names_the_file(base: Path, text: str, line: 
     write(base.with_name("broken.yaml"), "a: ]\n")
     path = write(base.with_name("run.yaml"), text)
     with pytest.raises(UserError) as caught:
-        load_run_config(path)
+        load_run(path)
     line = line.format(folder=base.parent)
     assert str(caught.value).startswith((line, f"{base.parent}/{line}"))
     assert "\n" not in str(caught.value)

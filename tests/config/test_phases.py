@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distillkit.config import Phase, RunConfig, UserError, check_ready, load_run_config, phases_of
+from distillkit.config import Phase, RunConfig, UserError, check_ready
 
 TOP: dict[str, Any] = {
     "project_name": "kda",
@@ -27,29 +27,47 @@ TOP: dict[str, Any] = {
 }
 
 
-def run_of(*phases: dict[str, Any], **top: Any) -> RunConfig:
+def config_of(*phases: dict[str, Any], **top: Any) -> RunConfig:
     return RunConfig.parse({**copy.deepcopy(TOP), **top, "phases": list(phases)})
+
+
+def run_of(*phases: dict[str, Any], **top: Any) -> Run:
+    return resolve(config_of(*phases, **top))
 
 
 def phase_of(changes: dict[str, Any], **top: Any) -> RunConfig:
     """The run that a second phase is."""
-    return phases_of(run_of({"name": "first"}, {"name": "second", **changes}, **top))[1].config
+    return run_of({"name": "first"}, {"name": "second", **changes}, **top).phases[1].config
 
 
-def test_a_run_without_phases_has_none() -> None:
-    assert phases_of(run_of()) == []
-    assert run_of(phases=None) == run_of()
+def test_a_run_without_phases_is_one_phase() -> None:
+    run = run_of()
+    [phase] = run.phases
+    assert phase.config == run.config and phase.folder == run.folder
+    assert phase.is_last and str(phase) == "training"
+    assert not run.has_phase_folders
+    assert run_of(phases=None) == run
+
+
+def test_a_phase_knows_its_place() -> None:
+    first, second = run_of({"name": "a"}, {"name": "b", "sequence_length": 9}).phases
+    assert (str(first), str(second)) == ("phase 1 of 2: a", "phase 2 of 2: b")
+    assert not first.is_last and second.is_last
+    assert (first.key("sequence_length"), second.key("sequence_length")) == (
+        "sequence_length",
+        "phases[1].sequence_length",
+    )
 
 
 def test_a_phase_that_changes_nothing_is_the_top_level() -> None:
-    run = run_of({"name": "only"})
-    [phase] = phases_of(run)
+    run = config_of({"name": "only"})
+    [phase] = resolve(run).phases
     same = {"phases": [], "output_path": run.output_path, "training_args": run.training_args}
     assert phase.config.model_copy(update=same) == run.model_copy(update={"phases": []})
 
 
 def test_the_first_converts_and_each_later_one_starts_where_the_one_before_ended() -> None:
-    first, second, third = (phase.config for phase in phases_of(run_of(*({"name": name} for name in "abc"))))
+    first, second, third = (phase.config for phase in run_of(*({"name": name} for name in "abc")).phases)
     assert [each.output_path for each in (first, second, third)] == [
         "runs/kda/phases/1-a",
         "runs/kda/phases/2-b",
@@ -64,7 +82,7 @@ def test_the_first_converts_and_each_later_one_starts_where_the_one_before_ended
 
 def test_the_first_loads_the_model_of_the_top_level() -> None:
     first, second = (
-        phase.config.model for phase in phases_of(run_of({"name": "a"}, {"name": "b"}, model="m", student=None))
+        phase.config.model for phase in run_of({"name": "a"}, {"name": "b"}, model="m", student=None).phases
     )
     assert (first, second) == ("m", "runs/kda/phases/1-a")
 
@@ -140,13 +158,13 @@ def test_older_names_of_training_arguments_change_the_newer_ones() -> None:
 
 def test_rows_come_in_another_order_in_each_phase() -> None:
     phases = [{"name": "a"}, {"name": "b"}, {"name": "c", "dataset": {"seed": 5}}]
-    assert [phase.config.dataset.seed for phase in phases_of(run_of(*phases))] == [42, 43, 5]
+    assert [phase.config.dataset.seed for phase in run_of(*phases).phases] == [42, 43, 5]
     assert phase_of({}, dataset={**TOP["dataset"], "seed": None}).dataset.seed is None
 
 
 def test_prepared_rows_of_one_phase_do_not_overwrite_those_of_another() -> None:
     run = run_of({"name": "a"}, {"name": "b"}, dataset={**TOP["dataset"], "prepared_dataset_path": "prepared"})
-    assert [phase.config.dataset.prepared_dataset_path for phase in phases_of(run)] == ["prepared-a", "prepared-b"]
+    assert [phase.config.dataset.prepared_dataset_path for phase in resolve(run).phases] == ["prepared-a", "prepared-b"]
 
 
 def test_trackers_tell_phases_apart_and_the_hub_gets_the_whole() -> None:
@@ -173,19 +191,19 @@ def test_phases_resume_as_the_run_does() -> None:
 
 
 def test_what_is_written_down_of_a_run_with_phases_is_the_run() -> None:
-    run = run_of(
+    run = config_of(
         {"name": "a", "layer_mapping": [[1, 2]], "loss_functions": [{"function": "hs_mse", "weight": 1}]},
         {"name": "b", "tokens": "1.5M", "dataset": {"train_dataset": {"split": "train[:9]"}}, "evaluation": None},
     )
     written = run.model_dump(mode="json")
     assert RunConfig.parse(written) == run
     assert RunConfig.parse(written).model_dump(mode="json") == written
-    assert phases_of(RunConfig.parse(written)) == phases_of(run)
+    assert resolve(RunConfig.parse(written)).phases == resolve(run).phases
     assert written["phases"][1]["evaluation"] is None and "loss_functions" not in written["phases"][1]
 
 
 HS = [{"function": "hs_cosine", "weight": 1}]
-INHERITED = "(phase 'second' does not name it and has the top level's)"
+INHERITED = "(in phase 'second', which has the top level's)"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +246,7 @@ INHERITED = "(phase 'second' does not name it and has the top level's)"
         # what the phase has from the top level does not go together with what it names
         (
             {"loss_functions": HS},
-            f"phases[1].layer_mapping: is missing: loss_functions[0] (hs_cosine) needs all, or pairs {INHERITED}",
+            f"layer_mapping: is missing: loss_functions[0] (hs_cosine) needs all, or pairs {INHERITED}",
         ),
         (
             {"trained_weights": "bfloat16", "training_args": {"bf16": True, "optim": "sgd"}},
@@ -253,8 +271,8 @@ def test_what_a_phase_inherits_and_cannot_use_is_said_to_be_inherited() -> None:
             layer_mapping="all",
         )
     assert str(caught.value) == (
-        "phases[0].loss_functions[0].function: hs_cosine needs a teacher of kind: hf; dataset has no hidden states "
-        "(phase 'captured' does not name it and has the top level's)"
+        "loss_functions[0].function: hs_cosine needs a teacher of kind: hf; dataset has no hidden states "
+        "(in phase 'captured', which has the top level's)"
     )
 
 
@@ -284,7 +302,7 @@ def write(path: Path, data: dict[str, Any]) -> Path:
 
 def phases_with(tmp_path: Path, *overrides: str) -> list[Phase]:
     path = write(tmp_path / "run.yaml", {**TOP, "phases": [{"name": "alignment", "tokens": "1M"}, {"name": "long"}]})
-    return phases_of(load_run_config(path, overrides))
+    return list(load_run(path, overrides).phases)
 
 
 def test_overrides_reach_a_phase_by_number_and_by_name(tmp_path: Path) -> None:
@@ -335,14 +353,11 @@ def test_files_of_every_phase_must_be_there(tmp_path: Path) -> None:
     assert refused({"teacher": {"kind": "hf", "path": "./none"}}).startswith("phases[1].teacher.path: no such file")
     assert refused({}, dataset=missing).startswith("dataset.train_dataset.disk_path: no such file")
     assert refused({}, model="./none", student=None).startswith("model: no such file")
-    assert refused({"teacher": {"kind": "vllm", "top_k": 4, "base_url": "http://x", "model": "m"}}).startswith(
-        "phases[1].teacher.kind: vllm is not built yet"
-    )
 
 
 def loaded(path: Path, phases: list[dict[str, Any]], *overrides: str) -> RunConfig:
     path.write_text(yaml.safe_dump({**TOP, "phases": phases}))
-    return load_run_config(path, overrides)
+    return load_run(path, overrides).config
 
 
 @pytest.mark.parametrize(

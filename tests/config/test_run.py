@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distillkit.config import HFTeacherConfig, RunConfig, VLLMTeacherConfig, load_run_config
+from distillkit.config import HFTeacherConfig, RunConfig
 
 SEED = Path(__file__).with_name("seed.yaml")
 
@@ -45,7 +45,7 @@ def parse(**changes: Any) -> RunConfig:
 
 
 def test_the_seed_document_parses_as_written() -> None:
-    config = load_run_config(SEED)
+    config = load_run(SEED).config
     assert config.project_name == "distillkit-afm-kda"
     assert config.model == "arcee-train/afm-4p5b-kdanope-untrained"
     assert config.trust_remote_code
@@ -101,43 +101,6 @@ def test_without_losses_half_cross_entropy_half_kl() -> None:
                 "functionary_packing": True,
             },
             id="captured, older format",
-        ),
-        pytest.param(
-            {
-                "teacher": {
-                    "kind": "vllm",
-                    "base_url": "http://localhost:8000",
-                    "model": "org/teacher",
-                    "top_k": 64,
-                    "timeout": 60,
-                    "max_retries": 5,
-                    "api_key": "${TEACHER_KEY}",
-                },
-                "loss_functions": [
-                    {"function": name, "weight": 1, "temperature": 2, "missing_probability_handling": handling}
-                    for name, handling in [("kl", "zero"), ("jsd", "symmetric_uniform"), ("tvd", None)]
-                ],
-            },
-            id="running vLLM server",
-        ),
-        pytest.param(
-            {
-                "teacher": {
-                    "kind": "vllm",
-                    "model_path": "org/teacher",
-                    "top_k": 64,
-                    "teacher_gpu_ids": [2, 3],
-                    "tensor_parallel_size": 2,
-                    "dtype": "auto",
-                    "quantization": "fp8",
-                    "gpu_memory_utilization": 0.8,
-                    "max_model_len": 4096,
-                    "trust_remote_code": True,
-                    "cache_size_mb": 512,
-                    "request_timeout_sec": 30.0,
-                }
-            },
-            id="vLLM started by the run",
         ),
         pytest.param(
             {
@@ -210,18 +173,13 @@ def test_the_home_folder_is_expanded() -> None:
     assert parse(output_path="~/run").output_path == str(Path.home() / "run")
 
 
-def test_the_key_of_a_server_is_not_printed() -> None:
-    teacher = VLLMTeacherConfig(base_url="http://localhost", model="m", top_k=4, api_key="secret")
-    assert "secret" not in repr(teacher)
-
-
 def test_what_is_written_down_of_a_run_is_the_run() -> None:
-    config = load_run_config(SEED, ["layer_mapping=[[1, 2]]", "model=null", "student.full_attention_layers=[3]"])
+    config = load_run(SEED, ["layer_mapping=[[1, 2]]", "model=null", "student.full_attention_layers=[3]"]).config
     assert RunConfig.parse(config.model_dump(mode="json")) == config
 
 
 def test_a_key_without_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    load_run_config(SEED, ["functionary_packing=true"])
+    load_run(SEED, ["functionary_packing=true"])
     assert caplog.messages == ["functionary_packing: has no effect; packed documents never see each other anyway"]
 
 
@@ -229,11 +187,11 @@ def test_a_key_without_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
 def test_numbers_as_people_write_them(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(ONLINE) + f"training_args: {{learning_rate: {text}}}\n")
-    assert load_run_config(path).training_args["learning_rate"] == pytest.approx(1e-3)
+    assert load_run(path).config.training_args["learning_rate"] == pytest.approx(1e-3)
 
 
 def test_overrides() -> None:
-    config = load_run_config(
+    config = load_run(
         SEED,
         [
             "training_args.learning_rate=3e-4",
@@ -244,7 +202,7 @@ def test_overrides() -> None:
             "model=null",
             "student.layout=kda_only",
         ],
-    )
+    ).config
     assert config.training_args["learning_rate"] == 3e-4
     assert config.sequence_length == 512
     assert config.loss_functions[1].weight == 0.5

@@ -28,6 +28,7 @@ from distillkit.evaluation.model_spec import Subject, trained_length
 from distillkit.evaluation.suites import measure
 from distillkit.models.loading import load_model
 from distillkit.reporting import write_report
+from distillkit.teacher.live import LiveTeacher
 from tests.training.tiny import BYTES, llama, row, save_llama, save_text, tokenizer
 
 EVALUATE = importlib.import_module("distillkit.evaluation.evaluate")  # the module; the function is named like it
@@ -103,7 +104,7 @@ def test_it_measures_what_a_run_measures(places, whole):
     source = DatasetSource(disk_path=str(places / "text.jsonl"))
     rows = build_dataset(source, tokenizer(), 32, seed=42)
     teacher, far = (load_model(places / name) for name in ("teacher", "far"))
-    expected = measure_divergence(teacher, far, held_out_batches(rows, 3), num_tokens=300).as_metrics()
+    expected = measure_divergence(LiveTeacher(teacher), far, held_out_batches(rows, 3), num_tokens=300).as_metrics()
     measured = results["divergence"]["far"]
     assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert f"{measured['kl']:.4f}" in said

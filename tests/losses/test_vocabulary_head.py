@@ -15,7 +15,7 @@ from distillkit.losses import (
     reduce,
 )
 from distillkit.losses.functions import RANKING_LOSSES
-from distillkit.losses.vocabulary_head import chunk_tokens_within
+from distillkit.models.chunked_logits import chunk_tokens_within
 from tests.losses import golden
 
 WIDTH, VOCAB = 6, 19

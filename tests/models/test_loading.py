@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from distillkit import pretrained
 from distillkit.config.errors import UserError
-from distillkit.config.phases import WHERE_THE_ORIGINAL_IS
+from distillkit.config.resolve import WHERE_THE_ORIGINAL_IS
 from distillkit.models.loading import WHERE, load_model, load_pretrained_config, load_tokenizer
 
 CONFIG = LlamaConfig(

@@ -14,11 +14,12 @@ from distillkit.losses import Objective
 from distillkit.planning.meta_models import student_config, student_model, teacher_on_meta
 from distillkit.planning.settings import Settings
 from distillkit.planning.step import COMPILED, chunk_tokens, rehearse
+from distillkit.teacher.live import LiveTeacher
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze_matching
 from distillkit.training.precision import cast_for_training
 from distillkit.training.setup import checkpoint_layers
-from distillkit.training.wiring import objective_of, online_teacher
+from distillkit.training.wiring import objective_of, signal_request
 from tests.planning.small import ATTENTION, DISTRIBUTION, FROZEN, HIDDEN, run, teacher_config
 
 
@@ -70,15 +71,16 @@ def real_step(config, family):
     teacher, student = models(config, family)
     if settings.gradient_checkpointing:
         checkpoint_layers(student, {"use_reentrant": False})
+    teacher = LiveTeacher(teacher)
     objective = objective_of(config, student, teacher, 512, chunk_tokens(config.loss_functions, 512, cuda=False))
-    asked = online_teacher(config, teacher, objective, 512)
+    request = signal_request(objective, vocabulary_size=512)
     distiller = Distiller(student, objective).train()
     ids = torch.randint(512, (settings.batch_size, config.sequence_length))
     positions = torch.arange(config.sequence_length).repeat(settings.batch_size, 1)
     batch = {"input_ids": ids, "position_ids": positions, "labels": ids}
     dtype = settings.compute_dtype
     with LiveBytes() as live:
-        signal = asked.signal(batch)
+        signal = teacher.signal(batch, request)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             output = distiller(**batch, normalizer=torch.ones(()), signal=signal)
         del signal

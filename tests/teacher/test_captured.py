@@ -12,6 +12,7 @@ from distillkit.config.teacher import DatasetTeacherConfig
 from distillkit.distribution import DenseDistribution
 from distillkit.evaluation import measure_divergence
 from distillkit.shards import write_background
+from distillkit.teacher import SignalRequest
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.live import LiveTeacher
 from distillkit.teacher.opening import open_background, open_captured
@@ -44,7 +45,7 @@ def stored(teacher_model, codec):
 
 def test_it_says_what_the_live_teacher_says_of_its_likeliest_tokens(teacher_model, codec, stored):
     rows = torch.tensor([0, 3, 11, 20])
-    live = LiveTeacher(teacher_model, top_k=K).signal(stored).distribution(rows)(slice(1, 4))
+    live = LiveTeacher(teacher_model).signal(stored, SignalRequest(top_k=K)).distribution(rows)(slice(1, 4))
     said = CapturedTeacher(codec).signal(stored).distribution(rows)(slice(1, 4))
     assert torch.equal(said.ids, live.ids)
     torch.testing.assert_close(said.logprobs, live.logprobs)
@@ -95,7 +96,7 @@ def test_the_divergence_from_it_is_over_what_was_stored_and_the_rest(teacher_mod
     assert measured.student_perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-4)
     assert measured.teacher_perplexity is None
     assert "teacher_perplexity" not in measured.as_metrics()
-    whole = measure_divergence(teacher_model, student, [stored], num_tokens=100)
+    whole = measure_divergence(LiveTeacher(teacher_model), student, [stored], num_tokens=100)
     assert measured.kl < whole.kl
     alone = measure_divergence(None, student, [stored], num_tokens=100)
     assert alone.student_perplexity == pytest.approx(whole.student_perplexity)

@@ -1,4 +1,4 @@
-"""What an online teacher gives is what the model says when asked whole."""
+"""What a live teacher gives is what the model computes for a whole batch."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from distillkit.config.errors import UserError
 from distillkit.models.decoder import check_head, decode
+from distillkit.teacher import SignalRequest
 from distillkit.teacher.live import LiveTeacher
 from tests.training.tiny import VOCAB, batch, llama, row
 
@@ -25,33 +26,35 @@ def inputs():
 def test_distributions_of_rows_are_the_models_logits(teacher_model, inputs):
     logits = teacher_model(**inputs, use_cache=False).logits.flatten(0, 1)
     rows = torch.tensor([0, 3, 11, 20])
-    said = LiveTeacher(teacher_model).signal(inputs).distribution(rows)
-    torch.testing.assert_close(said(slice(0, 3)).logits, logits[rows[:3]])
-    torch.testing.assert_close(said(slice(3, 4)).logits, logits[rows[3:]])
+    given = LiveTeacher(teacher_model).signal(inputs).distribution(rows)
+    torch.testing.assert_close(given(slice(0, 3)).logits, logits[rows[:3]])
+    torch.testing.assert_close(given(slice(3, 4)).logits, logits[rows[3:]])
 
 
 @torch.no_grad()
 def test_top_k_is_normalised_over_the_whole_vocabulary(teacher_model, inputs):
     logprobs = teacher_model(**inputs, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-    said = LiveTeacher(teacher_model, top_k=5).signal(inputs).distribution(torch.arange(24))(slice(0, 24))
-    assert said.ids.shape == (24, 5)
-    torch.testing.assert_close(said.logprobs, logprobs.gather(-1, said.ids))
-    torch.testing.assert_close(said.logprobs, logprobs.topk(5).values)
+    given = (
+        LiveTeacher(teacher_model).signal(inputs, SignalRequest(top_k=5)).distribution(torch.arange(24))(slice(0, 24))
+    )
+    assert given.ids.shape == (24, 5)
+    torch.testing.assert_close(given.logprobs, logprobs.gather(-1, given.ids))
+    torch.testing.assert_close(given.logprobs, logprobs.topk(5).values)
 
 
 @torch.no_grad()
 def test_a_common_vocabulary_is_normalised_by_itself(teacher_model, inputs):
     logprobs = teacher_model(**inputs, use_cache=False).logits.flatten(0, 1)[:, :50].log_softmax(-1)
-    teacher = LiveTeacher(teacher_model, top_k=50, vocabulary_size=50)
-    said = teacher.signal(inputs).distribution(torch.arange(24))(slice(0, 24))
-    torch.testing.assert_close(said.logprobs, logprobs.gather(-1, said.ids))
-    assert said.ids.max() < 50 < VOCAB
+    request = SignalRequest(top_k=50, vocabulary_size=50)
+    given = LiveTeacher(teacher_model).signal(inputs, request).distribution(torch.arange(24))(slice(0, 24))
+    torch.testing.assert_close(given.logprobs, logprobs.gather(-1, given.ids))
+    assert given.ids.max() < 50 < VOCAB
 
 
 @torch.no_grad()
 def test_hidden_states_are_those_that_transformers_gives(teacher_model, inputs):
     expected = teacher_model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-    given = LiveTeacher(teacher_model, [0, 2, 3]).signal(inputs).hidden_states
+    given = LiveTeacher(teacher_model).signal(inputs, SignalRequest(hidden_states=(0, 2, 3))).hidden_states
     assert sorted(given) == [0, 2, 3]
     for index, states in given.items():
         torch.testing.assert_close(states, expected[index])
@@ -66,7 +69,7 @@ def test_the_teacher_computes_in_its_own_dtype_under_autocast(inputs):
 
 
 def test_nothing_of_the_teacher_is_recorded_for_gradients(teacher_model, inputs):
-    signal = LiveTeacher(teacher_model, [1]).signal(inputs)
+    signal = LiveTeacher(teacher_model).signal(inputs, SignalRequest(hidden_states=(1,)))
     assert not signal.hidden_states[1].requires_grad
     assert not signal.distribution(torch.arange(3))(slice(0, 3)).logits.requires_grad
 
@@ -79,13 +82,13 @@ def test_rows_may_be_laid_end_to_end_as_flash_attention_needs_them(teacher_model
     torch.testing.assert_close(flat_states[1].view_as(states[1]), states[1])
 
 
-def assert_same_word(signal, expected, device):
+def assert_same_outputs(signal, expected, device):
     """Of two signals on 24 tokens, with hidden state 1; the first is on `device`."""
     tolerance = {"rtol": 1e-4, "atol": 1e-5}  # rotary embeddings are float32, and each device has its own sines
     rows = torch.arange(24)
-    said, wanted = (each.distribution(rows.to(where)) for each, where in ((signal, device), (expected, "cpu")))
+    given, wanted = (each.distribution(rows.to(where)) for each, where in ((signal, device), (expected, "cpu")))
     for chunk in (slice(0, 20), slice(20, 24)):
-        ours, theirs = vars(said(chunk)), vars(wanted(chunk))
+        ours, theirs = vars(given(chunk)), vars(wanted(chunk))
         for name, tensor in theirs.items():
             assert ours[name].device.type == device
             torch.testing.assert_close(ours[name].cpu(), tensor, **tolerance)
@@ -98,9 +101,9 @@ def assert_same_word(signal, expected, device):
 def test_a_teacher_on_another_device_answers_on_the_batchs(teacher_model, inputs, top_k):
     """As with teacher.kwargs.device_map: cpu, for a teacher that the GPU has no room for."""
     background = torch.randn(VOCAB).log_softmax(-1) if top_k else None
-    teacher = LiveTeacher(teacher_model, [1], top_k=top_k, background=background)
+    teacher, request = LiveTeacher(teacher_model, background), SignalRequest(hidden_states=(1,), top_k=top_k)
     on_cuda = {name: tensor.cuda() for name, tensor in inputs.items()}
-    assert_same_word(teacher.signal(on_cuda), teacher.signal(inputs), "cuda")
+    assert_same_outputs(teacher.signal(on_cuda, request), teacher.signal(inputs, request), "cuda")
 
 
 @pytest.mark.gpu
@@ -115,7 +118,9 @@ def test_a_teacher_spread_over_devices_answers_on_the_batchs(tmp_path, inputs, t
     spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
     check_head(spread, "teacher.path")
     on_cuda = {name: tensor.cuda() for name, tensor in inputs.items()}
-    assert_same_word(LiveTeacher(spread, [1]).signal(on_cuda), LiveTeacher(whole, [1]).signal(inputs), "cuda")
+    request = SignalRequest(hidden_states=(1,))
+    expected = LiveTeacher(whole).signal(inputs, request)
+    assert_same_outputs(LiveTeacher(spread).signal(on_cuda, request), expected, "cuda")
 
 
 @pytest.mark.gpu
@@ -125,8 +130,8 @@ def test_a_head_is_padded_once():
     example = {name: torch.arange(4, device="cuda").unsqueeze(0) for name in ("input_ids", "position_ids")}
 
     def ask():
-        said = teacher.signal(example).distribution(torch.arange(4, device="cuda"))
-        assert said(slice(0, 4)).logits.shape == (4, 100_001)
+        given = teacher.signal(example).distribution(torch.arange(4, device="cuda"))
+        assert given(slice(0, 4)).logits.shape == (4, 100_001)
 
     ask()
     before = torch.cuda.memory_allocated()

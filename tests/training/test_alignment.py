@@ -9,14 +9,13 @@ from safetensors.torch import load_file
 from distillkit.config import LossConfig, UserError
 from distillkit.losses import ModelShape, Objective
 from distillkit.models.attention import trained_attention
-from distillkit.teacher.live import LiveTeacher
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze
 from distillkit.training.precision import cast_for_training
 from tests.student.students import student
 from tests.training.captures import configuration
 from tests.training.captures import run as run_configuration
-from tests.training.tiny import VOCAB, batch, documents, llama, row, save_llama, save_text
+from tests.training.tiny import VOCAB, batch, documents, llama, row, save_llama, save_text, teacher_for
 
 SHAPE = {"hidden_size": 32, "vocab_size": VOCAB, "initializer_range": 0.2}
 STUDENTS = {
@@ -34,7 +33,7 @@ KL = LossConfig(function="kl", weight=1.0, temperature=2.0)
 def distiller_of(model, teacher_model, losses, top_k=None):
     shapes = [ModelShape(each.config.hidden_size, each.config.num_hidden_layers) for each in (model, teacher_model)]
     objective = Objective(losses, None, *shapes, attention_layers=list(trained_attention(model)))
-    teacher = LiveTeacher(teacher_model, top_k=top_k, attention_layers=objective.attention_layers)
+    teacher = teacher_for(objective, teacher_model, top_k=top_k)
     return Distiller(model, objective), teacher
 
 

@@ -7,12 +7,11 @@ from torch._dynamo.backends.debugging import aot_eager
 from distillkit.config import LossConfig
 from distillkit.losses import ModelShape, Objective
 from distillkit.models.attention import trained_attention
-from distillkit.teacher.live import LiveTeacher
 from distillkit.training.compilation import Compilation, compiled_step
 from distillkit.training.distiller import Distiller
 from distillkit.training.setup import checkpoint_layers
 from tests.student.students import student
-from tests.training.tiny import VOCAB, batch, llama, row
+from tests.training.tiny import VOCAB, batch, llama, row, teacher_for
 
 SHAPE = {"hidden_size": 32, "vocab_size": VOCAB, "initializer_range": 0.2}
 ONE_PHASE = [
@@ -41,9 +40,7 @@ def steps(losses, *, backend=None, checkpointing=False, top_k=None, batches=BATC
     shapes = [ModelShape(each.config.hidden_size, each.config.num_hidden_layers) for each in (model, teacher)]
     aligned = list(trained_attention(model)) if losses is ALIGNMENT else []
     objective = Objective(losses, "all", *shapes, attention_layers=aligned, chunk_tokens=32)
-    online = LiveTeacher(
-        teacher, objective.teacher_layers, final_norm=False, top_k=top_k, attention_layers=objective.attention_layers
-    )
+    online = teacher_for(objective, teacher, top_k=top_k)
     distiller = Distiller(model, objective)
 
     def run():

@@ -8,10 +8,9 @@ import torch
 
 from distillkit.config import LossConfig
 from distillkit.losses import DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES, ModelShape, Objective
-from distillkit.teacher.live import LiveTeacher
 from distillkit.training.distiller import Distiller
 from tests.student.students import student
-from tests.training.tiny import VOCAB, batch, documents, llama, row
+from tests.training.tiny import VOCAB, batch, documents, llama, row, teacher_for
 
 LENGTHS = [5, 1, 70, 3, 64, 2]  # a KDA layer works on 64 tokens at a time, a convolution looks 3 tokens back
 NAMES = [*DISTRIBUTION_LOSSES, *HIDDEN_STATE_LOSSES]
@@ -34,7 +33,7 @@ def distilled(kind, batches, top_k=None, layer_mapping="all", width=32):
     torch.manual_seed(0)
     objective = Objective(LOSSES, layer_mapping, *shapes, chunk_tokens=7).double()
     distiller = Distiller(model, objective)
-    teacher = LiveTeacher(teacher_model, objective.teacher_layers, final_norm=objective.taps_final_norm, top_k=top_k)
+    teacher = teacher_for(objective, teacher_model, top_k=top_k)
     normalizer = torch.tensor(float(sum(LENGTHS)))
     totals, loss = {}, torch.zeros((), dtype=torch.float64)
     for each in batches:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillkit.config import RunConfig, UserError
-from distillkit.config.phases import phases_of
 from distillkit.training import distill, models
 from tests.training.tiny import BYTES, save_inputs
 
@@ -115,7 +114,7 @@ def test_each_phase_is_the_run_that_it_is_by_itself(finished, inputs, tmp_path):
     """No seed, precision or other state of one phase reaches the next."""
     folder, _, _ = finished
     by_hand = configuration(inputs, tmp_path / "run")
-    for phase, done in zip(phases_of(by_hand), phase_folders(folder), strict=True):
+    for phase, done in zip(resolve(by_hand).phases, phase_folders(folder), strict=True):
         run(phase.config)
         saved = Path(phase.config.output_path)
         ours, theirs = weights(saved), weights(done)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from distillkit.config import LossConfig
 from distillkit.losses import ATTENTION_LOSSES, DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES
 from distillkit.losses.functions import RANKING_LOSSES
-from distillkit.teacher.signal import TeacherSignal
+from distillkit.teacher import TeacherSignal
 from tests.training.test_trainer import ALL_KINDS, UNEVEN, assert_same, gradients, make_trainer
 from tests.training.tiny import VOCAB, row
 
@@ -78,8 +78,8 @@ class WithBackground:
         self.teacher = teacher
         self.background = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
 
-    def signal(self, batch):
-        signal = self.teacher.signal(batch)
+    def signal(self, batch, request):
+        signal = self.teacher.signal(batch, request)
 
         def distribution(rows):
             chunks = signal.distribution(rows)

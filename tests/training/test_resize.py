@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 from distillkit.losses import Objective
 from distillkit.models.decoder import head
 from distillkit.models.loading import load_model
+from distillkit.teacher import SignalRequest
 from distillkit.teacher.live import LiveTeacher
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import grow_embeddings
@@ -86,7 +87,7 @@ def test_no_loss_sees_the_new_rows():
     for multiple in (1, 64):
         model = llama(1, tied=False)
         grow_embeddings(model, multiple)
-        signal = LiveTeacher(llama(0), vocabulary_size=97).signal(asked)
+        signal = LiveTeacher(llama(0)).signal(asked, SignalRequest(vocabulary_size=97))
         pairs = objective.preference_pairs(inputs["labels"], signal.distribution)
         output = Distiller(model, objective)(
             **inputs, normalizer=torch.tensor(10.0), preference_pairs=pairs, signal=signal

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from distillkit.config import RunConfig
-from distillkit.runs.checkpoints import MARKER, complete_checkpoints
+from distillkit.runs.checkpoints import complete_checkpoints
 from distillkit.training.interruption import SAME_SIGNAL_SECONDS, SaveRequests
 from tests.training.test_distill import configuration, run
 from tests.training.tiny import save_llama, save_text

@@ -20,6 +20,7 @@ from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze, freeze_all_but
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.trainer import DistillationTrainer
+from distillkit.training.wiring import signal_request
 from tests.training.tiny import llama, row
 
 CE_KL = [
@@ -57,12 +58,8 @@ def make_trainer(folder, rows=UNEVEN, losses=ALL_KINDS, frozen=(), teacher_layer
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return DistillationTrainer(
         Distiller(student, objective),
-        LiveTeacher(
-            teacher,
-            objective.teacher_layers,
-            final_norm=objective.taps_final_norm,
-            attention_layers=objective.attention_layers,
-        ),
+        LiveTeacher(teacher),
+        signal_request(objective),
         weights_dtype=compute_dtype(arguments),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
@@ -120,9 +117,9 @@ class CountingTeacher:
     def __init__(self, teacher):
         self.teacher, self.asked = teacher, 0
 
-    def signal(self, batch):
+    def signal(self, batch, request):
         self.asked += 1
-        return self.teacher.signal(batch)
+        return self.teacher.signal(batch, request)
 
 
 @pytest.mark.parametrize(("micro_batches", "asked"), [(1, 3), (2, 12)])

@@ -7,6 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from distillkit.data.collate import collate
+from distillkit.teacher.live import LiveTeacher
+from distillkit.teacher.teacher import DISTRIBUTION, Teacher
+from distillkit.training.wiring import signal_request
 
 VOCAB = 97
 BYTES = 259
@@ -97,3 +100,22 @@ def documents(packed):
         part = {name: packed[name][start : start + length] for name in ("input_ids", "labels")}
         yield batch({**part, "seq_lengths": [length]})
         start += length
+
+
+class RequestingTeacher(Teacher):
+    """A teacher that gives the same outputs for each batch, without being asked for them."""
+
+    def __init__(self, teacher, request):
+        self.teacher, self.request = teacher, request
+
+    @property
+    def vocabulary_size(self):
+        return self.teacher.vocabulary_size
+
+    def signal(self, batch, request=DISTRIBUTION):
+        return self.teacher.signal(batch, self.request)
+
+
+def teacher_for(objective, model, **options):
+    """A live teacher that gives what the objective needs."""
+    return RequestingTeacher(LiveTeacher(model), signal_request(objective, **options))

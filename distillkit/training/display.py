@@ -1,7 +1,6 @@
-"""What a run says while it trains: a bar on a terminal, plain lines elsewhere, and `metrics.jsonl` always."""
+"""What a run shows while it trains: a bar on a terminal, plain lines elsewhere, and `metrics.jsonl` always."""
 
 import importlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,15 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from distillkit.console import clock, say
-from distillkit.reporting.reading import METRICS
-from distillkit.reporting.training import NOT_LOSSES
-from distillkit.runs.writing import write_whole
+from distillkit.console import clock, print_line
+from distillkit.runs.metrics import NOT_LOSSES, append_metrics, truncate_metrics
 
 
 class MetricsFile(TrainerCallback):
-    """Each logged line as JSON in `output_path/metrics.jsonl`, with the seconds trained until then.
-
-    A resumed run goes on with the file: lines of steps that were lost and are made again are dropped.
-    """
+    """Each logged line in `metrics.jsonl`, with the seconds trained until then."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / METRICS
+        self._folder = folder
         self._seconds_before = 0.0
         self._start = time.perf_counter()
 
@@ -34,8 +28,7 @@ class MetricsFile(TrainerCallback):
         """Keep what the resumed checkpoint knows of."""
         if not state.is_world_process_zero:
             return
-        kept = [line for line in read_metrics(self._path) if line["step"] <= state.global_step]
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        kept = truncate_metrics(self._folder, state.global_step)
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._start = time.perf_counter()
 
@@ -56,28 +49,13 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         seconds = self._seconds_before + time.perf_counter() - self._start
-        line = {"step": state.global_step, **logs, "seconds": round(seconds, 3)}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_metrics(self._folder, {"step": state.global_step, **logs, "seconds": round(seconds, 3)})
 
 
 def finish_trackers(arguments: TrainingArguments) -> None:
     """End what trackers leave open for whatever else the process logs: the next phase is a run of its own."""
     if "wandb" in arguments.report_to:
         importlib.import_module("wandb").finish()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 class ProgressDisplay(TrainerCallback):
@@ -128,7 +106,7 @@ class ProgressDisplay(TrainerCallback):
             self._bar.update(self._task, figures=figures(logs))
             return
         left = f"  left {clock(self._seconds_left(state))}" if "loss" in logs else ""
-        say(self._console, f"step {state.global_step}/{state.max_steps}  {figures(logs)}{left}")
+        print_line(self._console, f"step {state.global_step}/{state.max_steps}  {figures(logs)}{left}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from distillkit.config import RunConfig
 from distillkit.runs.writing import read_json
-from distillkit.training.run_folder import begin_run_file, changes, kept_config
+from distillkit.runs.folder import changed_keys
+from distillkit.runs.record import kept_config, new_record
 
 
 def test_secrets_are_not_kept_and_change_nothing(tmp_path: Path, monkeypatch) -> None:
     def described(secret: str) -> RunConfig:
-        teacher = {"kind": "vllm", "top_k": 8, "base_url": "http://x", "model": "m", "api_key": secret}
+        teacher = {"kind": "hf", "path": "org/teacher", "kwargs": {"token": secret}}
         return RunConfig.parse(
             {
                 "model": "org/student",
@@ -25,11 +26,11 @@ def test_secrets_are_not_kept_and_change_nothing(tmp_path: Path, monkeypatch) ->
         )
 
     config = described("hidden-1")
-    words = ["distillkit", "a.yaml", "teacher.api_key=hidden-1", "model_kwargs={token: hidden-1}", "tokens=1k"]
+    words = ["distillkit", "a.yaml", "teacher.kwargs.token=hidden-1", "model_kwargs={token: hidden-1}", "tokens=1k"]
     monkeypatch.setattr(sys, "argv", words)
-    begin_run_file(config, tmp_path)
+    new_record(config).write(tmp_path)
     record = read_json(tmp_path / "run.json")
     assert "hidden-1" not in json.dumps(record)
     assert record["command"].endswith("tokens=1k")
-    assert config.phases[1].teacher["api_key"] == "hidden-1"
-    assert list(changes(described("hidden-2"), kept_config(config))) == []
+    assert config.phases[1].teacher["kwargs"]["token"] == "hidden-1"
+    assert list(changed_keys(described("hidden-2"), kept_config(config))) == []

@@ -1,0 +1,164 @@
+"""From a YAML file and overrides to a run: one or more phases, each a whole configuration of its own.
+
+The top level of the YAML is a whole run, and each of its `phases` names what differs. A run without `phases` is one
+phase. Everything that trains, plans or reports a run walks through the same list. Imports no torch.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillkit.config.errors import UserError
+from distillkit.config.loading import apply_override, read_yaml
+from distillkit.config.merging import merged
+from distillkit.config.phases import HUB, MERGED, PhaseConfig
+from distillkit.config.run import RunConfig
+
+logger = logging.getLogger(__name__)
+
+WHERE_THE_ORIGINAL_IS = ("gguf_file", "revision", "code_revision", "subfolder", "variant")
+"""Keyword arguments of `from_pretrained` that make no sense for a student saved by the phase before."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase as the whole run that it is, and its place among the others."""
+
+    config: RunConfig
+    index: int = 0
+    count: int = 1
+    changes: PhaseConfig | None = None
+    """What the YAML names for it; None where the run has no `phases`."""
+
+    @property
+    def name(self) -> str:
+        return "training" if self.changes is None else self.changes.name
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_path)
+
+    def __str__(self) -> str:
+        return self.name if self.changes is None else f"phase {self.index + 1} of {self.count}: {self.name}"
+
+    def key(self, key: str) -> str:
+        """Where in the YAML a key of this phase stands: in the phase, or at the top level."""
+        return f"phases[{self.index}].{key}" if self.names(key) else key
+
+    def names(self, key: str | None) -> bool:
+        """Whether the phase itself, not the top level, names a key."""
+        return self.changes is not None and key is not None and self.changes.names(key)
+
+    def located(self, error: UserError) -> UserError:
+        """An error about this phase's configuration, with its key as it stands in the YAML."""
+        if self.changes is None:
+            return error
+        if self.names(error.key):
+            return error.under(f"phases[{self.index}]")
+        return UserError(error.key, f"{error.problem} (in phase {self.name!r}, which has the top level's)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its configuration as the YAML has it, and its phases, at least one, in their order."""
+
+    config: RunConfig
+    phases: tuple[Phase, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_path)
+
+    @property
+    def has_phase_folders(self) -> bool:
+        """Whether each phase has a folder of its own, as where the YAML names `phases`."""
+        return bool(self.config.phases)
+
+
+def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
+    """The run that a YAML file describes, changed by `key=value` overrides.
+
+    Raises `UserError`, one line that names the key and the remedy; warns of a key without effect.
+    """
+    data = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(data, override)
+    config = RunConfig.parse(data)
+    run = resolve(config)
+    for override in overrides:
+        _refuse_without_effect(override.partition("=")[0], config)
+    if config.functionary_packing:
+        logger.warning("functionary_packing: has no effect; packed documents never see each other anyway")
+    return run
+
+
+def resolve(config: RunConfig) -> Run:
+    """The phases of a run.
+
+    Where the YAML names them, each writes to a folder of its own in the run's, `phases/1-alignment`. The first starts
+    as the top level says, each later one from what the one before left in its folder. Raises `UserError`, with a key
+    such as `phases[1].loss_functions[0].temperature`, for the first phase that cannot be.
+    """
+    if not config.phases:
+        return Run(config, (Phase(config),))
+    phases: list[Phase] = []
+    top = config.model_dump(exclude={"phases"})
+    if "use_flash_attention" not in config.model_fields_set:
+        del top["use_flash_attention"]  # nobody set it, so nobody is warned where the package is missing
+    for index, changes in enumerate(config.phases):
+        data = _whole(top, changes, index, phases[-1].config.output_path if phases else None)
+        place = (index, len(config.phases), changes)
+        try:
+            phases.append(Phase(RunConfig.parse(data), *place))
+        except UserError as error:
+            raise Phase(config, *place).located(error) from None
+    return Run(config, tuple(phases))
+
+
+def _refuse_without_effect(key: str, config: RunConfig) -> None:
+    """Raises `UserError` where each phase replaces the top level's `key`; warns where some do."""
+    replacing = [phase.name for phase in config.phases if phase.replaces(key)]
+    if replacing and len(replacing) == len(config.phases):
+        raise UserError(key, f"every phase names its own; use phases.{replacing[0]}.{key}")
+    for name in replacing:
+        logger.warning("%s: has no effect on phase %s, which names its own; use phases.%s.%s", key, name, name, key)
+
+
+def _whole(top: dict[str, Any], phase: PhaseConfig, index: int, before: str | None) -> dict[str, Any]:
+    """The keys of the run that a phase is; `before` is the folder of the phase before it."""
+    changes = phase.changes
+    inherited = {key: value for key, value in top.items() if key in MERGED or key not in changes}
+    whole = merged(inherited, changes)
+    whole["output_path"] = str(Path(top["output_path"]) / "phases" / f"{index + 1}-{phase.name}")
+    if before is not None:
+        kwargs = {name: each for name, each in top["model_kwargs"].items() if name not in WHERE_THE_ORIGINAL_IS}
+        whole |= {"model": before, "student": None, "model_kwargs": kwargs}
+    whole["training_args"] = _arguments(whole, top, phase)
+    if isinstance(whole["dataset"], Mapping):
+        whole["dataset"] = _dataset(whole["dataset"], changes.get("dataset") or {}, phase, index)
+    return whole
+
+
+def _arguments(whole: dict[str, Any], top: dict[str, Any], phase: PhaseConfig) -> dict[str, Any]:
+    """Trackers show a run for each phase; the hub gets the whole, once, and no phase by itself."""
+    arguments = dict(whole["training_args"])
+    if phase.training_args.get("run_name") is None:
+        arguments["run_name"] = f"{top['training_args'].get('run_name') or top['project_name']}-{phase.name}"
+    return {name: value for name, value in arguments.items() if not name.startswith(HUB)}
+
+
+def _dataset(dataset: Mapping[str, Any], changes: Mapping[str, Any], phase: PhaseConfig, index: int) -> dict[str, Any]:
+    """Each phase reads the same rows in another order, and keeps its prepared rows where no other does."""
+    own = dict(dataset)
+    if "seed" not in changes and isinstance(own.get("seed"), int):
+        own["seed"] += index
+    if "prepared_dataset_path" not in changes and own.get("prepared_dataset_path") is not None:
+        own["prepared_dataset_path"] = f"{own['prepared_dataset_path']}-{phase.name}"
+    return own

@@ -1,0 +1,75 @@
+"""What every teacher is, wherever its outputs come from.
+
+For a batch a teacher gives up to three things: a distribution over the next token at each position, computed a chunk
+of positions at a time so that [tokens, vocab] never exists; hidden states of some layers; and the inputs and outputs
+of the attention of some layers. Which of them, `SignalRequest` says.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distillkit.distribution import Distribution
+from distillkit.models.attention import AttentionRecord
+
+DistributionOfRows = Callable[[Int[Tensor, " rows"]], Callable[[slice], Distribution]]
+"""From indices into the flattened batch [batch · tokens] to the distributions of a slice of these rows."""
+
+
+@dataclass(frozen=True)
+class SignalRequest:
+    """What a signal holds beside the whole distribution.
+
+    hidden_states: indices as in transformers' `output_hidden_states`: 0 is the embeddings.
+    final_norm: whether the last index is the state after the final norm, or the last layer's output.
+    attention: layers, counted from 0, whose attention's inputs and outputs are given.
+    top_k: only the k likeliest tokens, their log-probabilities normalised over the whole vocabulary.
+    vocabulary_size: columns that belong to the tokenizer; those of a wider head are as if they were not there.
+    """
+
+    hidden_states: tuple[int, ...] = ()
+    final_norm: bool = True
+    attention: tuple[int, ...] = ()
+    top_k: int | None = None
+    vocabulary_size: int | None = None
+
+
+DISTRIBUTION = SignalRequest()
+"""The whole distribution and nothing else."""
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """A teacher's outputs for one batch [batch, tokens]."""
+
+    distribution: DistributionOfRows
+    hidden_states: dict[int, Float[Tensor, "batch tokens width"]] = field(default_factory=dict)
+    attention: dict[int, AttentionRecord] = field(default_factory=dict)
+    """By layer, counted from 0."""
+
+
+class Teacher(ABC):
+    """A source of signals for batches as `distillkit.data` collates them."""
+
+    columns: tuple[str, ...] = ()
+    """Columns of the dataset's rows that a signal is made from, beside the tokens."""
+
+    model: PreTrainedModel | None = None
+    """The modules that run; None where the outputs were computed elsewhere."""
+
+    @property
+    @abstractmethod
+    def vocabulary_size(self) -> int:
+        """Columns of the teacher's head, which may be more than its tokenizer has tokens."""
+
+    @abstractmethod
+    def signal(self, batch: Mapping[str, Tensor], request: SignalRequest = DISTRIBUTION) -> TeacherSignal:
+        """The requested outputs for a batch, on the batch's device."""
+
+    def check_rows(self, rows: Dataset, key: str) -> None:  # noqa: B027
+        """Raises UserError, naming `key`, where `columns` of the rows cannot be what this teacher gave."""
