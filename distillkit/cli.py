@@ -92,10 +92,11 @@ def _print_plan(described: Run | CaptureConfig, *, gpu: str = "H100", gpus: int 
     from distillkit.planning import CapturePlan, RunPlan, plan_capture, plan_run
 
     plan: RunPlan | CapturePlan
-    if isinstance(described, Run):
-        plan = plan_run(described, gpu=gpu, gpus=gpus)
-    else:
-        plan = plan_capture(described, gpu=gpu)
+    match described:
+        case Run():
+            plan = plan_run(described, gpu=gpu, gpus=gpus)
+        case CaptureConfig():
+            plan = plan_capture(described, gpu=gpu)
     if as_json:
         typer.echo(json.dumps(plan.as_dict(), indent=2, ensure_ascii=False))
     else:

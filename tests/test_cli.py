@@ -123,7 +123,7 @@ def test_an_interrupted_command_ends_quietly(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distillkit.cli.load_run_config", interrupt)
+    monkeypatch.setattr("distillkit.cli.load_run", interrupt)
     assert main([str(SEED)]) == 130
     assert capsys.readouterr().err == ""
 
@@ -278,6 +278,6 @@ def test_an_error_of_the_system_names_a_file_only_where_it_has_one(
         def failing(config: object, error: OSError = error) -> None:
             raise error
 
-        monkeypatch.setattr("distillkit.training.phase", failing)
+        monkeypatch.setattr("distillkit.training.distill", failing)
         assert main(planned) == 2
         assert capsys.readouterr().err == line

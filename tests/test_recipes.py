@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distillkit.capture.run import capture
-from distillkit.config import RunConfig, StudentConfig
+from distillkit.config import RunConfig, StudentConfig, load_run
 from distillkit.config.capture import CaptureConfig, load_capture_config
 from distillkit.config.loading import read_yaml
 from distillkit.conversion.convert import convert
@@ -155,7 +155,7 @@ def check_what_trained(run: RunConfig, before: Weights, after: Weights, teacher:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_recipe_is_accepted(name: str) -> None:
-    load = load_capture_config if name in CAPTURES else load_run_config
+    load = load_capture_config if name in CAPTURES else load_run
     load(RECIPES / name)
 
 
@@ -170,23 +170,22 @@ def test_a_recipe_is_planned_and_runs(name: str, inputs: Path, tmp_path: Path) -
     layout = read_yaml(RECIPES / name)["student"]["layout"]
     teacher = inputs / ("afm-4.5b" if name.startswith("afm-4.5b") else "smollm2")
     overrides = small(name, teacher, inputs / "train.jsonl", inputs / "valid.jsonl", tmp_path / "run")
-    config = load_run(RECIPES / name, overrides).config
-    runs = [phase.config for phase in resolve(config).phases] or [config]
-    plan = plan_run(config)
+    run = load_run(RECIPES / name, overrides)
+    plan = plan_run(run)
     assert plan.errors == []
 
-    folder = distill(config, QUIET)
+    folder = distill(run, QUIET)
     results = read(folder / "results.json")
     whole = {**results["training"], "steps": results["training"]["step"], "folder": "."}
     parts = results.get("phases", [whole])
-    before = weights(Path(runs[0].output_path) / "untrained")
-    for run, planned, part in zip(runs, plan.phases, parts, strict=True):
-        most = STEPS * ROWS * run.sequence_length
+    before = weights(run.phases[0].folder / "untrained")
+    for phase, planned, part in zip(run.phases, plan.phases, parts, strict=True):
+        most = STEPS * ROWS * phase.config.sequence_length
         assert planned.schedule.steps == part["steps"] == STEPS
         assert 0.7 * most < part["tokens"] <= most  # rows are not quite full
         check_layers(folder / part["folder"], layout)
         after = weights(folder / part["folder"])
-        check_what_trained(run, before, after, weights(teacher))
+        check_what_trained(phase.config, before, after, weights(teacher))
         before = after
     assert all(torch.equal(each, before[name]) for name, each in weights(folder).items())
 
@@ -210,9 +209,9 @@ def test_a_student_learns_from_what_the_recipe_of_the_capture_writes(inputs: Pat
         capture(capture_config("smollm2/capture.yaml", inputs, text, tmp_path / text), None, QUIET)
 
     overrides = small(OFFLINE, teacher, tmp_path / "train", tmp_path / "valid", tmp_path / "run")
-    config = load_run(RECIPES / OFFLINE, [*overrides, f"model={untrained}"]).config
-    assert plan_run(config).errors == []
-    folder = distill(config, QUIET)
+    run = load_run(RECIPES / OFFLINE, [*overrides, f"model={untrained}"])
+    assert plan_run(run).errors == []
+    folder = distill(run, QUIET)
     results = read(folder / "results.json")
     assert results["training"]["step"] == STEPS
     assert results["divergence"]["before"]["kl"] != results["divergence"]["after"]["kl"]

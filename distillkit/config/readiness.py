@@ -19,7 +19,7 @@ def check_ready(run: Run) -> None:
         try:
             _check_inputs(phase.config, check_model=phase.index == 0)  # later ones start from the phase before
         except UserError as error:
-            raise phase.located(error) from None
+            raise (phase.located(error) if phase.names(error.key) else error) from None
 
 
 def _check_inputs(config: RunConfig, *, check_model: bool) -> None:

@@ -99,6 +99,21 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
     return run
 
 
+AnyRun = Run | RunConfig | Mapping[str, Any] | str | os.PathLike[str]
+"""A run in any form: resolved, a configuration, the content of a YAML file, or its path."""
+
+
+def as_run(run: AnyRun, overrides: Sequence[str] = ()) -> Run:
+    """The run in any form, resolved. overrides: `key=value`, for the path of a YAML file."""
+    if isinstance(run, (str, os.PathLike)):
+        return load_run(run, overrides)
+    if overrides:
+        raise ValueError("overrides are for the path of a YAML file")
+    if isinstance(run, Mapping):
+        run = RunConfig.parse(dict(run))
+    return resolve(run) if isinstance(run, RunConfig) else run
+
+
 def resolve(config: RunConfig) -> Run:
     """The phases of a run.
 

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from distillkit.compression import build_codec
 from distillkit.config import HFTeacherConfig, Phase, Run, RunConfig, UserError
 from distillkit.config.losses import align_attention_alone
+from distillkit.config.resolve import AnyRun, as_run
 from distillkit.planning.advice import about_phase, about_run, remedies
 from distillkit.planning.disk import disk_use
 from distillkit.planning.gpus import GPU, find_gpu, seconds
@@ -31,7 +32,7 @@ from distillkit.training.freezing import freeze_matching
 from distillkit.training.precision import cast_for_training
 
 
-def plan_run(run: Run, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
+def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
     """The plan of a run, with phases or without, on so many GPUs of one kind.
 
     Raises `UserError` where a model's configuration cannot be read; what else is wrong is among the plan's errors.
@@ -39,7 +40,7 @@ def plan_run(run: Run, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it says of a configuration, the run says
     try:
-        return _plan(run, find_gpu(gpu), gpus)
+        return _plan(as_run(run), find_gpu(gpu), gpus)
     finally:
         transformers_logging.set_verbosity(level)
 

@@ -6,18 +6,17 @@ have folders of their own, the last one's student is then put into `output_path`
 """
 
 import gc
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.state import GradientState, PartialState
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from distillkit.config import Phase, Run, RunConfig, UserError, load_run, resolve
+from distillkit.config import Phase, Run, UserError
+from distillkit.config.resolve import AnyRun, as_run
 from distillkit.console import INTERRUPTED, print_line
 from distillkit.reporting import write_run_report
 from distillkit.runs.folder import open_run
@@ -32,7 +31,7 @@ from distillkit.training.saving import link_student
 
 
 def distill(
-    run: Run | RunConfig | Mapping[str, Any] | str | os.PathLike[str],
+    run: AnyRun,
     console: Console | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -47,7 +46,7 @@ def distill(
         SystemExit: with code 130, after Ctrl-C or SIGTERM and a last checkpoint; with 1 or 2 on all processes but the
             first, which has raised the error.
     """
-    run = _resolved(run, overrides)
+    run = as_run(run, overrides)
     console = console or Console()
     check_token(run.config)
     try:
@@ -60,16 +59,6 @@ def distill(
         print_line(console, "interrupted; go on with --resume")
         raise SystemExit(INTERRUPTED) from None
     return run.folder
-
-
-def _resolved(run: Run | RunConfig | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str]) -> Run:
-    if isinstance(run, (str, os.PathLike)):
-        return load_run(run, overrides)
-    if overrides:
-        raise ValueError("overrides are for the path of a YAML file")
-    if isinstance(run, Mapping):
-        run = RunConfig.parse(dict(run))
-    return resolve(run) if isinstance(run, RunConfig) else run
 
 
 def _train(run: Run, console: Console) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distillkit.config import UserError
+from distillkit.config import UserError, load_run
 from distillkit.config.capture import load_capture_config
 from distillkit.config.loading import read_yaml
 

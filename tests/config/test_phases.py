@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distillkit.config import Phase, RunConfig, UserError, check_ready
+from distillkit.config import Phase, Run, RunConfig, UserError, check_ready, load_run, resolve
 
 TOP: dict[str, Any] = {
     "project_name": "kda",
@@ -164,7 +164,7 @@ def test_rows_come_in_another_order_in_each_phase() -> None:
 
 def test_prepared_rows_of_one_phase_do_not_overwrite_those_of_another() -> None:
     run = run_of({"name": "a"}, {"name": "b"}, dataset={**TOP["dataset"], "prepared_dataset_path": "prepared"})
-    assert [phase.config.dataset.prepared_dataset_path for phase in resolve(run).phases] == ["prepared-a", "prepared-b"]
+    assert [phase.config.dataset.prepared_dataset_path for phase in run.phases] == ["prepared-a", "prepared-b"]
 
 
 def test_trackers_tell_phases_apart_and_the_hub_gets_the_whole() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distillkit.config import HFTeacherConfig, RunConfig
+from distillkit.config import HFTeacherConfig, RunConfig, load_run
 
 SEED = Path(__file__).with_name("seed.yaml")
 

@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from distillkit.config import RunConfig, UserError
+from distillkit.config import RunConfig, UserError, resolve
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.evaluate import EvaluateConfig
 from distillkit.config.loading import apply_override, read_mapping
@@ -133,7 +133,7 @@ def test_what_the_schema_refuses_the_checks_refuse(override: str, where: str) ->
     found = problems("run", data)
     assert len(found) == 1 and found[0].startswith(f"{where}: ")
     with pytest.raises(UserError):
-        RunConfig.parse(data)
+        resolve(RunConfig.parse(data))
 
 
 def test_a_file_that_extends_another_need_not_be_whole() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from distillkit import pretrained
 from distillkit.config.errors import UserError
 from distillkit.config.resolve import WHERE_THE_ORIGINAL_IS
+from distillkit.models import loading
 from distillkit.models.loading import WHERE, load_model, load_pretrained_config, load_tokenizer
 
 CONFIG = LlamaConfig(
@@ -93,9 +93,9 @@ def test_dtypes_by_name(folder, name, value, dtype):
 
 
 def test_flash_attention_falls_back_with_one_warning(folder, caplog):
-    if pretrained.is_flash_attn_2_available():
+    if loading.is_flash_attn_2_available():
         pytest.skip("flash-attention is installed")
-    pretrained._warn_without_flash_attention.cache_clear()
+    loading._warn_without_flash_attention.cache_clear()
     for _ in range(2):
         model = load_model(folder, attn_implementation="flash_attention_2")
         assert model.config._attn_implementation == "sdpa"

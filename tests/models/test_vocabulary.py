@@ -33,7 +33,7 @@ def test_a_token_that_was_added_to_the_tokenizer_alone_is_not_common():
     """As a <pad> often is: the embeddings have no row for it."""
     more = with_special_tokens("<more>")
     for widths in ((BYTES, BYTES), (BYTES + 1, BYTES), (BYTES, 320)):
-        teacher, student = (llama(0, vocab=width) for width in widths)
+        teacher, student = widths[0], llama(1, vocab=widths[1])
         assert common_vocabulary(teacher, student, more) == BYTES
     rows = Dataset.from_dict({"input_ids": [[5, 6], more("a<more>").input_ids]})
     with pytest.raises(UserError, match=rf"^data: holds token {BYTES} \('<more>'\), which the teacher and the student"):

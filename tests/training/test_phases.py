@@ -16,8 +16,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distillkit.config import RunConfig, UserError
-from distillkit.training import distill, models
+from distillkit.config import RunConfig, UserError, resolve
+from distillkit.training import distill, setup
 from tests.training.tiny import BYTES, save_inputs
 
 NAMES = ["alignment", "distillation", "long"]
@@ -337,7 +337,7 @@ def test_ctrl_c_while_models_are_loaded_ends_the_run_in_one_line(inputs, tmp_pat
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_load_teacher", interrupted)
+    monkeypatch.setattr(setup, "_load_teacher", interrupted)
     said = io.StringIO()
     with pytest.raises(SystemExit) as exit_code:
         distill(configuration(inputs, tmp_path / "run"), Console(file=said, width=200))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from distillkit.config import RunConfig
 from distillkit.runs.checkpoints import complete_checkpoints
+from distillkit.runs.names import COMPLETE
 from distillkit.training.interruption import SAME_SIGNAL_SECONDS, SaveRequests
 from tests.training.test_distill import configuration, run
 from tests.training.tiny import save_llama, save_text
@@ -99,9 +100,9 @@ def test_killed_while_a_checkpoint_is_written(inputs, tmp_path, undisturbed):
         folder = tmp_path / f"run{attempt}"
         written = folder / "checkpoint-10"
         killed_when(described(inputs, folder), (written / "model.safetensors").exists)
-        if not (written / MARKER).exists():
+        if not (written / COMPLETE).exists():
             break
-    assert not (written / MARKER).exists()
+    assert not (written / COMPLETE).exists()
     assert [checkpoint.step for checkpoint in complete_checkpoints(folder)] == [5]
     run(described(inputs, folder, resume=True))
     assert_ends_as(folder, undisturbed)
