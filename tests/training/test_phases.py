@@ -105,7 +105,7 @@ def finished(inputs, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_load_teacher", "_load_student"):
-            patch.setattr(models, name, noted(getattr(models, name)))
+            patch.setattr(setup, name, noted(getattr(setup, name)))
         said = run(configuration(inputs, folder))
     return folder, said, left
 
