@@ -15,7 +15,7 @@ class HiddenStateTaps:
     Indices are those of transformers' `output_hidden_states`: 0 is the embeddings, i the output of layer i - 1, and L,
     the number of layers, the output of the final norm (`final_norm=True`) or of the last layer itself (`False`).
     `states[i]` is then a tensor [batch, tokens, width] that belongs to the graph of that pass; the next pass starts
-    anew. Nothing that is not asked for is kept.
+    anew. Only the given indices are kept.
 
         with HiddenStateTaps(model.get_decoder(), [0, 6, 12]) as taps:
             model(**batch)

@@ -1,8 +1,8 @@
 """Loading of models, tokenizers and configurations: transformers', with what a user of this package may rely on.
 
 Weights come from safetensors or GGUF, never from pickles, which can run anything when they are read. Code that comes
-with a model is run only when asked for. A GGUF file becomes an ordinary model that can be trained and saved. What goes
-wrong is told in one line.
+with a model is run only when asked for. A GGUF file becomes an ordinary model that can be trained and saved. Errors
+of transformers become one line.
 """
 
 import functools
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 WHERE = ("gguf_file", "revision", "subfolder")
-"""Keyword arguments for loading a model that say where it is: its configuration and tokenizer are there, too."""
+"""Keyword arguments of from_pretrained that locate a model; they locate its configuration and tokenizer, too."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -68,7 +68,7 @@ def load_model(
         kwargs["use_safetensors"] = True
     else:
         kwargs |= {"gguf_file": gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
-    with _told_in_one_line(location, key), _gguf_parsed_once():
+    with _as_user_error(location, key), _gguf_parsed_once():
         return loader.from_pretrained(location, trust_remote_code=trust_remote_code, **kwargs)
 
 
@@ -77,7 +77,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model named as for `load_model`. Raises `UserError` where there is none."""
     location, gguf_file = _locate(path, kwargs, key)
-    with _told_in_one_line(location, key, "the tokenizer of "), _gguf_parsed_once():
+    with _as_user_error(location, key, "the tokenizer of "), _gguf_parsed_once():
         return AutoTokenizer.from_pretrained(
             location, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **kwargs
         )
@@ -90,7 +90,7 @@ def load_pretrained_config(
     location, gguf_file = _locate(path, kwargs, key)
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
-    with _told_in_one_line(location, key, "the configuration of "), _gguf_parsed_once():
+    with _as_user_error(location, key, "the configuration of "), _gguf_parsed_once():
         return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **kwargs)
 
 
@@ -191,7 +191,7 @@ def _warn_without_flash_attention() -> None:
 
 
 @contextmanager
-def _told_in_one_line(location: str, key: str, what: str = "") -> Iterator[None]:
+def _as_user_error(location: str, key: str, what: str = "") -> Iterator[None]:
     """Turns what transformers raises about a model into a `UserError`."""
     try:
         yield

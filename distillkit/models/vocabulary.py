@@ -1,10 +1,10 @@
-"""Whether two models speak of the same tokens.
+"""Whether two models number the same tokens alike.
 
 Models of one family share a tokenizer and still differ at its end: embeddings are padded to other widths, and special
 tokens are added for a later use. What both know is then the tokens that both tokenizers number; columns beyond are as
 if they were not there. Tokenizers are the same if they number the same tokens alike. The student's alone reads text, so
 where the teacher's would cut it otherwise both still see the same tokens; but the teacher has learnt from text cut its
-own way, and its word on other cuts is worth less. That is said, and up to the user.
+own way, and its distributions are less accurate elsewhere. A warning shows an example; the user decides.
 """
 
 import json
@@ -61,7 +61,7 @@ def check_known_tokens(rows: Dataset, vocabulary_size: int, tokenizer: PreTraine
 def load_students_tokenizer(
     path: str, teacher: PreTrainedTokenizerBase, key: str, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, held to the teacher's; the teacher's itself where the student's folder has none.
+    """The student's tokenizer, checked against the teacher's; the teacher's itself where the student's folder has none.
 
     key, options: as for `load_tokenizer`.
 

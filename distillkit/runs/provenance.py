@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 SECRET = re.compile(r"((?:token|api_?key|secret|password)['\"]?\s*[=:]\s*)[^\s,{}]+", re.IGNORECASE)
-"""A word that ends in one of these is a name whose value is nobody else's business; `tokens` is not."""
+"""Names of options whose values are secrets: those that end in one of these words; `tokens` is none."""
 SECRET_KEYS = ("api_key", "token")
-"""Keys of a configuration whose values are as little."""
+"""Keys of a configuration whose values are secrets."""
 HIDDEN = "***"
 PACKAGES = ("distillkit", "torch", "transformers", "accelerate", "datasets", "flash-linear-attention", "lm_eval")
 
@@ -59,7 +59,7 @@ def _processes() -> int:
 
 def commit() -> str | None:
     """The commit of the clone that the package runs from, and whether files differ; None outside of a clone."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root)]

@@ -15,7 +15,7 @@ from distillkit.data.collate import collate
 class Collator:
     """`collate` with `lengths` [batch]: tokens of each row without its padding.
 
-    signal_columns: what a captured teacher says, to travel with the tokens.
+    signal_columns: a captured teacher's columns, collated with the tokens.
     """
 
     pad_token_id: int

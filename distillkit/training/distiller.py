@@ -59,7 +59,7 @@ class Distiller(nn.Module):
             input_ids, position_ids, labels: as `distillkit.data` collates them.
             normalizer: counted tokens of the whole optimizer step.
             preference_pairs: preference pairs of the whole optimizer step, per ranking loss.
-            signal: the teacher's word on this batch; None where no loss asks for it.
+            signal: the teacher's outputs for this batch; None where no loss needs them.
         """
         final: Tensor | None = None
         states: dict[int, Tensor] = {}

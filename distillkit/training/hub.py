@@ -1,6 +1,6 @@
 """`training_args.push_to_hub`: a finished run's folder goes to the hub, once, with everything that was written there.
 
-The student is safe on disk by then. What the hub refuses is told in one line, and `--resume` tries again.
+The student is safe on disk by then. An error of the hub ends in one line, and `--resume` tries again.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ def check_token(config: RunConfig) -> None:
 
 
 def push(config: RunConfig, console: Console) -> None:
-    """Upload the folder of a finished run, if that is asked for and was not done. One process does it, at the very end.
+    """Upload the folder of a finished run where `push_to_hub` is set, once. One process does it, last.
 
     Raises:
         UserError: the hub does not take it, or is not there.

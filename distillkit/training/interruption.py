@@ -2,7 +2,7 @@
 
 A first Ctrl-C (or SIGTERM, which schedulers send before they kill) lets the current step finish, saves a checkpoint and
 ends the training; a second one ends the process at once. torchrun passes a Ctrl-C on to processes that the terminal has
-told already, so signals within a second of the first are taken as the same.
+signalled already, so signals within a second of the first are taken as the same.
 """
 
 import os
@@ -45,7 +45,7 @@ class SaveRequests(TrainerCallback):
             self._handlers[number] = signal.signal(number, self._handle)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """All ranks save and stop at the same step, whichever of them was told."""
+        """All processes save and stop at the same step, whichever of them got the signal."""
         due = self.minutes is not None and time.monotonic() - self._last_save > 60 * self.minutes
         self.interrupted, due = any_process(args, self.interrupted, due)
         at_the_end = self.minutes is not None and state.global_step >= state.max_steps

@@ -170,7 +170,7 @@ def _next_step(optimizer: Optimizer) -> int:
 
 
 def describe(optimizer: Optimizer) -> str:
-    """The line that says which optimizer runs, and what keeps small updates from being lost."""
+    """A line that names the optimizer, and what keeps small updates from being lost."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     words = [type(optimizer).__name__]
     if any(group.get("fused") for group in optimizer.param_groups):

@@ -26,7 +26,7 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
 
 
 def cast_for_training(model: PreTrainedModel, dtype: torch.dtype, trained_dtype: torch.dtype = torch.float32) -> str:
-    """Keep what trains in `trained_dtype` and what is frozen in `dtype`; the line that says so.
+    """Keep what trains in `trained_dtype` and what is frozen in `dtype`; a line that describes it.
 
     Modules that the architecture wants in float32 always (`_keep_in_fp32_modules_strict`) stay there.
     """

@@ -34,8 +34,8 @@ from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_
 from distillkit.training.parallel import main_process_first, place_model
 from distillkit.training.precision import cast_for_training, compute_dtype
 
-OF_THE_ORIGINAL_ALONE = (*WHERE_THE_ORIGINAL_IS, "torch_dtype", "dtype")
-"""Keyword arguments for loading a student that say where it is, or in which dtype: not for a checkpoint of it."""
+NOT_FOR_CHECKPOINTS = (*WHERE_THE_ORIGINAL_IS, "torch_dtype", "dtype")
+"""Keyword arguments of from_pretrained that hold for the original student, not for a checkpoint of it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def load_models(
 
 
 def _grow_embeddings(config: RunConfig, folder: PhaseFolder, student: PreTrainedModel, console: Console) -> int:
-    """Let the embeddings grow if that is asked for. Rows that they had before, which a checkpoint no longer tells."""
+    """Grow the embeddings where the configuration wants it; the rows before, which a checkpoint does not contain."""
     rows, grown = grow_embeddings(student, config.resize_embeddings_to_multiple_of or 1)
     if grown > rows:
         print_line(console, f"embeddings: {rows:,} rows grow to {grown:,}; those added mean no token")
@@ -100,7 +100,7 @@ def _grow_embeddings(config: RunConfig, folder: PhaseFolder, student: PreTrained
 
 
 def _freeze_all_but_attention(student: PreTrainedModel, freezing: Freezing, console: Console) -> Freezing:
-    """Losses of attention outputs reach nothing else: no optimizer should hold it, and no process send its gradient."""
+    """Losses of attention outputs reach nothing else: it needs no optimizer state, and no gradient is communicated."""
     names = freeze_all_but(student, itertools.chain(*trained_attention(student).values()))
     if not names:
         return freezing
@@ -134,7 +134,7 @@ def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArgume
         name: value for name, value in config.model_kwargs.items() if name not in ("torch_dtype", "dtype")
     }
     if str(path) != config.model:
-        kwargs = {name: value for name, value in kwargs.items() if name not in OF_THE_ORIGINAL_ALONE}
+        kwargs = {name: value for name, value in kwargs.items() if name not in NOT_FOR_CHECKPOINTS}
     if _wants_flash_attention(config, arguments):
         kwargs.setdefault("attn_implementation", "flash_attention_2")
     return load_model(
@@ -148,10 +148,10 @@ def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArgume
 
 
 def _wants_flash_attention(config: RunConfig, arguments: TrainingArguments) -> bool:
-    """It computes in 16 bits only. Where nobody asked, its absence is no news either."""
-    asked = "use_flash_attention" in config.model_fields_set
+    """It computes in 16 bits only. By default its absence is not warned of."""
+    explicit = "use_flash_attention" in config.model_fields_set
     in_16_bits = compute_dtype(arguments) != torch.float32
-    return config.use_flash_attention and in_16_bits and (asked or is_flash_attn_2_available())
+    return config.use_flash_attention and in_16_bits and (explicit or is_flash_attn_2_available())
 
 
 def _load_teacher(

@@ -78,11 +78,11 @@ def _check_rows(rows: Dataset, teacher: Teacher | None, models: Models, key: str
 
 
 def _verify(folder: PhaseFolder, model: str | None, source: DatasetSource, key: str) -> None:
-    """Hold a captured dataset to its manifest, unless its files are those that were held to it when the run started.
+    """Verify a captured dataset against its manifest, unless the same files were verified when the run started.
 
     They are taken for the same by their sizes and times of change: there may be terabytes of them.
 
-    model: where the student comes from; what the run that trained it, as the phase before did, has held need not be.
+    model: where the student comes from; what the run that trained it (the phase before) has verified is not read again.
     """
     if manifest_of(source) is None:
         return

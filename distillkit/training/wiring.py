@@ -1,4 +1,4 @@
-"""What a configuration makes of a student and its teacher: the objective, and what the teacher is asked for.
+"""What a configuration makes of a student and its teacher: the objective, and the request to the teacher.
 
 A run, the simulation of its step in a plan, and benchmarks of single steps are wired alike because it is done here.
 """
