@@ -1,8 +1,10 @@
 """The command that result files keep: to be typed again, and without secrets."""
 
+import subprocess
 import sys
+from pathlib import Path
 
-from distillkit.runs.provenance import command
+from distillkit.runs.provenance import command, commit
 
 
 def test_secrets_are_not_kept(monkeypatch):
@@ -20,3 +22,9 @@ def test_torchrun_is_part_of_the_command(monkeypatch):
     assert command() == "torchrun --nproc-per-node=8 -m distillkit run.yaml"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert command() == "torchrun --nnodes=2 --nproc-per-node=4 -m distillkit run.yaml"
+
+
+def test_the_commit_is_that_of_the_clone():
+    root = Path(__file__).parents[2]
+    head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert commit() in ((head, f"{head} with changes") if (root / ".git").exists() and head else (None,))
