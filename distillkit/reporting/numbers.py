@@ -1,14 +1,21 @@
-"""Numbers as a person reads them: the same in tables, pictures and cards."""
+"""Numbers and short texts as a person reads them: the same in tables, pictures and cards."""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 NOTHING = "–"
 MINUS = "−"
 TIMES = "×"
 
 Form = Callable[[float], str]
+
+nats: Form = "{:.4f}".format
+count: Form = "{:,.0f}".format
+whole: Form = "{:.0f}".format
+"""Indices such as layers, without separators."""
+percent: Form = "{:.1%}".format
+"""A share between 0 and 1."""
 
 
 def shown(value: float | None, form: Form) -> str:
@@ -20,26 +27,8 @@ def shown(value: float | None, form: Form) -> str:
     return form(value).replace("-", MINUS)
 
 
-def nats(value: float) -> str:
-    return f"{value:.4f}"
-
-
 def decimals(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def whole(value: float) -> str:
-    """Layers, steps: things that are counted."""
-    return f"{value:.0f}"
-
-
-def percent(value: float) -> str:
-    """A share between 0 and 1."""
-    return f"{100 * value:.1f}%"
 
 
 def figures(value: float) -> str:
@@ -53,7 +42,7 @@ def rate(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time to wait."""
+    """A duration."""
     if value >= 120:
         return f"{value / 60:,.1f} min" if value < 7200 else f"{value / 3600:,.1f} h"
     return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
@@ -61,15 +50,15 @@ def seconds(value: float) -> str:
 
 def bytes_(value: float) -> str:
     """Memory in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024 or unit == "GiB":
-            return f"{value:.4g} {unit}" if abs(value) < 1024 else f"{value:,.0f} {unit}"
+    units = ["B", "KiB", "MiB", "GiB"]
+    while abs(value) >= 1024 and len(units) > 1:
         value /= 1024
-    raise AssertionError
+        units.pop(0)
+    return f"{value:.4g} {units[0]}" if abs(value) < 1024 else f"{value:,.0f} {units[0]}"
 
 
 def length(value: float) -> str:
-    """Tokens of a context: powers of two as people say them, 2k for 2,048."""
+    """Tokens of a context: multiples of 1,024 as 2k for 2,048."""
     return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:,.0f}"
 
 
@@ -89,7 +78,7 @@ def signed(value: float, form: Form) -> str:
 
 
 def ratio(value: float) -> str:
-    """How many times as much; of little, how many times less."""
+    """How many times as much; below a tenth, how many times less."""
     if 0 < value < 0.1:
         return f"{1 / value:.3g} times less" if value > 0.001 else f"{1 / value:,.0f} times less"
     return f"{TIMES}{value:.3g}" if value < 1000 else f"{TIMES}{value:,.0f}"
@@ -104,3 +93,11 @@ def one_line(text: str) -> str:
 def slug(*words: str) -> str:
     """Words as the name of a file or an identifier."""
     return "-".join(filter(None, re.split(r"[^a-z0-9]+", " ".join(words).lower())))
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names; those that occur more than once get a number."""
+    return [
+        f"{name} {names[: position + 1].count(name)}" if names.count(name) > 1 else name
+        for position, name in enumerate(names)
+    ]

@@ -13,23 +13,16 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from distillkit.reporting.colours import HEAT_LEVELS, is_dotted, placeholder
-from distillkit.reporting.document import Picture
+from distillkit.reporting.colours import DOTTED, HEAT_LEVELS, placeholder
+from distillkit.reporting.document import HEIGHT, OPENING, WIDTH, Picture
 from distillkit.reporting.numbers import NOTHING, Form, amount, whole
 
-WIDTH, HEIGHT = 400, 250
 FONT, SMALL = 12, 11
 CHARACTER, BOLD = 5.9, 7.6
 """Units that a character takes on average in the widest of usual fonts: of size SMALL, and in bold."""
 LONGEST_LABEL = 14
+LABEL = {"textcoords": "offset points", "fontsize": SMALL, "annotation_clip": False, "parse_math": False}
 FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
-
-
-OPENING = (
-    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-    'role="img"'
-)
-"""What a picture of ours begins with."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,11 @@ class Series:
     y: list[float]
     colour: str
     dashed: bool = False
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]], label: str, colour: str, dashed: bool = False) -> "Series":
+        """The line through points (x, y)."""
+        return cls(label, [x for x, _ in points], [y for _, y in points], colour, dashed)
 
 
 @dataclass(frozen=True)
@@ -83,32 +81,19 @@ def line_chart(
 ) -> Picture:
     """Lines over `x`; the title says what they are, `y.label` their unit.
 
-    spans: marks begin stretches, whose labels stand in them; else a label says what its line is.
+    spans: marks begin stretches, whose labels stand in them; else a label belongs to its line.
     """
     drawn = [_finite(line) for line in series]
     labels = [short(line.label) for line in drawn]
     alone = len(drawn) == 1 and not labels[0]
-    right = 14 if alone else 16 + BOLD * max(len(label) for label in labels)
-    figure, axes = _figure(title, y.label, right=right)
+    figure, axes = _figure(title, y.label, right=14 if alone else 16 + BOLD * max(len(label) for label in labels))
     for line in drawn:
-        axes.plot(
-            line.x,
-            line.y,
-            color=placeholder(line.colour),
-            linewidth=1.8,
-            linestyle=(0, (4, 2)) if line.dashed else (0, (1, 1.2)) if is_dotted(line.colour) else "-",
-            marker="o" if len(line.x) <= 12 else None,
-            markersize=4,
-            solid_capstyle="round",
-        )
+        dashes: Any = (0, (4, 2)) if line.dashed else (0, (1, 1.2)) if line.colour in DOTTED else "-"
+        style = {"linewidth": 1.8, "markersize": 4, "solid_capstyle": "round", "color": placeholder(line.colour)}
+        axes.plot(line.x, line.y, linestyle=dashes, marker="o" if len(line.x) <= 12 else None, **style)
     _scale(axes.xaxis, axes.set_xscale, axes.set_xlim, x, [value for line in drawn for value in line.x])
-    _scale(
-        axes.yaxis,
-        axes.set_yscale,
-        axes.set_ylim,
-        y,
-        [value for line in drawn for value in line.y if not math.isnan(value)],
-    )
+    values = [value for line in drawn for value in line.y if not math.isnan(value)]
+    _scale(axes.yaxis, axes.set_yscale, axes.set_ylim, y, values)
     axes.set_xlabel(x.label, color=placeholder("muted"), fontsize=SMALL, labelpad=3)
     last = max((line.x[-1] for line in drawn if line.x), default=0)
     _draw_marks(axes, [mark for mark in marks if mark.x < last or not spans], spans)
@@ -128,79 +113,60 @@ def heat_map(
 ) -> Picture:
     """Shares between 0 and 1, as colour and as per cent; None stays empty.
 
-    columns: lengths. rows: depths, the first at the top. mark: columns before it are inside the trained length.
+    columns: lengths. rows: depths, the first at the top. mark: the number of columns inside the trained length, and its
+    label.
     """
-    figure, axes = _figure(title, "% found, by depth and tokens of context", left=48, right=10, top=60 if mark else 48)
     from matplotlib.patches import Rectangle
 
+    figure, axes = _figure(title, "% found, by depth and tokens of context", left=48, right=10, top=60 if mark else 48)
     for row, line in enumerate(shares):
         for column, share in enumerate(line):
-            level = 0 if share is None else round(min(max(share, 0), 1) * (HEAT_LEVELS - 1))
-            fill = "none" if share is None else placeholder(f"heat{level}")
-            edge = placeholder("grid") if share is None else placeholder("surface")
+            fill, edge, ink = "none", placeholder("grid"), "muted"
+            if share is not None:
+                level = round(min(max(share, 0), 1) * (HEAT_LEVELS - 1))
+                fill, edge, ink = placeholder(f"heat{level}"), placeholder("surface"), f"on-heat{level}"
             axes.add_patch(Rectangle((column, row), 1, 1, facecolor=fill, edgecolor=edge, linewidth=1.5))
             if len(columns) <= 9:
-                text = NOTHING if share is None else f"{100 * share:.0f}"
-                ink = placeholder("muted" if share is None else f"on_heat{level}")
-                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=SMALL)
+                style = {"ha": "center", "va": "center", "color": placeholder(ink), "fontsize": SMALL}
+                axes.text(column + 0.5, row + 0.5, _per_cent(share), **style)
     axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
     axes.set_xticks([column + 0.5 for column in range(len(columns))], list(columns))
     axes.set_yticks([row + 0.5 for row in range(len(rows))], list(rows))
     axes.spines["bottom"].set_visible(False)
     axes.grid(visible=False)
-    if mark is not None and 0 < mark[0] <= len(columns):
-        at = mark[0]
+    if mark is not None:
+        at, label = mark
         axes.plot([at, at], [-0.25, len(rows)], color=placeholder("ink"), linewidth=1.4, clip_on=False)
-        side = "right" if at > len(columns) / 2 else "left"
-        axes.annotate(
-            mark[1],
-            (at, -0.25),
-            xytext=(-4 if side == "right" else 4, 0),
-            textcoords="offset points",
-            ha=side,
-            va="center",
-            color=placeholder("muted"),
-            fontsize=SMALL,
-            annotation_clip=False,
-        )
-    told = [
-        f"{row}: " + ", ".join(NOTHING if share is None else f"{100 * share:.0f}" for share in line)
-        for row, line in zip(rows, shares, strict=True)
-    ]
-    return _picture(
-        name, figure, f"{title}: per cent found at {', '.join(columns)} tokens, by depth. {'; '.join(told)}"
-    )
+        side = ("right", -4) if at > len(columns) / 2 else ("left", 4)
+        place = {"ha": side[0], "va": "center", "xytext": (side[1], 0), "color": placeholder("muted")}
+        axes.annotate(label, (at, -0.25), **place, **LABEL)
+    found = [f"{row}: {', '.join(map(_per_cent, line))}" for row, line in zip(rows, shares, strict=True)]
+    alt = f"{title}: per cent found at {', '.join(columns)} tokens, by depth. {'; '.join(found)}"
+    return _picture(name, figure, alt)
+
+
+def _per_cent(share: float | None) -> str:
+    return NOTHING if share is None else f"{100 * share:.0f}"
 
 
 def _figure(title: str, unit: str, *, left: float = 54, right: float = 14, top: float = 50) -> tuple[Any, Any]:
+    """A figure and its axes; the margins are in units of the picture."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    bottom, muted = 40, placeholder("muted")
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # a pixel is a unit
-        bottom = 40
-        axes = figure.add_axes(
-            (left / WIDTH, bottom / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - top - bottom) / HEIGHT)
-        )
-        place: dict[str, Any] = {"va": "top", "ha": "left", "parse_math": False}
-        limit = int((WIDTH - 12) / BOLD)
-        figure.text(
-            6 / WIDTH,
-            1 - 4 / HEIGHT,
-            short(title, limit),
-            weight="bold",
-            size=FONT,
-            color=placeholder("ink"),
-            **place,
-        )
-        figure.text(6 / WIDTH, 1 - 20 / HEIGHT, unit, size=SMALL, color=placeholder("muted"), **place)
-    for side in ("left", "right", "top"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(placeholder("muted"))
-    axes.spines["bottom"].set_linewidth(0.8)
+        width, height = (WIDTH - left - right) / WIDTH, (HEIGHT - top - bottom) / HEIGHT
+        axes = figure.add_axes((left / WIDTH, bottom / HEIGHT, width, height))
+        title, place = short(title, int((WIDTH - 12) / BOLD)), dict[str, Any](va="top", ha="left")
+        figure.text(6 / WIDTH, 1 - 4 / HEIGHT, title, weight="bold", size=FONT, color=placeholder("ink"), **place)
+        figure.text(6 / WIDTH, 1 - 20 / HEIGHT, unit, size=SMALL, color=muted, **place)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set(color=muted, linewidth=0.8)
     axes.grid(axis="y", color=placeholder("grid"), linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=placeholder("muted"), labelsize=SMALL, length=0, pad=5)
+    axes.tick_params(colors=muted, labelsize=SMALL, length=0, pad=5)
     axes.tick_params(which="minor", length=0, labelsize=0)
     return figure, axes
 
@@ -257,8 +223,7 @@ def _draw_marks(axes: Any, marks: Sequence[Mark], spans: bool) -> None:
     box_end = axes.get_window_extent().width
     starts = [max(_across(axes, mark.x), 0.0) for _, mark in inside]
     taken = 0.0
-    for position, (number, mark) in enumerate(inside):
-        start, stop = starts[position], [*starts, box_end][position + 1]
+    for start, stop, (number, mark) in zip(starts, [*starts, box_end][1:], inside, strict=True):
         if low <= mark.x and (number > 1 or not spans):
             axes.axvline(mark.x, color=placeholder(mark.colour), linewidth=1, linestyle=(0, (2, 2)))
         label = mark.label
@@ -268,19 +233,8 @@ def _draw_marks(axes: Any, marks: Sequence[Mark], spans: bool) -> None:
         leftwards = not spans and start + width > stop and start - width >= taken
         at = start - 3 if leftwards else max(start + 3, taken)
         taken = start if leftwards else at + width
-        axes.annotate(
-            label,
-            (at / box_end, 1),
-            xycoords="axes fraction",
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right" if leftwards else "left",
-            va="bottom",
-            color=placeholder(mark.colour),
-            fontsize=SMALL,
-            annotation_clip=False,
-            parse_math=False,
-        )
+        place = {"ha": "right" if leftwards else "left", "va": "bottom", "xytext": (0, 3), "xycoords": "axes fraction"}
+        axes.annotate(label, (at / box_end, 1), color=placeholder(mark.colour), **place, **LABEL)
 
 
 def _across(axes: Any, x: float) -> float:
@@ -291,38 +245,25 @@ def _across(axes: Any, x: float) -> float:
 
 def _label_ends(axes: Any, series: Sequence[Series], labels: Sequence[str]) -> None:
     """Each label at the height of its line's end, moved apart where they would cover each other."""
-    box = axes.get_window_extent()
+    box, gap = axes.get_window_extent(), FONT + 2
     placed = [
-        (axes.transData.transform((line.x[-1], line.y[-1]))[1], line, label)
+        (axes.transData.transform((line.x[-1], line.y[-1]))[1], line.colour, label)
         for line, label in zip(series, labels, strict=True)
         if line.x
     ]
     placed.sort(key=lambda each: each[0])
-    gap = FONT + 2
     heights = [height for height, _, _ in placed]
-    for _ in range(100):
+    lowest, highest = box.y0 + gap / 2 - 4, box.y1 - gap / 2 + 8
+    for _ in range(100 if len(heights) > 1 else 0):
         for position in range(len(heights) - 1):
             overlap = gap - (heights[position + 1] - heights[position])
             if overlap > 0.01:
                 heights[position] -= overlap / 2
                 heights[position + 1] += overlap / 2
-        lowest, highest = box.y0 + gap / 2 - 4, box.y1 - gap / 2 + 8
-        heights = [min(max(height, lowest), highest) for height in heights] if len(heights) > 1 else heights
-    for height, (_, line, label) in zip(heights, placed, strict=True):
-        axes.annotate(
-            label,
-            (1, (height - box.y0) / box.height),
-            xycoords="axes fraction",
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            ha="left",
-            color=placeholder(line.colour),
-            fontsize=SMALL,
-            weight="bold",
-            annotation_clip=False,
-            parse_math=False,
-        )
+        heights = [min(max(height, lowest), highest) for height in heights]
+    place = {"ha": "left", "va": "center", "xytext": (7, 0), "xycoords": "axes fraction", "weight": "bold"}
+    for height, (_, colour, label) in zip(heights, placed, strict=True):
+        axes.annotate(label, (1, (height - box.y0) / box.height), color=placeholder(colour), **place, **LABEL)
 
 
 def _ends(line: Series, x: Axis, y: Axis) -> str:

@@ -1,16 +1,18 @@
-"""Result files and run folders as the report reads them: of their JSON nothing is taken for granted."""
+"""Result files and folders of runs as the report reads them. Their JSON may be damaged or unfinished."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distillkit.config.errors import UserError
+from distillkit.reporting import numbers
+from distillkit.reporting.numbers import Form
+from distillkit.runs.names import METRICS, PHASES, RESULTS, RUN
 
 EVALUATION = "distillkit-evaluation"
 FORMAT = 1
-RESULTS, RUN, METRICS, PHASES = "results.json", "run.json", "metrics.jsonl", "phases"
 
 OUTLINE: dict[str, tuple[type, ...]] = {
     "config": (dict,),
@@ -22,7 +24,7 @@ OUTLINE: dict[str, tuple[type, ...]] = {
     "failures": (list, dict),
     "missing": (list, dict),
 }
-"""What lies in what, in an evaluation."""
+"""The containers of an evaluation, from the outermost to the innermost."""
 
 Json = dict[str, Any]
 
@@ -37,19 +39,19 @@ class Evaluation:
     @property
     def caveats(self) -> list[str]:
         """What a reader must know before the numbers, one sentence each."""
-        config, told = section(self.content, "config"), []
+        config, found = section(self.content, "config"), []
         if config.get("smoke"):
-            told.append("A smoke test: two samples of everything at the shortest length. Its numbers mean nothing.")
+            found.append("A smoke test: two samples of everything at the shortest length. Its numbers mean nothing.")
         elif (limit := number(config, "limit")) is not None:
-            told.append(f"Measured on at most {limit:,.0f} samples of each task.")
-        if missing := rows(self.content, "missing"):
-            told.append(f"An evaluation was interrupted; results that are missing: {len(missing)}.")
-        return told
+            found.append(f"Measured on at most {limit:,.0f} samples of each task.")
+        if missing := len(rows(self.content, "missing")):
+            found.append(f"An evaluation was interrupted; results that are missing: {missing}.")
+        return found
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training under one configuration; a run without phases is one of them, without a name."""
+    """A part of the training under one configuration. A run without phases has one, without a name."""
 
     name: str | None
     config: Json
@@ -59,24 +61,18 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """A distillation, finished (`results` is not empty) or not. `path`: its folder, or the file that was named."""
+    """A distillation, finished (`results` is not empty) or not.
 
+    name: the project; where none is configured, the file or folder; numbered where several runs of a report share it.
+    path: its folder, or the given file.
+    """
+
+    name: str
     path: Path
+    config: Json
     results: Json
     record: Json
     phases: list[Phase]
-
-    @property
-    def config(self) -> Json:
-        return section(self.results, "config") or section(self.record, "config")
-
-    @property
-    def name(self) -> str:
-        """What a person calls it: the project, or the file or folder where it gives no name."""
-        project = self.config.get("project_name")
-        if isinstance(project, str) and project != "distillkit":
-            return project
-        return self.path.stem if self.path.suffix == ".json" else self.path.resolve().name
 
 
 @dataclass(frozen=True)
@@ -93,103 +89,51 @@ def read_results(paths: Sequence[Path]) -> Results:
     Raises:
         UserError: one of them does not exist, cannot be read, or holds no result of distillkit.
     """
-    evaluations: list[Evaluation] = []
-    runs: list[Run] = []
+    found = Results([], [])
     for path in paths:
         if not path.exists():
             raise UserError("RESULTS", f"no such file or folder: {str(path)!r}")
         file = path / RESULTS if path.is_dir() else path
-        content = read_json(file) if file.exists() else {}
+        content = _read_if_there(file)
         if content.get("kind") == EVALUATION:
-            if content.get("format") != FORMAT:
-                raise UserError(
-                    "RESULTS", f"{str(file)!r} has format {content.get('format')}, this version reads {FORMAT}"
-                )
-            _check_shape(content, file)
-            evaluations.append(Evaluation(file, content))
+            _check_evaluation(content, file)
+            found.evaluations.append(Evaluation(file, content))
         elif "training" in content or (not content and (path / RUN).exists()):
-            folder = file.parent if file.name == RESULTS else None
-            runs.append(_run(path if folder is None or path.is_dir() else folder, folder, content))
+            found.runs.append(_read_run(file.parent if file.name == RESULTS else file, content))
         else:
             what = "holds no" if content or path.is_file() else f"has no {RESULTS}, so it holds no"
             raise UserError(
                 "RESULTS", f"{str(path)!r} {what} result of distillkit; name the output_path of a run or an evaluation"
             )
-    return Results(evaluations, runs)
+    names = numbers.numbered([run.name for run in found.runs])
+    runs = [replace(run, name=name) for run, name in zip(found.runs, names, strict=True)]
+    return Results(found.evaluations, runs)
 
 
-def section(content: Json, key: str) -> Json:
-    """The mapping under a key; empty where there is none."""
-    value = content.get(key)
+def section(content: Json, *keys: str) -> Json:
+    """The mapping at the end of the keys; empty where there is none."""
+    value = _at(content, keys)
     return value if isinstance(value, dict) else {}
 
 
-def rows(content: Json, key: str) -> list[Json]:
-    """The mappings listed under a key; empty where there are none."""
-    value = content.get(key)
+def rows(content: Json, *keys: str) -> list[Json]:
+    """The mappings in the list at the end of the keys; empty where there are none."""
+    value = _at(content, keys)
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def number(content: Json, *keys: str) -> float | None:
     """The number at the end of the keys; None where there is none."""
-    value: Any = content
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
+    value = _at(content, keys)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _check_shape(content: Json, file: Path) -> None:
-    """Hold an evaluation to its outline, by suite and model; what is in there is looked for, never taken for granted.
-
-    Raises:
-        UserError: something is no mapping or list where one should be.
-    """
-
-    def check(value: Any, kinds: Sequence[type], where: str) -> None:
-        if value is None:
-            return
-        if not isinstance(value, kinds[0]):
-            what = "mapping" if kinds[0] is dict else "list"
-            raise UserError("RESULTS", f"{str(file)!r} is damaged: {where} is no {what}")
-        parts: Any = value
-        inside = parts.items() if isinstance(parts, dict) else enumerate(parts)
-        for key, inner in inside if len(kinds) > 1 else ():
-            check(inner, kinds[1:], f"{where}.{key}")
-
-    for key, kinds in OUTLINE.items():
-        check(content.get(key), kinds, key)
+def shown(form: Form, content: Json, *keys: str) -> str:
+    """The number at the end of the keys as text; a dash where there is none."""
+    return numbers.shown(number(content, *keys), form)
 
 
-def _run(path: Path, folder: Path | None, results: Json) -> Run:
-    record = read_json(folder / RUN) if folder is not None and (folder / RUN).exists() else {}
-    config = section(results, "config") or section(record, "config")
-    phases = [] if folder is None else [_phase(each, rows(results, PHASES)) for each in _phase_folders(folder)]
-    if not phases:
-        metrics = _read_metrics(folder / METRICS) if folder is not None else rows(results, "curve")
-        phases = [Phase(None, config, metrics, results)]
-    return Run(path, results, record, phases)
-
-
-def _phase_folders(folder: Path) -> list[Path]:
-    """`phases/1-alignment`, `phases/2-distillation`, … in their order, begun ones only."""
-    numbered = [
-        (int(each.name.split("-")[0]), each)
-        for each in (folder / PHASES).glob("[0-9]*-*")
-        if each.name.split("-")[0].isdigit() and ((each / RUN).exists() or (each / METRICS).exists())
-    ]
-    return [each for _, each in sorted(numbered)]
-
-
-def _phase(folder: Path, summaries: list[Json]) -> Phase:
-    name = folder.name.split("-", 1)[1]
-    results = read_json(folder / RESULTS) if (folder / RESULTS).exists() else {}
-    record = read_json(folder / RUN) if (folder / RUN).exists() else {}
-    summary = next((each for each in summaries if each.get("name") == name), {})
-    config = section(results, "config") or section(record, "config")
-    return Phase(name, config, _read_metrics(folder / METRICS), {**summary, **results})
-
-
-def read_json(path: Path) -> Json:
+def read_content(path: Path) -> Json:
     """Raises `UserError` for what cannot be read, or is no mapping."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -202,16 +146,77 @@ def read_json(path: Path) -> Json:
     return content
 
 
+def _at(content: Json, keys: Sequence[str]) -> Any:
+    value: Any = content
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _check_evaluation(content: Json, file: Path) -> None:
+    """Check format and OUTLINE. Values inside of the innermost containers are not checked.
+
+    Raises:
+        UserError: the format is another, or something is no mapping or list where one should be.
+    """
+
+    def check(value: Any, kinds: Sequence[type], where: str) -> None:
+        if value is None or not kinds:
+            return
+        if not isinstance(value, kinds[0]):
+            what = "mapping" if kinds[0] is dict else "list"
+            raise UserError("RESULTS", f"{str(file)!r} is damaged: {where} is not a {what}")
+        inside: Any = value
+        for key, inner in inside.items() if isinstance(inside, dict) else enumerate(inside):
+            check(inner, kinds[1:], f"{where}.{key}")
+
+    if content.get("format") != FORMAT:
+        raise UserError("RESULTS", f"{str(file)!r} has format {content.get('format')}, this version reads {FORMAT}")
+    for key, kinds in OUTLINE.items():
+        check(content.get(key), kinds, key)
+
+
+def _read_run(path: Path, results: Json) -> Run:
+    """A run from its folder, or from a file that holds results and `curve` alone."""
+    if path.is_file():
+        config = section(results, "config")
+        phases = [Phase(None, config, rows(results, "curve"), results)]
+        return Run(_name(config, path.stem), path, config, results, {}, phases)
+    folders = [
+        (int(number), folder)
+        for folder in (path / PHASES).glob("[0-9]*-*")
+        if (number := folder.name.split("-")[0]).isdigit() and any((folder / name).exists() for name in (RUN, METRICS))
+    ]
+    whole = _read_phase(path, None, results)
+    phases = []
+    for _, folder in sorted(folders):
+        name = folder.name.split("-", 1)[1]
+        summary = next((each for each in rows(results, PHASES) if each.get("name") == name), {})
+        phases.append(_read_phase(folder, name, {**summary, **_read_if_there(folder / RESULTS)}))
+    name = _name(whole.config, path.resolve().name)
+    return Run(name, path, whole.config, results, _read_if_there(path / RUN), phases or [whole])
+
+
+def _name(config: Json, otherwise: str) -> str:
+    project = config.get("project_name")
+    return project if isinstance(project, str) and project != "distillkit" else otherwise
+
+
+def _read_phase(folder: Path, name: str | None, results: Json) -> Phase:
+    config = section(results, "config") or section(_read_if_there(folder / RUN), "config")
+    return Phase(name, config, _read_metrics(folder / METRICS), results)
+
+
+def _read_if_there(path: Path) -> Json:
+    return read_content(path) if path.exists() else {}
+
+
 def _read_metrics(path: Path) -> list[Json]:
-    """The lines of a metrics file. Those that a kill cut off are left out."""
-    if not path.exists():
-        return []
+    """The lines of a metrics file, without those that a kill cut off."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except json.JSONDecodeError:
             continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
+    return [line for line in lines if isinstance(line, dict)]

@@ -1,4 +1,4 @@
-"""A headless Chromium spoken to over a pipe: what a page asks for, what it complains of, and how wide it is."""
+"""A headless Chromium, driven over a pipe: the requests of a page, its console messages, and its width."""
 
 import base64
 import json
@@ -81,13 +81,13 @@ class Page:
         path.write_bytes(base64.b64decode(image))
 
     def requests(self) -> list[str]:
-        """What the page has asked for, itself and `data:` left out."""
-        asked = [
+        """Requests of the page, without itself and `data:`."""
+        urls = [
             event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
         ]
-        return [url for url in asked[1:] if not url.startswith("data:")]
+        return [url for url in urls[1:] if not url.startswith("data:")]
 
-    def complaints(self) -> list[dict]:
+    def console_messages(self) -> list[dict]:
         """Errors and warnings of the console."""
         names = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
         return [event["params"] for event in self.events if event["method"] in names]

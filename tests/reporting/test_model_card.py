@@ -105,7 +105,7 @@ def test_no_path_inside_of_a_word_of_the_command(tmp_path):
     ]
 
 
-def test_licence_is_the_teachers_where_its_card_says_one(tmp_path):
+def test_licence_is_that_of_the_teachers_card(tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     (teacher / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Teacher\n")
@@ -173,7 +173,7 @@ def test_a_report_of_the_run_alone_keeps_the_evaluation_in_its_card(tmp_path, mo
 
 
 def test_a_folder_of_an_evaluation_gets_no_card(tmp_path):
-    with pytest.raises(UserError, match="holds no run, but an evaluation"):
+    with pytest.raises(UserError, match="holds an evaluation, not a run"):
         write_model_card(write_evaluation(tmp_path / "evaluation"))
 
 

@@ -33,7 +33,7 @@ def test_opens_without_errors_requests_or_overflow(report, width, dark):
         light = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert light == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
         assert page.requests() == []
-        assert page.complaints() == []
+        assert page.console_messages() == []
 
 
 def test_teacher_and_first_student_are_seen_on_a_telephone(report):

@@ -1,4 +1,4 @@
-"""What a report says: the numbers of the files, differences with their direction, and nothing that was not measured."""
+"""The content of a report: the numbers of the files, differences with their direction, nothing unmeasured."""
 
 import json
 import math
@@ -13,9 +13,8 @@ import yaml
 from distillkit.config import RunConfig, UserError
 from distillkit.reporting import write_report
 from distillkit.reporting.comparison import comparison
-from distillkit.reporting.markdown import table
-from distillkit.reporting.models import merge_models
-from distillkit.reporting.needles import score
+from distillkit.reporting.document import table
+from distillkit.reporting.evaluated import merge_models, score
 from distillkit.reporting.reading import Evaluation, read_results
 from distillkit.reporting.report import build_report
 from tests.reporting.examples import (
@@ -135,7 +134,7 @@ def test_tasks_that_one_model_lacks_are_not_averaged_with_the_others():
 
 
 @pytest.mark.parametrize(
-    ("higher_is_better", "value", "told"),
+    ("higher_is_better", "value", "note"),
     [
         (True, 0.60, "(+10.0 better)"),
         (True, 0.40, "(−10.0 worse)"),
@@ -146,13 +145,13 @@ def test_tasks_that_one_model_lacks_are_not_averaged_with_the_others():
         (True, 0.50, "(0.0)"),
     ],
 )
-def test_direction_of_a_difference(higher_is_better, value, told):
+def test_direction_of_a_difference(higher_is_better, value, note):
     def task(share):
         metrics = {"acc,none": {"value": share, "standard_error": 0.01}}
         return {"mine": {"metrics": metrics, "samples": 2500, "version": 1, "higher_is_better": higher_is_better}}
 
     content = evaluation(students=("hybrid",), benchmarks={"SmolLM2-135M": task(0.5), "hybrid": task(value)})
-    assert row(table_of(content), "mine (acc)")[1] == f"{100 * value:.1f}% ± 1.0 {told}"
+    assert row(table_of(content), "mine (acc)")[1] == f"{100 * value:.1f}% ± 1.0 {note}"
 
 
 def test_a_difference_of_what_has_no_error_is_never_chance():
@@ -185,7 +184,7 @@ def test_missing_parts_are_dashes(tmp_path):
     assert row(markdown, "decoding at 64k tokens, tokens/s")[1] == "–"
 
 
-def test_perplexity_that_overflowed_is_said_so(tmp_path):
+def test_perplexity_that_overflowed_is_infinite(tmp_path):
     content = evaluation(students=("hybrid",), needles={}, speed={})
     content["divergence"]["hybrid"]["student_perplexity"] = math.inf
     content["divergence"]["hybrid"]["positions"][0]["student_perplexity"] = math.inf
@@ -245,7 +244,7 @@ def test_the_teachers_error_counts_too():
     assert row(table_of(content), "perplexity") == ["16.40 ± 0.08", "16.60 ± 0.08 (+0.20 ≈)"]
 
 
-def test_tasks_that_were_asked_for_are_shown_and_subtasks_are_not():
+def test_requested_tasks_are_shown_and_subtasks_are_not():
     tasks = {name: scored(0.5, 0.5) for name in ("mmlu", "mmlu_history", "mmlu_pro", "gsm8k", "gsm8k_cot")}
     content = evaluation(students=("hybrid",), benchmarks={"hybrid": tasks})
     content["config"]["benchmarks"]["tasks"] = ["mmlu", "mmlu_pro", "gsm8k", "gsm8k_cot"]
@@ -274,7 +273,7 @@ def test_pictures_of_an_earlier_report_go_and_those_of_others_stay(tmp_path):
     assert {name.split("-")[0] for name in left} == {"mine.svg", "speed"}
 
 
-def test_a_trial_and_an_interrupted_evaluation_say_so_first(tmp_path):
+def test_a_trial_and_an_interrupted_evaluation_come_first(tmp_path):
     content = evaluation(finished=None, missing=[{"model": "hybrid", "suite": "speed", "task": ""}])
     content["config"] |= {"smoke": False, "limit": 5}
     lead = report_of(tmp_path, content).split("\n\n")[1].splitlines()
@@ -285,16 +284,16 @@ def test_a_trial_and_an_interrupted_evaluation_say_so_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "problem"),
     [
-        ({"models": {"hybrid": "a path"}}, "models.hybrid is no mapping"),
-        ({"needles": {"hybrid": {"niah_single_1": [3]}}}, "needles.hybrid.niah_single_1.0 is no mapping"),
-        ({"benchmarks": {"hybrid": {"arc_easy": 0.5}}}, "benchmarks.hybrid.arc_easy is no mapping"),
-        ({"speed": {"hybrid": {}}}, "speed.hybrid is no list"),
+        ({"models": {"hybrid": "a path"}}, "models.hybrid is not a mapping"),
+        ({"needles": {"hybrid": {"niah_single_1": [3]}}}, "needles.hybrid.niah_single_1.0 is not a mapping"),
+        ({"benchmarks": {"hybrid": {"arc_easy": 0.5}}}, "benchmarks.hybrid.arc_easy is not a mapping"),
+        ({"speed": {"hybrid": {}}}, "speed.hybrid is not a list"),
     ],
 )
-def test_a_damaged_file_is_told_in_one_line(tmp_path, changes, told):
-    with pytest.raises(UserError, match=f"is damaged: {re.escape(told)}"):
+def test_a_damaged_file_is_an_error_of_one_line(tmp_path, changes, problem):
+    with pytest.raises(UserError, match=f"is damaged: {re.escape(problem)}"):
         report_of(tmp_path, evaluation(**changes))
 
 
@@ -319,7 +318,7 @@ def test_run_before_and_after(tmp_path):
     assert '<td class="better">+43.9</td>' in page
 
 
-def test_a_run_that_got_worse_is_told_so(tmp_path):
+def test_a_run_that_got_worse_is_marked_worse(tmp_path):
     after = {**results()["divergence"]["after"], "kl": 9.0}
     content = results(divergence={"before": results()["divergence"]["before"], "after": after})
     write_report([write_run(tmp_path / "run", content, metrics())], tmp_path)
@@ -443,14 +442,14 @@ def test_commands_and_provenance(standard):
     assert row(markdown, "seed: needles") == ["7"]
 
 
-def test_failures_are_told(tmp_path):
+def test_failures_are_listed(tmp_path):
     failure = {"model": "hybrid", "suite": "benchmarks", "task": "gsm8k", "error": "OutOfMemoryError: 20 GiB\nat …"}
     markdown = report_of(tmp_path, evaluation(failures=[failure], needles={}, speed={}, divergence={}))
     assert row(markdown, "hybrid", "## Failures") == ["benchmarks", "gsm8k", "OutOfMemoryError: 20 GiB at …"]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "problem"),
     [
         ('{"kind": ', "is not JSON: Expecting value: line 1 column 10"),
         ("[1]", "holds no result of distillkit"),
@@ -458,11 +457,11 @@ def test_failures_are_told(tmp_path):
         ('{"kind": "distillkit-evaluation", "format": 99}', "has format 99, this version reads 1"),
     ],
 )
-def test_what_is_no_result_is_told_in_one_line(tmp_path, content, told):
+def test_a_file_without_results_is_an_error_of_one_line(tmp_path, content, problem):
     path = tmp_path / "results.json"
     path.write_text(content)
     for named in (path, tmp_path):
-        with pytest.raises(UserError, match=re.escape(told)):
+        with pytest.raises(UserError, match=re.escape(problem)):
             read_results([named])
 
 
@@ -477,8 +476,8 @@ def test_benchmark_records_with_a_curve_are_runs(tmp_path):
     path = Path(__file__).parents[2] / "benchmarks/results/smollm2_hybrid.json"
     report = build_report(read_results([path]))
     recorded = json.loads(path.read_text())
-    assert f"{recorded['training']['tokens']:,} tokens" in report.lead[0]
-    assert [section.title for section in report.sections] == ["Training", "Where the numbers come from"]
+    assert f"{recorded['training']['tokens']:,} tokens" in report.parts[0].lines[0]
+    assert [part.title for part in report.parts[1:]] == ["Training", "Where the numbers come from"]
 
 
 def test_teachers_of_two_evaluations_are_not_compared_with():

@@ -16,7 +16,7 @@ from tests.training.tiny import save_llama, save_text
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a run with phases, from conversion to card, and what it said."""
+    """The folder of a run with phases, from conversion to card, and its output."""
     folder = tmp_path_factory.mktemp("run")
     config = {
         "project_name": "tiny",
@@ -45,16 +45,16 @@ def finished(tmp_path_factory):
     return folder, console.export_text()
 
 
-def test_a_finished_run_has_its_report_and_card_and_says_so(finished):
-    folder, said = finished
+def test_a_finished_run_has_its_report_and_card_and_prints_their_paths(finished):
+    folder, printed = finished
     student = folder / "student"
     results = json.loads((student / "results.json").read_text())
-    assert f"report: {student / 'report.html'} and report.md; model card: {student / 'README.md'}" in said
+    assert f"report: {student / 'report.html'} and report.md; model card: {student / 'README.md'}" in printed
     markdown, card = (student / "report.md").read_text(), (student / "README.md").read_text()
     kl = {when: results["divergence"][when]["kl"] for when in ("before", "after")}
-    told = f"| KL(teacher‖student), nats per token | {kl['before']:.4f} | {kl['after']:.4f} |"
-    assert told in markdown
-    assert told in card
+    line = f"| KL(teacher‖student), nats per token | {kl['before']:.4f} | {kl['after']:.4f} |"
+    assert line in markdown
+    assert line in card
     assert f"| alignment | {results['phases'][0]['tokens']:,} | 3 |" in markdown
     assert "1 attn\\_mse" in card
     assert "full attention in layers 3, without positions (NoPE)" in card
@@ -96,9 +96,9 @@ def test_an_evaluation_joins_report_and_card(finished, capsys):
     ]
     results = json.loads((folder / "evaluation/results.json").read_text())
     measured = results["divergence"]["tiny"]
-    told = f"| KL(teacher‖student), nats per token | 0.0000 | {measured['kl']:.4f}"
-    assert told in (folder / "report/report.md").read_text()
-    assert told in (folder / "student/README.md").read_text()
+    line = f"| KL(teacher‖student), nats per token | 0.0000 | {measured['kl']:.4f}"
+    assert line in (folder / "report/report.md").read_text()
+    assert line in (folder / "student/README.md").read_text()
     markdown = (folder / "report/report.md").read_text()
     for title in ("Teacher and students", "Divergence", "Speed and memory", "Training"):
         assert f"## {title}\n" in markdown

@@ -15,6 +15,7 @@ from distillkit.evaluation.held_out import held_out_batches
 from distillkit.models.loading import load_model
 from distillkit.runs.writing import sha256
 from distillkit.shards import verify
+from distillkit.teacher.live import LiveTeacher
 from tests.training.captures import COMPRESSED, KL, captured, configuration, first_step, run
 from tests.training.tiny import BYTES, llama, save_llama, save_text, tokenizer
 
@@ -331,7 +332,7 @@ def test_held_out_rows_with_the_teachers_word_are_measured_against_it(inputs, tm
     said = run(configuration(inputs["student"], "", tmp_path / "run", training=training, **changes))
     rows = build_dataset(DatasetSource(disk_path=inputs["whole"]), tokenizer(), 64, seed=42, prepacked=True)
     models = load_model(inputs["teacher"]), load_model(inputs["student"])
-    live = measure_divergence(*models, held_out_batches(rows, 8), num_tokens=400)
+    live = measure_divergence(LiveTeacher(models[0]), models[1], held_out_batches(rows, 8), num_tokens=400)
     before = divergences(tmp_path / "run")["before"]
     assert before["kl"] == pytest.approx(live.kl, rel=1e-4)
     assert before["agreement"] == pytest.approx(live.agreement)
