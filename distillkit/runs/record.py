@@ -1,0 +1,77 @@
+"""`run.json`: what a run or a phase was started with, and facts that a resumed run needs again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from distillkit.config import RunConfig
+from distillkit.runs.names import RUN
+from distillkit.runs.provenance import command, commit, versions, without_secrets
+from distillkit.runs.writing import read_json, write_json
+
+Json = dict[str, Any]
+
+_ORIGIN = ("started", "command", "versions", "commit")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of `run.json`. Facts that are None are not written; where the run came from always is."""
+
+    config: Json
+    """As `kept_config` gives it: the top level's for a run, the whole configuration of a phase for a phase."""
+    started: str | None = None
+    command: str | None = None
+    versions: Json | None = None
+    commit: str | None = None
+    resumed: list[Json] | None = None
+    """`started`, `command`, `versions` and `commit` of each time that the run was resumed."""
+    converted: Json | None = None
+    """Sections `student` and `teacher` that the folder `untrained` was made from."""
+    embedding_rows: int | None = None
+    """Rows of the student's embeddings before these grew."""
+    origins: Json | None = None
+    """Digests of the student's and the teacher's weights, and sizes of the data files."""
+    verified: dict[str, str] | None = None
+    """Per key of a captured dataset, a digest of the state of its files when they were verified."""
+    schedule: Json | None = None
+    divergence_before: Json | None = None
+    pushed: Json | None = None
+    """Where on the hub the finished run was uploaded to."""
+
+    def write(self, folder: Path) -> None:
+        content = {name: value for name, value in asdict(self).items() if value is not None or name in _ORIGIN}
+        write_json(folder / RUN, content)
+
+
+def new_record(config: RunConfig, **facts: Any) -> RunRecord:
+    """The record of a run that begins now."""
+    return RunRecord(config=kept_config(config), **origin(), **facts)
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record in a folder; None where there is none."""
+    content = read_json(folder / RUN)
+    if not content:
+        return None
+    known = {each.name for each in fields(RunRecord)}
+    return RunRecord(**{"config": {}, **{name: value for name, value in content.items() if name in known}})
+
+
+def origin() -> Json:
+    """When a run was started or resumed, and by what."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def kept_config(config: RunConfig) -> Json:
+    """The configuration as files keep it, which others may read: without keys of servers and tokens of the hub."""
+    kept: Json = without_secrets(config.model_dump(mode="json"))
+    return kept

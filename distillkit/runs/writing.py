@@ -1,0 +1,112 @@
+"""Files that are whole or not there: write under another name, fsync, rename.
+
+Unfinished files have names of their own, so that any number of processes may write into one folder, even the same file.
+They are locked meanwhile, so that what a killed process left behind can be told from what a living one writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_UNFINISHED = ".unfinished"
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system answers that has no hard links."""
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part, even after a power cut."""
+    with _whole_or_not_at_all(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file for people and programs, whole as `write_whole` does."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none."""
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def write_first(path: Path, content: bytes) -> None:
+    """Write a file whole, unless there is one: of processes that do so at the same time, one has its way."""
+    with suppress(FileExistsError), _whole_or_not_at_all(path, _link) as file:
+        file.write(content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the unfinished files of this machine that nobody writes any more.
+
+    Locks do not reach other machines on every file system, so what those write is left alone.
+    """
+    for path in folder.glob(f".*.{_host()}.*{_UNFINISHED}"):
+        # A file that is gone was finished meanwhile; one that cannot be locked is being written.
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+def _link(staged: Path, path: Path) -> None:
+    try:
+        os.link(staged, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.replace(staged, path)
+
+
+@contextmanager
+def _whole_or_not_at_all(path: Path, publish: Callable[[Path, Path], object] = os.replace) -> Iterator[BinaryIO]:
+    """A file that becomes `path` when the block ends, and is gone when it does not end well."""
+    staged = path.with_name(f".{path.name}.{_host()}.{secrets.token_hex(4)}{_UNFINISHED}")
+    try:
+        with _locked(staged) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            publish(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+    flush(path.parent)  # so that the rename is on disk too
+
+
+def _locked(path: Path) -> BinaryIO:
+    """A new file with a lock on it, which ends with the process, however that ends."""
+    while True:
+        file = path.open("xb")
+        with suppress(OSError):  # a file system without locks: there leftovers stay
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return file
+        file.close()  # taken for a leftover in the moment before it was locked
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
