@@ -76,7 +76,7 @@ def _about_held_out_text(config: RunConfig) -> Iterator[UserError]:
     if held_out is None:
         yield UserError(
             "dataset.eval_dataset",
-            "there is no held-out text, so nothing will say how far the student is from its teacher; name some",
+            "there is no held-out text, so the distance from student to teacher is not measured; name some",
         )
     elif held_out == config.dataset.train_dataset:
         yield UserError("dataset.eval_dataset", "is the training text; name text that is held out")
@@ -104,14 +104,14 @@ def _about_teacher(
     if in_files is not None and abs(in_files - counted) > 0.02 * counted:
         yield UserError(
             "teacher.path",
-            f"its files hold {in_files:,} numbers, its config.json describes {counted:,} parameters; see "
-            "that the two belong together",
+            f"its files hold {in_files:,} numbers, its config.json describes {counted:,} parameters; "
+            "check that the two belong together",
         )
     if teacher.vocab_size != student.vocab_size:
         yield UserError(
             "model",
             f"has {student.vocab_size:,} rows of embeddings, the teacher {teacher.vocab_size:,}; losses compare "
-            "the tokens that both have; see that the tokenizers are the same",
+            "the tokens that both have; check that the tokenizers are the same",
         )
 
 
@@ -175,7 +175,7 @@ def about_phase(
 
 
 def _pattern_errors(student: nn.Module, config: RunConfig) -> list[UserError]:
-    """Each pattern and name by itself, as the run would say it, and then what they leave to train."""
+    """Each pattern and name by itself, as the run checks it; then whether anything is left to train."""
     frozen = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     tries: list[tuple[list[str], list[str]]] = [
         ([], config.frozen_modules[: index + 1]) for index in range(len(config.frozen_modules))
@@ -202,8 +202,8 @@ def _about_batches(settings: Settings, timing: Schedule, gpus: int) -> Iterator[
     if count > 1 and count % gpus:
         yield UserError(
             key,
-            f"{count} micro-batches cannot be divided over {gpus} GPUs; use a multiple of {gpus} and give each "
-            "GPU its share, to keep the step that you have on one",
+            f"{count} micro-batches cannot be divided over {gpus} GPUs; use a multiple of {gpus} and divide "
+            f"it by {gpus} to keep the step of one GPU",
         )
     elif count > 1:
         yield UserError(
@@ -280,7 +280,7 @@ def _about_rows(
         yield UserError(
             "resize_embeddings_to_multiple_of",
             f"the head has {rows:,} rows and is copied to a multiple of 64 for each "
-            "batch, for matrix products on CUDA are slow otherwise; set 64 to have it so",
+            "batch, because matrix products on CUDA are slow otherwise; set it to 64",
         )
     if not config.dataset.packing and not config.dataset.prepacked:
         yield UserError(
