@@ -89,18 +89,20 @@ def _print_plan(described: Run | CaptureConfig, *, gpu: str = "H100", gpus: int 
         )
     from rich.console import Console
 
-    from distillkit.planning import CapturePlan, RunPlan, plan_capture, plan_run
+    from distillkit.planning import CapturePlan, RunPlan, capture_tables, plan_capture, plan_run, run_tables
 
     plan: RunPlan | CapturePlan
     match described:
         case Run():
             plan = plan_run(described, gpu=gpu, gpus=gpus)
+            tables = run_tables(plan)
         case CaptureConfig():
             plan = plan_capture(described, gpu=gpu)
+            tables = capture_tables(plan)
     if as_json:
         typer.echo(json.dumps(plan.as_dict(), indent=2, ensure_ascii=False))
     else:
-        Console().print(plan)
+        Console().print(tables)
     if plan.errors:
         raise typer.Exit(FAILED)
 

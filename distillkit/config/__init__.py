@@ -16,4 +16,3 @@ from distillkit.config.student import InitializationConfig as InitializationConf
 from distillkit.config.student import StudentConfig as StudentConfig
 from distillkit.config.teacher import DatasetTeacherConfig as DatasetTeacherConfig
 from distillkit.config.teacher import HFTeacherConfig as HFTeacherConfig
-from distillkit.config.tokens import token_text as token_text

@@ -34,14 +34,6 @@ def parse_tokens(value: Any) -> Any:
     return int(count)
 
 
-def token_text(count: int) -> str:
-    """The number as `parse_tokens` reads it, in three digits at most: `300M`, `1.5B`, `20k`, `999`."""
-    size, unit = next(
-        ((size, unit) for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)) if count >= 0.9995 * size), (1, "")
-    )
-    return f"{float(f'{count / size:.3g}'):g}{unit}"
-
-
 TokenBudget = Annotated[
     int | None,
     BeforeValidator(parse_tokens),

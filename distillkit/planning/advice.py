@@ -1,4 +1,4 @@
-"""What a careful colleague would say about a run before it starts: one line each, the key and what to do about it."""
+"""What is doubtful about a run before it starts: one line each, with the key, the problem and the remedy."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from distillkit.config import HFTeacherConfig, Run, RunConfig, UserError
 from distillkit.config.losses import ATTENTION_FUNCTIONS
 from distillkit.config.readiness import check_ready
-from distillkit.config.tokens import token_text
+from distillkit.formatting import GIB, token_text
 from distillkit.models.decoder import head
-from distillkit.planning.gpus import GIB, GPU
+from distillkit.planning.gpus import GPU
 from distillkit.planning.meta_models import parameters_in_files
 from distillkit.planning.result import PhasePlan, RunPlan
 from distillkit.planning.settings import Settings
@@ -57,19 +57,15 @@ def _about_places(config: RunConfig, plan: RunPlan) -> Iterator[UserError]:
     parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if plan.disk_peak > free:
-        yield (
-            UserError(
-                "output_path",
-                f"needs {plan.disk_peak / GIB:.0f} GiB, and {free / GIB:.0f} GiB are free there; name "
-                "another, or lower training_args.save_total_limit",
-            )
+        yield UserError(
+            "output_path",
+            f"needs {plan.disk_peak / GIB:.0f} GiB, and {free / GIB:.0f} GiB are free there; name "
+            "another, or lower training_args.save_total_limit",
         )
     settings = Settings.of(config)
     if settings.push_to_hub and settings.hub_model_id is None:
-        yield (
-            UserError(
-                "training_args.hub_model_id", f"is missing, push_to_hub would make one named {output.name!r}; name it"
-            )
+        yield UserError(
+            "training_args.hub_model_id", f"is missing, push_to_hub would make one named {output.name!r}; name it"
         )
 
 
@@ -78,11 +74,9 @@ def _about_held_out_text(config: RunConfig) -> Iterator[UserError]:
     if config.evaluation is not None and config.evaluation.dataset is not None:
         held_out = config.evaluation.dataset
     if held_out is None:
-        yield (
-            UserError(
-                "dataset.eval_dataset",
-                "there is no held-out text, so nothing will say how far the student is from its teacher; name some",
-            )
+        yield UserError(
+            "dataset.eval_dataset",
+            "there is no held-out text, so the distance from student to teacher is not measured; name some",
         )
     elif held_out == config.dataset.train_dataset:
         yield UserError("dataset.eval_dataset", "is the training text; name text that is held out")
@@ -101,30 +95,23 @@ def _about_teacher(
     quantised = config.teacher.path.endswith(".gguf") or "gguf_file" in config.teacher.kwargs
     by_default = torch.float32 if quantised else teacher.dtype or torch.float32
     if str(given).endswith("float32") or (given in (None, "auto") and by_default == torch.float32):
-        yield (
-            UserError(
-                "teacher.kwargs.dtype",
-                "the teacher is loaded in float32, at twice the memory and a fraction of the speed; "
-                "set dtype: bfloat16",
-            )
+        yield UserError(
+            "teacher.kwargs.dtype",
+            "the teacher is loaded in float32, at twice the memory and a fraction of the speed; set dtype: bfloat16",
         )
     in_files = parameters_in_files(config.teacher.path)
     counted = plan.teacher_parameters or 0
     if in_files is not None and abs(in_files - counted) > 0.02 * counted:
-        yield (
-            UserError(
-                "teacher.path",
-                f"its files hold {in_files:,} numbers, its config.json describes {counted:,} parameters; see "
-                "that the two belong together",
-            )
+        yield UserError(
+            "teacher.path",
+            f"its files hold {in_files:,} numbers, its config.json describes {counted:,} parameters; "
+            "check that the two belong together",
         )
     if teacher.vocab_size != student.vocab_size:
-        yield (
-            UserError(
-                "model",
-                f"has {student.vocab_size:,} rows of embeddings, the teacher {teacher.vocab_size:,}; losses compare "
-                "the tokens that both have; see that the tokenizers are the same",
-            )
+        yield UserError(
+            "model",
+            f"has {student.vocab_size:,} rows of embeddings, the teacher {teacher.vocab_size:,}; losses compare "
+            "the tokens that both have; check that the tokenizers are the same",
         )
 
 
@@ -149,12 +136,10 @@ def _about_lengths(
     longest = max(phase.sequence_length for phase in phases)
     reach = 0 if teacher is None else teacher.max_position_embeddings
     if nope and longest < reach:
-        yield (
-            UserError(
-                "sequence_length",
-                f"is at most {longest:,}; with NoPE layers retrieval fails past the length trained on, "
-                f"and the published advice is to train on twice the length that will be used (teacher: {reach:,})",
-            )
+        yield UserError(
+            "sequence_length",
+            f"is at most {longest:,}; with NoPE layers retrieval fails past the length trained on, "
+            f"and the published advice is to train on twice the length that will be used (teacher: {reach:,})",
         )
 
 
@@ -190,7 +175,7 @@ def about_phase(
 
 
 def _pattern_errors(student: nn.Module, config: RunConfig) -> list[UserError]:
-    """Each pattern and name by itself, as the run would say it, and then what they leave to train."""
+    """Each pattern and name by itself, as the run checks it; then whether anything is left to train."""
     frozen = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     tries: list[tuple[list[str], list[str]]] = [
         ([], config.frozen_modules[: index + 1]) for index in range(len(config.frozen_modules))
@@ -215,49 +200,39 @@ def _about_batches(settings: Settings, timing: Schedule, gpus: int) -> Iterator[
         return
     key, count = "training_args.gradient_accumulation_steps", settings.accumulation
     if count > 1 and count % gpus:
-        yield (
-            UserError(
-                key,
-                f"{count} micro-batches cannot be divided over {gpus} GPUs; use a multiple of {gpus} and give each "
-                "GPU its share, to keep the step that you have on one",
-            )
+        yield UserError(
+            key,
+            f"{count} micro-batches cannot be divided over {gpus} GPUs; use a multiple of {gpus} and divide "
+            f"it by {gpus} to keep the step of one GPU",
         )
     elif count > 1:
-        yield (
-            UserError(
-                key,
-                f"is per GPU, so a step is {timing.tokens_per_step:,} tokens, {gpus} times that of one GPU; "
-                f"use {count // gpus} to keep that one",
-            )
+        yield UserError(
+            key,
+            f"is per GPU, so a step is {timing.tokens_per_step:,} tokens, {gpus} times that of one GPU; "
+            f"use {count // gpus} to keep that one",
         )
     else:
         rows = settings.batch_size
         keep = f"use {rows // gpus} to keep that one" if rows % gpus == 0 else "choose the learning rate for it"
-        yield (
-            UserError(
-                "training_args.per_device_train_batch_size",
-                f"is per GPU, so a step is {timing.tokens_per_step:,} tokens, {gpus} times that of one GPU; {keep}",
-            )
+        yield UserError(
+            "training_args.per_device_train_batch_size",
+            f"is per GPU, so a step is {timing.tokens_per_step:,} tokens, {gpus} times that of one GPU; {keep}",
         )
 
 
 def _about_budget(config: RunConfig, settings: Settings, timing: Schedule) -> Iterator[UserError]:
     budget = "tokens" if config.tokens is not None else "training_args.max_steps"
     if timing.passes is not None and timing.passes > 1.5 and (config.tokens or settings.max_steps > 0):
-        yield (
-            UserError(
-                budget,
-                f"reads the data about {timing.passes:.1f} times ({token_text(timing.tokens or 0)} of about "
-                f"{token_text(timing.available.tokens if timing.available else 0)} tokens); add text, or lower it",
-            )
+        yield UserError(
+            budget,
+            f"reads the data about {timing.passes:.1f} times ({token_text(timing.tokens or 0)} of about "
+            f"{token_text(timing.available.tokens if timing.available else 0)} tokens); add text, or lower it",
         )
     steps = timing.steps
     if steps is not None and settings.warmup >= 1 and steps <= settings.warmup:
-        yield (
-            UserError(
-                "training_args.warmup_steps",
-                f"{settings.warmup:.0f} steps of warmup are all of {steps} steps; lower it, or raise {budget}",
-            )
+        yield UserError(
+            "training_args.warmup_steps",
+            f"{settings.warmup:.0f} steps of warmup are all of {steps} steps; lower it, or raise {budget}",
         )
     if config.tokens is not None and config.tokens < timing.tokens_per_step:
         yield UserError(
@@ -268,20 +243,16 @@ def _about_budget(config: RunConfig, settings: Settings, timing: Schedule) -> It
 def _about_precision(config: RunConfig, settings: Settings, gpu: GPU) -> Iterator[UserError]:
     in_bf16 = config.trained_weights == "bfloat16"
     if in_bf16 and settings.learning_rate < SMALLEST_BF16_RATE:
-        yield (
-            UserError(
-                "training_args.learning_rate",
-                f"{settings.learning_rate:g} is small for trained_weights: bfloat16, where a "
-                f"step is mostly rounding; use {SMALLEST_BF16_RATE:g} or more, or trained_weights: float32",
-            )
+        yield UserError(
+            "training_args.learning_rate",
+            f"{settings.learning_rate:g} is small for trained_weights: bfloat16, where a "
+            f"step is mostly rounding; use {SMALLEST_BF16_RATE:g} or more, or trained_weights: float32",
         )
     if in_bf16 and settings.accumulation >= LOSSY_ADDENDS:
-        yield (
-            UserError(
-                "training_args.gradient_accumulation_steps",
-                f"the gradients of {settings.accumulation} micro-batches are "
-                "added up in bfloat16, which loses more than 1 % of them; use larger micro-batches, or float32",
-            )
+        yield UserError(
+            "training_args.gradient_accumulation_steps",
+            f"the gradients of {settings.accumulation} micro-batches are "
+            "added up in bfloat16, which loses more than 1 % of them; use larger micro-batches, or float32",
         )
     if gpu.cuda and settings.compute_dtype == torch.float32:
         yield UserError("training_args.bf16", "is off, so that everything is in float32; set bf16: true")
@@ -293,29 +264,23 @@ def _about_rows(
     length = config.sequence_length
     asked = any(loss.function != "cross_entropy" for loss in config.loss_functions)
     if teacher is not None and asked and length > teacher.max_position_embeddings:
-        yield (
-            UserError(
-                "sequence_length",
-                f"{length:,} tokens, but the teacher was trained for {teacher.max_position_embeddings:,}, "
-                "and its word beyond is worth little; lower it, or use cross_entropy alone",
-            )
+        yield UserError(
+            "sequence_length",
+            f"{length:,} tokens, but the teacher was trained for {teacher.max_position_embeddings:,}, "
+            "and its distribution beyond that is unreliable; lower it, or use cross_entropy alone",
         )
     if length >= LONG and not settings.gradient_checkpointing and gpu.cuda:
-        yield (
-            UserError(
-                "training_args.gradient_checkpointing",
-                f"is off at {length:,} tokens per row; set it to true for a third "
-                "more work and a fraction of the activations",
-            )
+        yield UserError(
+            "training_args.gradient_checkpointing",
+            f"is off at {length:,} tokens per row; set it to true for a third "
+            "more work and a fraction of the activations",
         )
     rows = head(student)[0].shape[0]
     if gpu.cuda and rows % 64:
-        yield (
-            UserError(
-                "resize_embeddings_to_multiple_of",
-                f"the head has {rows:,} rows and is copied to a multiple of 64 for each "
-                "batch, for matrix products on CUDA are slow otherwise; set 64 to have it so",
-            )
+        yield UserError(
+            "resize_embeddings_to_multiple_of",
+            f"the head has {rows:,} rows and is copied to a multiple of 64 for each "
+            "batch, because matrix products on CUDA are slow otherwise; set it to 64",
         )
     if not config.dataset.packing and not config.dataset.prepacked:
         yield UserError(
@@ -323,9 +288,7 @@ def _about_rows(
         )
 
 
-def remedies(
-    plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU, teacher_parameters: int | None
-) -> list[UserError]:
+def remedies(plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU) -> list[UserError]:
     """Where a phase does not fit: the keys that would help most, with about how much each gives back."""
     if plan.memory is None or plan.cost is None or plan.memory <= gpu.memory:
         return []

@@ -1,12 +1,9 @@
-"""What a capture would cost: the teacher's pass over the text, and the bytes of what it says."""
+"""What a capture would cost: the teacher's pass over the text, and the bytes of its stored outputs."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Group
 from transformers import PreTrainedModel
 
 from distillkit.compression import build_codec
@@ -17,37 +14,11 @@ from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.gpus import CONTEXT, GPU, find_gpu, seconds
 from distillkit.planning.ledger import Ledger, without_data
 from distillkit.planning.meta_models import read_config, teacher_on_meta
-from distillkit.planning.tables import capture_tables
-from distillkit.planning.tokens import Amount, amount
+from distillkit.planning.result import CapturePlan
+from distillkit.planning.tokens import amount
 
 _TOKEN = 4
-"""Bytes of a token's id beside its outputs; labels are stored where they say more."""
-
-
-@dataclass(frozen=True)
-class CapturePlan:
-    """What a capture would cost on one GPU. Bytes, seconds, tokens."""
-
-    gpu: GPU
-    teacher: str
-    teacher_parameters: int
-    available: Amount | None
-    """Tokens that are captured; None where the text is on the hub."""
-    bytes_per_token: int
-    disk: int | None
-    memory: float
-    gflops_per_token: float
-    tokens_per_second: float | None
-    seconds: float | None
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return asdict(self) | {"fits": self.memory <= self.gpu.memory, "estimate": True}
-
-    def __rich__(self) -> Group:
-        return capture_tables(self)
+"""Bytes of a token's id beside its outputs; labels are stored only where they differ."""
 
 
 def plan_capture(config: CaptureConfig, *, gpu: str = "H100") -> CapturePlan:

@@ -1,4 +1,4 @@
-"""What autocast does on CUDA and not on a CPU, where the rehearsal of a step takes place."""
+"""What autocast does on CUDA and not on a CPU, where a step is simulated."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

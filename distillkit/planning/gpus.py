@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from distillkit.config import UserError
-
-GIB = 2**30
+from distillkit.formatting import GIB
 
 CONTEXT = 0.8 * GIB
 """What CUDA, cuBLAS and compiled kernels take beside PyTorch's own memory."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from distillkit.compression import build_codec
@@ -23,7 +23,7 @@ from distillkit.planning.meta_models import (
 )
 from distillkit.planning.result import PhasePlan, RunPlan
 from distillkit.planning.settings import Settings
-from distillkit.planning.step import FakeCapturedTeacher, StepCost, reached_by, rehearse
+from distillkit.planning.step import FakeCapturedTeacher, StepCost, reached_by, simulate_step
 from distillkit.planning.tokens import schedule
 from distillkit.shards import read_manifest
 from distillkit.teacher import Teacher
@@ -35,50 +35,60 @@ from distillkit.training.precision import cast_for_training
 def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
     """The plan of a run, with phases or without, on so many GPUs of one kind.
 
-    Raises `UserError` where a model's configuration cannot be read; what else is wrong is among the plan's errors.
+    Raises `UserError` where a model's configuration cannot be read; other errors are listed in the plan.
     """
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it says of a configuration, the run says
+    transformers_logging.set_verbosity_error()  # the run itself prints what transformers warns of
     try:
         return _plan(as_run(run), find_gpu(gpu), gpus)
     finally:
         transformers_logging.set_verbosity(level)
 
 
+@dataclass(frozen=True)
+class _PlannedPhase:
+    phase: Phase
+    plan: PhasePlan
+    errors: list[UserError]
+    warnings: list[UserError]
+    teacher_parameters: int | None
+    teacher_itemsize: int
+    """Bytes of a weight of the teacher; 0 for a captured one."""
+
+
 def _plan(run: Run, device: GPU, gpus: int) -> RunPlan:
-    first = run.phases[0].config
-    teacher = _teacher_config(first)
-    student = student_config(first, teacher)
-    makers = [_PhaseMaker(phase, student, device, gpus) for phase in run.phases]
-    made = [maker.plan() for maker in makers]
+    config = run.phases[0].config
+    teacher = _teacher_config(config)
+    student = student_config(config, teacher)
+    planned = [_plan_phase(phase, student, device, gpus) for phase in run.phases]
+    first = planned[0]
+    parameters = sum(total for total, _ in first.plan.groups.values())
     plan = RunPlan(
         gpu=device,
         gpus=gpus,
-        teacher=first.teacher.path if isinstance(first.teacher, HFTeacherConfig) else first.teacher.kind,
-        teacher_parameters=makers[0].teacher_parameters,
-        student_parameters=sum(total for total, _ in made[0].groups.values()),
-        phases=made,
-        untrained=makers[0].untrained if first.student is not None else 0,
+        teacher=config.teacher.path if isinstance(config.teacher, HFTeacherConfig) else config.teacher.kind,
+        teacher_parameters=first.teacher_parameters,
+        student_parameters=parameters,
+        phases=[each.plan for each in planned],
+        untrained=parameters * first.teacher_itemsize if config.student is not None else 0,
     )
     errors, warnings = about_run(run, plan, teacher, student)
-    for maker in makers:
-        errors = errors + maker.errors
-    warnings += _each_once(makers)
-    return replace(plan, errors=errors, warnings=warnings)
+    errors += [str(each.phase.located(error)) for each in planned for error in each.errors]
+    return replace(plan, errors=errors, warnings=warnings + _phase_warnings(planned))
 
 
-def _each_once(makers: "list[_PhaseMaker]") -> list[str]:
-    """Each line under the key as the YAML has it: a phase's own, or the top level's, once for all that inherit it."""
+def _phase_warnings(planned: list[_PlannedPhase]) -> list[str]:
+    """Each warning under the key as the YAML has it; one about a key of the top level once for all its phases."""
     inherited: dict[str, list[str]] = {}
     lines = []
-    for maker in makers:
-        for warning in maker.warnings:
-            if maker.phase.names(warning.key):
-                lines.append(str(maker.phase.located(warning)))
+    for each in planned:
+        for warning in each.warnings:
+            if each.phase.names(warning.key):
+                lines.append(str(each.phase.located(warning)))
             else:
-                inherited.setdefault(str(warning), []).append(maker.phase.name)
+                inherited.setdefault(str(warning), []).append(each.phase.name)
     for line, names in inherited.items():
-        lines.append(line if len(names) == len(makers) else f"{line} (phase {', '.join(names)})")
+        lines.append(line if len(names) == len(planned) else f"{line} (phase {', '.join(names)})")
     return lines
 
 
@@ -89,92 +99,71 @@ def _teacher_config(config: RunConfig) -> PreTrainedConfig | None:
     return read_config(teacher.path, "teacher.path", teacher.kwargs, config.trust_remote_code)
 
 
-@dataclass
-class _PhaseMaker:
-    """Makes the plan of one phase, and notes what is doubtful on the way."""
-
-    phase: Phase
-    student_config: PreTrainedConfig
-    gpu: GPU
-    gpus: int
-
-    def __post_init__(self) -> None:
-        self.config = self.phase.config
-        self.settings = Settings.of(self.config)
-        self.errors: list[str] = []
-        self.warnings: list[UserError] = []
-        self.teacher_parameters: int | None = None
-        self.untrained = 0
-
-    def plan(self) -> PhasePlan:
-        config, settings = self.config, self.settings
-        teacher_config = _teacher_config(config)
-        teacher = self._teacher(teacher_config)
-        student = student_model(config, self.student_config)
-        freeze_matching(student, config.frozen_res, config.frozen_modules)
-        reached = reached_by(student, config)
-        groups = parameter_groups(student, reached)
-        trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
-        cast_for_training(student, settings.compute_dtype, trained_dtype)
-        if teacher.model is not None:
-            self.teacher_parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
-            self.untrained = sum(total for total, _ in groups.values()) * teacher.model.dtype.itemsize
-        timing = schedule(config, settings, self.gpus)
-        disk = disk_use(student, settings, reached, masters=not self.phase.is_last)
-        errors, warnings = about_phase(config, settings, timing, student, reached, teacher_config, self.gpu, self.gpus)
-        cost = self._rehearse(teacher, student) if reached else None
-        made = PhasePlan(
-            name=self.phase.name if self.phase.changes is not None else "",
-            sequence_length=config.sequence_length,
-            losses=[loss.function for loss in config.loss_functions],
-            schedule=timing,
-            trainable=sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad),
-            trained=sum(parameter.numel() for parameter in reached),
-            groups=groups,
-            cost=cost,
-            micro_batch=settings.batch_size * config.sequence_length,
-            seconds=None,
-            tokens_per_second=None,
-            disk=disk,
-        )
-        made = self._timed(made, student.config)
-        warnings += remedies(made, config, settings, self.gpu, self.teacher_parameters)
-        self.errors += [str(self.phase.located(error)) for error in errors]
-        self.warnings += warnings
-        return made
-
-    def _teacher(self, config: PreTrainedConfig | None) -> Teacher:
-        if isinstance(self.config.teacher, HFTeacherConfig):
-            assert config is not None
-            return LiveTeacher(teacher_on_meta(config, self.config.teacher, self.config.trust_remote_code))
-        return _captured(self.config, self.student_config.vocab_size)
-
-    def _rehearse(self, teacher: Teacher, student: PreTrainedModel) -> StepCost | None:
+def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: int) -> _PlannedPhase:
+    config, settings = phase.config, Settings.of(phase.config)
+    teacher_config = _teacher_config(config)
+    teacher = _teacher(config, teacher_config, student_config.vocab_size)
+    student = student_model(config, student_config)
+    freeze_matching(student, config.frozen_res, config.frozen_modules)
+    reached = reached_by(student, config)
+    groups = parameter_groups(student, reached)
+    trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
+    cast_for_training(student, settings.compute_dtype, trained_dtype)
+    model = teacher.model
+    teacher_parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
+    timing = schedule(config, settings, gpus)
+    disk = disk_use(student, settings, reached, masters=not phase.is_last)
+    errors, warnings = about_phase(config, settings, timing, student, reached, teacher_config, gpu, gpus)
+    cost = None
+    if reached:
         try:
-            return rehearse(self.config, self.settings, teacher, student, cuda=self.gpu.cuda, gpus=self.gpus)
-        except UserError as error:  # losses that these two models cannot have
-            self.errors.append(str(self.phase.located(error)))
-            return None
+            cost = simulate_step(config, settings, teacher, student, cuda=gpu.cuda, gpus=gpus)
+        except UserError as error:  # a loss that these two models cannot have
+            errors.insert(0, error)
+    micro_batch = settings.batch_size * config.sequence_length
+    speed = None
+    if cost is not None and (time := _batch_seconds(cost, config, settings, gpu, student.config)) is not None:
+        speed = micro_batch * gpus / time
+    plan = PhasePlan(
+        name=phase.name if phase.changes is not None else "",
+        sequence_length=config.sequence_length,
+        losses=[loss.function for loss in config.loss_functions],
+        schedule=timing,
+        trainable=sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad),
+        trained=sum(parameter.numel() for parameter in reached),
+        groups=groups,
+        cost=cost,
+        micro_batch=micro_batch,
+        seconds=None if speed is None or timing.tokens is None else timing.tokens / speed,
+        tokens_per_second=speed,
+        disk=disk,
+    )
+    warnings += remedies(plan, config, settings, gpu)
+    itemsize = 0 if model is None else model.dtype.itemsize
+    return _PlannedPhase(phase, plan, errors, warnings, teacher_parameters, itemsize)
 
-    def _timed(self, made: PhasePlan, student: PreTrainedConfig) -> PhasePlan:
-        if made.cost is None:
-            return made
-        # Alignment calls attention alone: little of it is there to be compiled, and few kernels are started.
-        whole_layers = not align_attention_alone(self.config.loss_functions)
-        per_batch = seconds(
-            sum(made.cost.flops.values()),
-            made.cost.attention_flops,
-            self.gpu,
-            student.hidden_size,
-            self.settings.compute_dtype,
-            compiled=self.settings.torch_compile and whole_layers,
-            trained_layers=student.num_hidden_layers if whole_layers else 0,
-        )
-        if per_batch is None:
-            return made
-        speed = made.micro_batch * self.gpus / per_batch
-        tokens = made.schedule.tokens
-        return replace(made, seconds=None if tokens is None else tokens / speed, tokens_per_second=speed)
+
+def _batch_seconds(
+    cost: StepCost, config: RunConfig, settings: Settings, gpu: GPU, student: PreTrainedConfig
+) -> float | None:
+    # Alignment calls attention alone: little of it can be compiled, and few kernels are started.
+    whole_layers = not align_attention_alone(config.loss_functions)
+    return seconds(
+        sum(cost.flops.values()),
+        cost.attention_flops,
+        gpu,
+        student.hidden_size,
+        settings.compute_dtype,
+        compiled=settings.torch_compile and whole_layers,
+        trained_layers=student.num_hidden_layers if whole_layers else 0,
+    )
+
+
+def _teacher(config: RunConfig, teacher_config: PreTrainedConfig | None, vocabulary_size: int) -> Teacher:
+    if isinstance(config.teacher, HFTeacherConfig):
+        assert teacher_config is not None
+        return LiveTeacher(teacher_on_meta(teacher_config, config.teacher, config.trust_remote_code))
+    return _captured(config, vocabulary_size)
 
 
 def _captured(config: RunConfig, vocabulary: int) -> FakeCapturedTeacher:
@@ -182,12 +171,11 @@ def _captured(config: RunConfig, vocabulary: int) -> FakeCapturedTeacher:
     teacher = config.teacher
     folder = config.dataset.train_dataset.disk_path
     manifest = None if folder is None else read_manifest(Path(folder))
-    if manifest is not None:
-        codec = build_codec(manifest.codec_kind, manifest.codec_config)
-        return FakeCapturedTeacher(codec.k, codec.vocabulary_size, codec.bytes_per_token)
+    stored = None if manifest is None else (manifest.codec_kind, manifest.codec_config)
     for kind in ("logprob_compressor", "legacy_logit_compression"):
-        section = vars(teacher).get(kind)
-        if section is not None:
-            codec = build_codec(kind, section)
-            return FakeCapturedTeacher(codec.k, codec.vocabulary_size, codec.bytes_per_token)
-    return FakeCapturedTeacher(64, vars(teacher).get("vocab_size") or vocabulary, 64 * 8)
+        if stored is None and (section := vars(teacher).get(kind)) is not None:
+            stored = kind, section
+    if stored is None:
+        return FakeCapturedTeacher(64, vars(teacher).get("vocab_size") or vocabulary, 64 * 8)
+    codec = build_codec(*stored)
+    return FakeCapturedTeacher(codec.k, codec.vocabulary_size, codec.bytes_per_token)

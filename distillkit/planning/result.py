@@ -1,22 +1,19 @@
-"""What a plan says, as data."""
+"""The plan of a run and of a capture, as data."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Group
-
 from distillkit.planning.disk import DiskUse
 from distillkit.planning.gpus import CONTEXT, FRAGMENTS, GPU
 from distillkit.planning.step import StepCost
-from distillkit.planning.tables import run_tables
-from distillkit.planning.tokens import Schedule
+from distillkit.planning.tokens import Amount, Schedule
 
 
 @dataclass(frozen=True)
 class PhasePlan:
     """One phase, or a whole run without phases (then `name` is empty).
 
-    cost is None where the step could not be rehearsed; errors say why.
+    cost is None where the step could not be simulated; errors say why.
     """
 
     name: str
@@ -59,9 +56,9 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would cost. Printed by rich; `as_dict` is the same as JSON.
+    """What a run would cost. `as_dict` is the same as JSON.
 
-    errors: lines that say what would stop the run. warnings: what a careful colleague would ask about.
+    errors: lines about what would stop the run. warnings: lines about what is doubtful.
     """
 
     gpu: GPU
@@ -112,5 +109,25 @@ class RunPlan:
             "estimate": True,
         }
 
-    def __rich__(self) -> Group:
-        return run_tables(self)
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """What a capture would cost on one GPU. Bytes, seconds, tokens."""
+
+    gpu: GPU
+    teacher: str
+    teacher_parameters: int
+    available: Amount | None
+    """Tokens that are captured; None where the text is on the hub."""
+    bytes_per_token: int
+    disk: int | None
+    memory: float
+    gflops_per_token: float
+    tokens_per_second: float | None
+    seconds: float | None
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return asdict(self) | {"fits": self.memory <= self.gpu.memory, "estimate": True}

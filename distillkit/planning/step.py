@@ -1,4 +1,4 @@
-"""One training step rehearsed: the run's own modules on tensors without data, in a ledger that counts.
+"""One training step simulated: the run's own modules on tensors without data, in a ledger that counts.
 
 What is estimated nowhere has not to be kept true: teacher, student, losses and autograd are those that will run. Only
 three things stand in for others where the run is on CUDA: fla's kernels (`kernels`), autocast's rules (`cuda_rules`)
@@ -73,7 +73,7 @@ class Batch:
     tokens: int
 
 
-def rehearse(
+def simulate_step(
     config: RunConfig,
     settings: Settings,
     teacher: Teacher,

@@ -1,22 +1,15 @@
 """A plan as a person reads it: one screen, numbers of three digits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from distillkit.config.tokens import token_text
-from distillkit.planning.gpus import GIB
+from distillkit.formatting import byte_text, count_text, duration_text, part_text, token_text
+from distillkit.planning.result import CapturePlan, PhasePlan, RunPlan
 from distillkit.planning.step import BACKWARD, FORWARD, TEACHER
-
-if TYPE_CHECKING:  # they print themselves with what is here
-    from distillkit.planning.capture_plan import CapturePlan
-    from distillkit.planning.result import PhasePlan, RunPlan
 
 KINDS = ("teacher weights", "student weights", "gradients", "optimizer states", "activations")
 
@@ -29,37 +22,6 @@ def run_tables(plan: RunPlan) -> Group:
     return Group(*parts)
 
 
-def count(number: float) -> str:
-    """4.62 B, 135 M, 300 k, 12."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:
-            return f"{_three_digits(number / size)} {unit}"
-    return f"{number:.0f}"
-
-
-def of_whole(number: float, whole: float) -> str:
-    """A part beside its whole: in the whole's unit, 0.89 B of 4.94 B, unless it is too small for that."""
-    return f"{number / 1e9:.2f} B" if whole >= 1e9 > number >= 1e7 else count(number)
-
-
-def gib(size: float) -> str:
-    """Bytes as GiB, or MiB where they are few."""
-    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """3.2 days, 5.1 h, 12 min, 40 s."""
-    for size, unit in ((86400 * 2, "days"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            whole = 86400 if unit == "days" else size
-            return f"{seconds / whole:.3g} {unit}"
-    return f"{max(seconds, 1):.0f} s"
-
-
-def _three_digits(number: float) -> str:
-    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:.0f}"
-
-
 def _models(plan: RunPlan) -> Table:
     table = Table(title="Parameters, all and trained", title_justify="left")
     table.add_column("")
@@ -67,13 +29,15 @@ def _models(plan: RunPlan) -> Table:
     for phase in plan.phases:
         table.add_column(phase.name or "trained", justify="right")
     if plan.teacher_parameters is not None:
-        table.add_row(f"teacher {escape(plan.teacher)}", count(plan.teacher_parameters), *["" for _ in plan.phases])
+        table.add_row(
+            f"teacher {escape(plan.teacher)}", count_text(plan.teacher_parameters), *["" for _ in plan.phases]
+        )
     whole = plan.student_parameters
-    trained = [of_whole(phase.trained, whole) for phase in plan.phases]
-    table.add_row("student", count(plan.student_parameters), *trained, style="bold")
+    trained = [part_text(phase.trained, whole) for phase in plan.phases]
+    table.add_row("student", count_text(plan.student_parameters), *trained, style="bold")
     for group, (total, _) in plan.phases[0].groups.items():
-        shown = [of_whole(phase.groups[group][1], whole) for phase in plan.phases]
-        table.add_row(f"  {group}", of_whole(total, whole), *shown)
+        shown = [part_text(phase.groups[group][1], whole) for phase in plan.phases]
+        table.add_row(f"  {group}", part_text(total, whole), *shown)
     return table
 
 
@@ -95,21 +59,21 @@ def _phases(plan: RunPlan) -> Table:
     table.add_section()
     for kind in KINDS:
         table.add_row(kind, *(_of(phase, kind) for phase in plan.phases))
-    table.add_row("CUDA, fragments", *(gib(phase.reserve) if phase.cost else "" for phase in plan.phases))
+    table.add_row("CUDA, fragments", *(byte_text(phase.reserve) if phase.cost else "" for phase in plan.phases))
     total = [_total(phase, plan) for phase in plan.phases]
-    table.add_row(f"of {gib(plan.gpu.memory)}", *total, style="bold")
+    table.add_row(f"of {byte_text(plan.gpu.memory)}", *total, style="bold")
     table.add_row("most in the", *(phase.cost.moment if phase.cost else "" for phase in plan.phases))
     table.add_section()
     for name, moment in (("teacher", TEACHER), ("forward", FORWARD), ("backward", BACKWARD)):
         per_token = [phase.gflops_per_token.get(moment, 0.0) for phase in plan.phases]
         table.add_row(f"GFLOP/token, {name}", *(f"{number:.3g}" if number else "" for number in per_token))
     speeds = [phase.tokens_per_second for phase in plan.phases]
-    table.add_row("tokens/s", *("" if speed is None else count(speed) for speed in speeds))
+    table.add_row("tokens/s", *("" if speed is None else count_text(speed) for speed in speeds))
     times = [phase.seconds for phase in plan.phases]
-    table.add_row("time", *("not known" if time is None else duration(time) for time in times), style="bold")
+    table.add_row("time", *("not known" if time is None else duration_text(time) for time in times), style="bold")
     table.add_section()
-    table.add_row("checkpoints", *(gib(phase.disk.checkpoints) for phase in plan.phases))
-    table.add_row("saved student", *(gib(phase.disk.student) for phase in plan.phases))
+    table.add_row("checkpoints", *(byte_text(phase.disk.checkpoints) for phase in plan.phases))
+    table.add_row("saved student", *(byte_text(phase.disk.student) for phase in plan.phases))
     return table
 
 
@@ -123,20 +87,20 @@ def _tokens(phase: PhasePlan) -> str:
 
 
 def _of(phase: PhasePlan, kind: str) -> str:
-    return "" if phase.cost is None else gib(phase.cost.memory.get(kind, 0))
+    return "" if phase.cost is None else byte_text(phase.cost.memory.get(kind, 0))
 
 
 def _total(phase: PhasePlan, plan: RunPlan) -> Text:
     if phase.memory is None:
         return Text("not known")
     fits = phase.memory <= plan.gpu.memory
-    return Text(f"{gib(phase.memory)}, {'fits' if fits else 'does not fit'}", style="green" if fits else "red")
+    return Text(f"{byte_text(phase.memory)}, {'fits' if fits else 'does not fit'}", style="green" if fits else "red")
 
 
 def _sum(plan: RunPlan) -> Text:
-    parts = [] if plan.seconds is None else [f"{duration(plan.seconds)} in all"]
-    untrained = f", {gib(plan.untrained)} of it untrained" if plan.untrained else ""
-    parts.append(f"{gib(plan.disk)} on disk{untrained}, {gib(plan.disk_peak)} while it trains")
+    parts = [] if plan.seconds is None else [f"{duration_text(plan.seconds)} in all"]
+    untrained = f", {byte_text(plan.untrained)} of it untrained" if plan.untrained else ""
+    parts.append(f"{byte_text(plan.disk)} on disk{untrained}, {byte_text(plan.disk_peak)} while it trains")
     ends = (
         "Held to eight runs on one H100, all with their peak in the forward pass: memory to within 4 %. With "
         "torch_compile and nothing checkpointed, it is 0 to 15 % above what two more took; else torch_compile takes "
@@ -158,13 +122,13 @@ def capture_tables(plan: CapturePlan) -> Group:
     guessed = "" if plan.available is None or not plan.available.estimated else "about "
     tokens = "not known" if plan.available is None else f"{guessed}{token_text(plan.available.tokens)}"
     fits = "fits" if plan.memory <= plan.gpu.memory else "does not fit"
-    table.add_row(f"teacher {escape(plan.teacher)}", count(plan.teacher_parameters))
+    table.add_row(f"teacher {escape(plan.teacher)}", count_text(plan.teacher_parameters))
     table.add_row("tokens", tokens)
     table.add_row("bytes per token", f"{plan.bytes_per_token:,}")
-    table.add_row("on disk", "not known" if plan.disk is None else gib(plan.disk))
-    table.add_row(f"of {gib(plan.gpu.memory)} per GPU", f"{gib(plan.memory)}, {fits}")
+    table.add_row("on disk", "not known" if plan.disk is None else byte_text(plan.disk))
+    table.add_row(f"of {byte_text(plan.gpu.memory)} per GPU", f"{byte_text(plan.memory)}, {fits}")
     table.add_row("GFLOP/token", f"{plan.gflops_per_token:.3g}")
-    table.add_row("tokens/s", "not known" if plan.tokens_per_second is None else count(plan.tokens_per_second))
-    table.add_row("time", "not known" if plan.seconds is None else duration(plan.seconds))
+    table.add_row("tokens/s", "not known" if plan.tokens_per_second is None else count_text(plan.tokens_per_second))
+    table.add_row("time", "not known" if plan.seconds is None else duration_text(plan.seconds))
     errors = [_line("error", line, "red") for line in plan.errors]
     return Group(table, *errors, *(_line("warning", line, "yellow") for line in plan.warnings))

@@ -16,9 +16,9 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import Trainer
 
-from distillkit.config.tokens import token_text
 from distillkit.console import print_line
 from distillkit.data.signals import list_lengths
+from distillkit.formatting import token_text
 from distillkit.runs.folder import PhaseFolder
 
 

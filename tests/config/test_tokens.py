@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from distillkit.config import RunConfig, UserError, token_text
+from distillkit.config import RunConfig, UserError
+from distillkit.formatting import token_text
 
 RUN: dict[str, Any] = {
     "model": "org/student",

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from distillkit.config import UserError
 from distillkit.config.capture import CaptureConfig
-from distillkit.planning import plan_capture, plan_run
+from distillkit.planning import CapturePlan, capture_tables, plan_capture, plan_run, run_tables
 from distillkit.planning.tokens import Amount, amount
 from tests.planning.small import ATTENTION, DISTRIBUTION, FROZEN, HIDDEN, run, teacher_folder, text_file
 
@@ -31,7 +31,7 @@ def text(tmp_path):
 
 def printed(plan):
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan)
+    console.print(capture_tables(plan) if isinstance(plan, CapturePlan) else run_tables(plan))
     return console.export_text()
 
 
@@ -84,7 +84,7 @@ def warned(config, **options):
     return "\n".join([*plan.errors, *plan.warnings])
 
 
-SAID = {
+WARNINGS = {
     "budget": (
         {
             "frozen_res": ["mpl"],
@@ -133,9 +133,9 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("case", SAID)
-def test_a_careful_colleague_would_say(teacher, text, case):
-    keys, options, expected = SAID[case]
+@pytest.mark.parametrize("case", WARNINGS)
+def test_doubtful_keys_are_named_with_their_remedies(teacher, text, case):
+    keys, options, expected = WARNINGS[case]
     said = warned(run(teacher, text, **keys), **options)
     assert [line for line in expected if line not in said] == []
 

@@ -1,4 +1,4 @@
-"""A rehearsed step takes what a real one takes: the product's own modules are run both ways."""
+"""A simulated step takes what a real one takes: the product's own modules are run both ways."""
 
 import resource
 import weakref
@@ -13,7 +13,7 @@ from distillkit.conversion.convert import student_on_meta
 from distillkit.losses import Objective
 from distillkit.planning.meta_models import student_config, student_model, teacher_on_meta
 from distillkit.planning.settings import Settings
-from distillkit.planning.step import COMPILED, chunk_tokens, rehearse
+from distillkit.planning.step import COMPILED, chunk_tokens, simulate_step
 from distillkit.teacher.live import LiveTeacher
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze_matching
@@ -89,14 +89,14 @@ def real_step(config, family):
     return kept, live.most
 
 
-def rehearsed(config, family, **options):
+def simulated(config, family, **options):
     base = teacher_config(family)
     student = student_model(config, student_config(config, base))
     freeze_matching(student, config.frozen_res, [])
     settings = Settings.of(config)
     cast_for_training(student, settings.compute_dtype)
     teacher = teacher_on_meta(base, config.teacher, False)
-    return rehearse(config, settings, teacher, student, **{"cuda": False, **options})
+    return simulate_step(config, settings, teacher, student, **{"cuda": False, **options})
 
 
 @pytest.mark.parametrize("family", ["llama", "arcee"])
@@ -106,7 +106,7 @@ def test_kept_and_peak_are_those_of_a_real_step(family, checkpointing, bf16):
     arguments = {"bf16": bf16, "gradient_checkpointing": checkpointing}
     config = run(losses=HIDDEN, arguments=arguments, frozen_res=FROZEN)
     kept, most = real_step(config, family)
-    cost = rehearsed(config, family)
+    cost = simulated(config, family)
     beside_weights = cost.memory["activations"] + cost.memory.get("gradients", 0)
     assert cost.kept == pytest.approx(kept, rel=0.15)
     assert beside_weights == pytest.approx(most, rel=0.15)
@@ -116,7 +116,7 @@ def test_kept_and_peak_are_those_of_a_real_step(family, checkpointing, bf16):
 def test_other_losses_take_what_they_take(losses):
     config = run(losses=losses, frozen_res=["embed_tokens"])
     kept, most = real_step(config, "llama")
-    cost = rehearsed(config, "llama")
+    cost = simulated(config, "llama")
     assert cost.kept == pytest.approx(kept, rel=0.15)
     assert cost.memory["activations"] + cost.memory.get("gradients", 0) == pytest.approx(most, rel=0.15)
 
@@ -138,22 +138,22 @@ def test_what_autograd_saves_is_what_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         output = distiller(**batch, normalizer=torch.ones(()))
     total = sum(size for pointer, size in saved.items() if pointer not in parameters)
-    assert rehearsed(config, "llama").kept == pytest.approx(total, rel=0.15)
+    assert simulated(config, "llama").kept == pytest.approx(total, rel=0.15)
     del output
 
 
 def test_frozen_weights_cost_no_gradient_and_no_product():
     """A step has three products for a weight that trains and two for one that does not."""
-    everything = rehearsed(run(losses=DISTRIBUTION[:1]), "arcee")
-    frozen = rehearsed(run(losses=DISTRIBUTION[:1], frozen_res=[r"\.mlp\."]), "arcee")
+    everything = simulated(run(losses=DISTRIBUTION[:1]), "arcee")
+    frozen = simulated(run(losses=DISTRIBUTION[:1], frozen_res=[r"\.mlp\."]), "arcee")
     tokens, mlp = 512, 2 * 2 * 64 * 256
     difference = sum(everything.flops.values()) - sum(frozen.flops.values())
     assert difference == 2 * mlp * tokens
 
 
 def test_checkpointing_computes_the_layers_twice_and_keeps_less():
-    plain = rehearsed(run(losses=DISTRIBUTION), "llama")
-    checkpointed = rehearsed(run(losses=DISTRIBUTION, arguments={"gradient_checkpointing": True}), "llama")
+    plain = simulated(run(losses=DISTRIBUTION), "llama")
+    checkpointed = simulated(run(losses=DISTRIBUTION, arguments={"gradient_checkpointing": True}), "llama")
     assert checkpointed.kept < plain.kept / 3
     assert checkpointed.flops["backward pass"] > 1.2 * plain.flops["backward pass"]
 
@@ -161,8 +161,8 @@ def test_checkpointing_computes_the_layers_twice_and_keeps_less():
 def test_accumulated_gradients_and_ranks_are_there_beside_the_activations():
     """After the first micro-batch gradients are alive for the whole step; DDP has buckets of the same size."""
     config = run(losses=DISTRIBUTION, arguments={"gradient_accumulation_steps": 4})
-    several = rehearsed(config, "llama")
-    ranks = rehearsed(config, "llama", gpus=2)
+    several = simulated(config, "llama")
+    ranks = simulated(config, "llama", gpus=2)
     weights = student_model(config, student_config(config, teacher_config())).parameters()
     assert several.memory["gradients"] == 4 * sum(weight.numel() for weight in weights)
     assert ranks.memory["gradients"] == 2 * several.memory["gradients"]
@@ -170,23 +170,23 @@ def test_accumulated_gradients_and_ranks_are_there_beside_the_activations():
 
 def test_compiled_steps_keep_a_share_of_the_activations_on_cuda_alone():
     eager, compiled = run(losses=HIDDEN), run(losses=HIDDEN, arguments={"torch_compile": True})
-    on_cuda = [rehearsed(each, "llama", cuda=True) for each in (eager, compiled)]
+    on_cuda = [simulated(each, "llama", cuda=True) for each in (eager, compiled)]
     assert on_cuda[1].kept == pytest.approx(COMPILED * on_cuda[0].kept, abs=1)
     assert on_cuda[1].memory["student weights"] == on_cuda[0].memory["student weights"]
     assert on_cuda[1].flops == on_cuda[0].flops
-    assert rehearsed(compiled, "llama").memory == rehearsed(eager, "llama").memory
+    assert simulated(compiled, "llama").memory == simulated(eager, "llama").memory
     checkpointed = [
         run(losses=HIDDEN, arguments={"torch_compile": compile, "gradient_checkpointing": True})
         for compile in (False, True)
     ]
-    costs = [rehearsed(each, "llama", cuda=True) for each in checkpointed]
+    costs = [simulated(each, "llama", cuda=True) for each in checkpointed]
     assert costs[0].memory == costs[1].memory
 
 
 def test_no_real_memory_is_taken():
-    """More than a test may take is rehearsed: nothing has data."""
+    """More than a test may take is simulated: nothing has data."""
     config = run(losses=DISTRIBUTION, sequence_length=1024, arguments={"per_device_train_batch_size": 256})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cost = rehearsed(config, "llama", cuda=True)
+    cost = simulated(config, "llama", cuda=True)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
     assert cost.allocated > 6 * 2**30
