@@ -73,6 +73,8 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
 def _link(staged: Path, path: Path) -> None:
     try:
         os.link(staged, path)

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from distillkit.config import RunConfig
-from distillkit.runs.writing import read_json
 from distillkit.runs.folder import changed_keys
 from distillkit.runs.record import kept_config, new_record
+from distillkit.runs.writing import read_json
 
 
 def test_secrets_are_not_kept_and_change_nothing(tmp_path: Path, monkeypatch) -> None:
