@@ -12,13 +12,23 @@ import yaml
 from rich.console import Console
 
 from distillkit.config import RunConfig
+from distillkit.config.capture import CaptureConfig
+from distillkit.config.evaluate import EvaluateConfig
 from distillkit.config.loading import read_yaml
+from distillkit.config.synthetic import SyntheticTextConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "distillkit"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 WRITTEN = [page for page in PAGES if page.name != "results.md"]
 """All but the page that names files as they were called when they were measured."""
+
+OTHER_KINDS = {
+    "compression": CaptureConfig,
+    "students": EvaluateConfig,
+    "tokenizer": SyntheticTextConfig,
+}
+"""What a YAML is that has one of these keys at its top level; all others are runs, or parts of one."""
 
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 PATH = re.compile(r"`((?:distillkit|recipes|benchmarks|tests|scripts|docs)/[\w./-]*\w)`")
@@ -127,3 +137,15 @@ def test_the_readme_shows_what_the_recorded_quickstart_printed() -> None:
     print_results(Console(file=printed, width=80), {**results, "samples": []})
     lines = [line.rstrip() for line in printed.getvalue().splitlines()]
     assert "\n".join(lines).strip() in text_of(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_yaml_has_known_keys_and_whole_files_parse(page: Path, tmp_path: Path) -> None:
+    for code in blocks(page, "yaml"):
+        path = tmp_path / "config.yaml"
+        path.write_text(code.replace("extends: recipes/", f"extends: {ROOT}/recipes/"), encoding="utf-8")
+        data = read_yaml(path)
+        kind = next((kind for key, kind in OTHER_KINDS.items() if key in data), RunConfig)
+        if "output_path" in data:
+            kind.parse(data)
+        assert data.keys() <= kind.model_fields.keys()

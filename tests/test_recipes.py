@@ -11,7 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from trl.chat_template_utils import qwen3_chat_template
 
 from distillkit.capture.run import capture
 from distillkit.config import RunConfig, StudentConfig, load_run
@@ -20,7 +19,7 @@ from distillkit.config.loading import read_yaml
 from distillkit.conversion.convert import convert
 from distillkit.planning import plan_capture, plan_run
 from distillkit.training import distill
-from tests.training.tiny import BYTES, save_llama, save_text, tokenizer
+from tests.training.tiny import BYTES, save_chat_model, save_chats, save_text, tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"))
@@ -230,36 +229,13 @@ def test_a_smaller_model_learns_from_conversations(tmp_path: Path) -> None:
     for name in ("train", "valid"):
         save_chats(tmp_path / f"{name}.jsonl")
 
-    overrides = small(CHAT, teacher, tmp_path / "train.jsonl", tmp_path / "valid.jsonl", tmp_path / "run")
+    overrides = small(CHAT, Path(teacher), tmp_path / "train.jsonl", tmp_path / "valid.jsonl", tmp_path / "run")
     run = load_run(RECIPES / CHAT, [*overrides, f"model={student}"])
     assert plan_run(run).errors == []
     folder = distill(run, QUIET)
     results = read(folder / "results.json")
     assert results["training"]["step"] == STEPS
     assert set(results["losses"]) == {"loss", "cross_entropy", "kl", "hs_cosine"}
-    before, after = weights(student), weights(folder)
+    before, after = weights(Path(student)), weights(folder)
     assert before.keys() == after.keys()  # the projections of hidden states are not the student's
     assert not any(torch.equal(each, before[name]) for name, each in after.items() if name.endswith("_proj.weight"))
-
-
-def save_chat_model(folder: Path, seed: int, **shape: int) -> Path:
-    save_llama(folder, seed, **shape)
-    own = tokenizer()
-    own.chat_template = qwen3_chat_template
-    own.save_pretrained(folder)
-    return folder
-
-
-def save_chats(path: Path, conversations: int = 20) -> None:
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {number} and {number}?"},
-                {"role": "assistant", "content": f"It is {2 * number}."},
-                {"role": "user", "content": "And one more?"},
-                {"role": "assistant", "content": f"{2 * number + 1}."},
-            ]
-        }
-        for number in range(conversations)
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
