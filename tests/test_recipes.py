@@ -19,13 +19,14 @@ from distillkit.config.loading import read_yaml
 from distillkit.conversion.convert import convert
 from distillkit.planning import plan_capture, plan_run
 from distillkit.training import distill
-from tests.training.tiny import BYTES, save_text, tokenizer
+from tests.training.tiny import BYTES, save_chat_model, save_chats, save_text, tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"))
 CAPTURES = [name for name in ALL if "compression" in read_yaml(RECIPES / name)]
 OFFLINE = "smollm2/offline.yaml"
-ONLINE = [name for name in ALL if name not in (*CAPTURES, OFFLINE)]
+CHAT = "chat.yaml"
+ONLINE = [name for name in ALL if name not in (*CAPTURES, OFFLINE, CHAT)]
 VARIANTS = [name for name in ALL if "\nextends: " in "\n" + (RECIPES / name).read_text()]
 
 LAYERS = 4
@@ -216,4 +217,25 @@ def test_a_student_learns_from_what_the_recipe_of_the_capture_writes(inputs: Pat
     assert results["training"]["step"] == STEPS
     assert results["divergence"]["before"]["kl"] != results["divergence"]["after"]["kl"]
     check_layers(folder, "hybrid")
-    check_what_trained(run.config, weights(untrained), weights(folder), weights(teacher))
+    check_what_trained(config, weights(untrained), weights(folder), weights(teacher))
+
+
+def test_a_smaller_model_learns_from_conversations(tmp_path: Path) -> None:
+    """Two models of the recipe's depths and of unequal widths, with the chat template of Qwen3."""
+    recipe = load_run(RECIPES / CHAT).config
+    student_layers, teacher_layers = recipe.layer_mapping[-1]
+    student = save_chat_model(tmp_path / "student", 1, layers=student_layers, hidden_size=16)
+    teacher = save_chat_model(tmp_path / "teacher", 0, layers=teacher_layers, hidden_size=32)
+    for name in ("train", "valid"):
+        save_chats(tmp_path / f"{name}.jsonl")
+
+    overrides = small(CHAT, Path(teacher), tmp_path / "train.jsonl", tmp_path / "valid.jsonl", tmp_path / "run")
+    run = load_run(RECIPES / CHAT, [*overrides, f"model={student}"])
+    assert plan_run(run).errors == []
+    folder = distill(run, QUIET)
+    results = read(folder / "results.json")
+    assert results["training"]["step"] == STEPS
+    assert set(results["losses"]) == {"loss", "cross_entropy", "kl", "hs_cosine"}
+    before, after = weights(Path(student)), weights(folder)
+    assert before.keys() == after.keys()  # the projections of hidden states are not the student's
+    assert not any(torch.equal(each, before[name]) for name, each in after.items() if name.endswith("_proj.weight"))

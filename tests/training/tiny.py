@@ -5,6 +5,7 @@ import json
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from trl.chat_template_utils import qwen3_chat_template
 
 from distillkit.data.collate import collate
 from distillkit.teacher.live import LiveTeacher
@@ -57,6 +58,26 @@ def save_llama(folder, seed, **options):
     llama(seed, vocab=BYTES, **options).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def save_chat_model(folder, seed, **options):
+    """A model folder with the chat template of Qwen3."""
+    save_llama(folder, seed, **options)
+    own = tokenizer()
+    own.chat_template = qwen3_chat_template
+    own.save_pretrained(folder)
+    return str(folder)
+
+
+def save_chats(path, conversations=20):
+    """Conversations of two questions and answers, in a .jsonl file."""
+    turns = [("user", "What is {0} and {0}?"), ("assistant", "It is {1}."), ("user", "And one?"), ("assistant", "{2}.")]
+    rows = [
+        {"messages": [{"role": role, "content": text.format(n, 2 * n, 2 * n + 1)} for role, text in turns]}
+        for n in range(conversations)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
 
 
 def save_text(path, documents=40, words=30):
