@@ -33,8 +33,8 @@ from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from distillkit.models.chunked_logits import chunk_tokens_within
 
 TERMS = [
-    LossTerm("cross_entropy", "cross_entropy", 0.5),
-    LossTerm("kl", "kl", 0.5, {"temperature": 2.0}),
+    LossTerm("cross_entropy", DISTRIBUTION_LOSSES["cross_entropy"], 0.5),
+    LossTerm("kl", DISTRIBUTION_LOSSES["kl"], 0.5, {"temperature": 2.0}),
 ]
 METHODS = ("dense", "chunked")
 
@@ -147,7 +147,7 @@ def dense(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, labels
     teacher = DenseDistribution(F.linear(teacher_hidden, teacher_head))
     loss = torch.zeros((), device=logits.device)
     for term in TERMS:
-        sums, _ = DISTRIBUTION_LOSSES[term.function](logits, teacher, labels, **term.options)
+        sums, _ = term.function(logits, teacher, labels, **term.options)
         loss = loss + term.weight * sums.mean()
     loss.backward()
     return loss.item()

@@ -127,7 +127,7 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
     plan = PhasePlan(
         name=phase.name if phase.changes is not None else "",
         sequence_length=config.sequence_length,
-        losses=[loss.function for loss in config.loss_functions],
+        losses=[loss.name for loss in config.loss_functions],
         schedule=timing,
         trainable=sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad),
         trained=sum(parameter.numel() for parameter in reached),
