@@ -1,94 +1,60 @@
 """Packed documents through a transformer: SDPA with transformers' mask against varlen attention.
 
-    python benchmarks/attention.py                     # on CUDA; writes the JSON
+    python benchmarks/attention.py                     # on CUDA
     python benchmarks/attention.py --device cpu --tokens 512 --output small.json
 
-A Llama of SmolLM2-135M's shapes with random weights (30 layers, 9 query / 3 key-value heads of 64), decoder only, bf16
-on CUDA and float32 elsewhere; forward and backward of one row of documents with lengths drawn from 64 to 1,024.
+A Llama of SmolLM2-135M's shapes with random weights, decoder only, bf16 on CUDA and float32 elsewhere; forward and
+backward of one row of documents with lengths drawn from 64 to 1,024.
 """
 
-import argparse
-import json
 import statistics
-import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from measuring import MIB, RESULTS, peak_memory, provenance
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from distillkit.models.decoder import decode
 from distillkit.models.varlen_attention import VARLEN
+from frame import DEVICE, MIB, Json, Options, option, peak_memory, run, seconds_of, start_peak
+from steps import SMOLLM2, random_model
 
-REPEATS = 5
+
+@dataclass(kw_only=True)
+class AttentionOptions(Options):
+    tokens: list[int] = option([2048, 8192, 32768])
+    layers: int = option(30)
+    device: str = option(DEVICE.type)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS / "attention.json")
-    arguments = parser.parse_args()
-    rows = []
-    for tokens in arguments.tokens:
+def measure(options: AttentionOptions) -> Iterator[Json]:
+    for tokens in options.tokens:
         for implementation in ("sdpa", VARLEN):
-            rows.append(measure(implementation, tokens, arguments.layers, torch.device(arguments.device)))
-            print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "benchmark": "forward and backward of a Llama of SmolLM2-135M's shapes over one row of packed documents",
-        "command": "python benchmarks/attention.py",
-        **provenance(),
-        "rows": rows,
-    }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+            yield {"attention": implementation, "tokens": tokens, **measured(implementation, tokens, options)}
 
 
-def measure(implementation: str, tokens: int, layers: int, device: torch.device) -> dict[str, object]:
-    row: dict[str, object] = {"attention": implementation, "tokens": tokens}
-    model = llama(layers).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+def measured(implementation: str, tokens: int, options: AttentionOptions) -> Json:
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = random_model({**SMOLLM2, "num_hidden_layers": options.layers}, dtype, device)
     model.set_attn_implementation(implementation)
-    batch = documents(tokens, device)
+    input_ids, position_ids = packed_documents(tokens, device)
+
+    def step() -> None:
+        decode(model, input_ids, position_ids)[0].float().square().mean().backward()
+
+    start_peak(device)
     try:
-        seconds = [step(model, batch) for _ in range(REPEATS + 1)][1:]
+        seconds = seconds_of(step, repeats=5, warm_up=1)
     except torch.OutOfMemoryError:
-        return row | {"error": "out of memory"}
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-    return row | {
-        "documents": int((batch[1] == 0).sum()),
+        return {"error": "out of memory"}
+    return {
+        "documents": int((position_ids == 0).sum()),
         "tokens_per_second": round(tokens / statistics.median(seconds)),
-        "peak_mib": round(peak / MIB),
+        "peak_mib": round(peak_memory(device) / MIB),
     }
 
 
-def step(model: LlamaForCausalLM, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Seconds of one forward and backward pass."""
-    on_cuda = batch[0].is_cuda
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    decode(model, *batch)[0].float().square().mean().backward()
-    if on_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def llama(layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
-
-
-def documents(tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_documents(tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and positions of one row."""
     generator = torch.Generator().manual_seed(0)
     positions: list[torch.Tensor] = []
@@ -100,4 +66,5 @@ def documents(tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 
 if __name__ == "__main__":
-    main()
+    title = "forward and backward of a Llama of SmolLM2-135M's shapes over one row of packed documents"
+    run(AttentionOptions, measure, title)

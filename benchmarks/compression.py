@@ -7,138 +7,130 @@ Text is column `text` of a parquet file, or the language reference that CPython 
 sequences. On the first part of the tokens its mass outside the k likeliest is averaged: that is the background. On the
 rest, KL(teacher ‖ stored) over the whole vocabulary, in nats, is measured under three readings of what is stored:
 
-    zero         the k stored probabilities normalised, against the teacher's k likeliest normalised alike; what the
-                 teacher says of other tokens does not count (it would make the divergence infinite)
+    zero         the k stored probabilities normalised, against the teacher's k likeliest normalised alike; the
+                 teacher's other tokens do not count (they would make the divergence infinite)
     uniform      what the k leave of 1, spread evenly over all other tokens
     background   the same, spread over them as the background is
 
-Where the k leave nothing, as a curve may lie above what it approximates, the others get the resolution of float32 and
+If the k leave nothing, as a curve may lie above what it approximates, the others get the resolution of float32 and
 the whole is normalised. `plain` is ids of 4 bytes and log-probabilities rounded to bfloat16; nothing is timed there.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import median
 from typing import Any
 
 import pyarrow.parquet
 import torch
-from measuring import RESULTS, provenance
 
 from distillkit.compression import Codec, build_codec
 from distillkit.distribution import DenseDistribution, SparseDistribution
 from distillkit.losses.divergences import over_vocabulary
 from distillkit.models.loading import load_model, load_tokenizer
 from distillkit.shards import fitted_background
+from frame import Json, TeacherOptions, option, parse, save, seconds_of
 
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "recommended": {"k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"]},
-    "budget": {"k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"]},
-}
 SHARED = {"exact_dtype": "bfloat16", "term_dtype": "float32", "delta_encoding": False}
-PLAIN = {"plain_128_bfloat16": 128, "plain_50_bfloat16": 50}
+CONFIGURATIONS: dict[str, Json] = {
+    "recommended": {"k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"], **SHARED},
+    "budget": {"k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"], **SHARED},
+}
 READINGS = ("zero", "uniform", "background")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="a .gguf file or a folder")
-    parser.add_argument("--data", type=Path, help="a parquet file with column text")
-    parser.add_argument("--tokens", type=int, default=4096, help="measured")
-    parser.add_argument("--background-tokens", type=int, default=4096)
-    parser.add_argument("--sequence", type=int, default=512)
-    parser.add_argument("--speed-tokens", type=int, default=65536)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS / "compression.json")
-    arguments = parser.parse_args()
-    with torch.inference_mode():
-        result = measure(arguments)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+class Plain:
+    """Stores ids of 4 bytes and log-probabilities rounded to bfloat16."""
+
+    def __init__(self, k: int) -> None:
+        self.k, self.bytes_per_token = k, k * (4 + 2)
+
+    def encode(self, distribution: SparseDistribution) -> SparseDistribution:
+        cut = distribution.top_k(self.k)
+        return SparseDistribution(cut.ids, cut.logprobs.bfloat16().float())
+
+    def decode(self, stored: SparseDistribution) -> SparseDistribution:
+        return stored
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    model = load_model(arguments.teacher, dtype="float32").to(arguments.device)
-    tokenizer = load_tokenizer(arguments.teacher)
-    before = -(-arguments.background_tokens // arguments.sequence)
-    count = before + -(-arguments.tokens // arguments.sequence)
-    sequences = token_sequences(tokenizer, arguments.data, arguments.sequence, count)
+@dataclass(kw_only=True)
+class CompressionOptions(TeacherOptions):
+    data: Path | None = option(None, "a parquet file with column text")
+    tokens: int = option(4096, "measured")
+    background_tokens: int = option(4096)
+    sequence: int = option(512)
+    speed_tokens: int = option(65536)
+    repeats: int = option(9)
+    device: str = option("cpu")
 
-    def teacher_of(row: torch.Tensor) -> torch.Tensor:
-        return model(row.to(arguments.device)).logits[0].float().log_softmax(-1)
 
-    backgrounds = background_of(map(teacher_of, sequences[:before]), model.config.vocab_size, arguments.device)
-    codecs = {
-        name: build_codec("logprob_compressor", {"d": model.config.vocab_size} | SHARED | each)
-        for name, each in CONFIGURATIONS.items()
+@torch.inference_mode()
+def measure(options: CompressionOptions) -> Json:
+    model = load_model(options.teacher, dtype="float32", **options.where).to(options.device)
+    vocabulary_size = model.config.vocab_size
+    before = -(-options.background_tokens // options.sequence)
+    count = before + -(-options.tokens // options.sequence)
+    sequences = token_sequences(load_tokenizer(options.teacher, **options.where), options, count)
+    teachers = (model(row.to(options.device)).logits[0].float().log_softmax(-1) for row in sequences)
+
+    # By k, the mean mass that rows leave outside their k likeliest tokens.
+    totals = {k: torch.zeros(vocabulary_size, device=options.device) for k in (128, 50)}
+    for _ in range(before):
+        logprobs = next(teachers)
+        for k, total in totals.items():
+            total += logprobs.scatter(-1, logprobs.topk(k).indices, -torch.inf).exp().sum(0)
+    backgrounds = {k: fitted_background(total) for k, total in totals.items()}
+
+    codecs: dict[str, Any] = {
+        name: build_codec("logprob_compressor", {"d": vocabulary_size, **each}) for name, each in CONFIGURATIONS.items()
     }
-    divergences: dict[str, dict[str, list[torch.Tensor]]] = {}
-    kept: dict[int, list[torch.Tensor]] = {128: [], 50: []}
+    codecs |= {f"plain_{k}_bfloat16": Plain(k) for k in totals}
+    divergences: dict[str, list[torch.Tensor]] = {name: [] for name in codecs}
     samples: list[SparseDistribution] = []
-    for row in sequences[before:]:
-        teacher = teacher_of(row)
-        samples.append(DenseDistribution(teacher).top_k(128))
-        for k in kept:
-            kept[k].append(samples[-1].top_k(k).logprobs.exp().sum(-1))
-        for name, stored in stored_forms(codecs, samples[-1]):
-            lists = divergences.setdefault(name, {reading: [] for reading in READINGS})
-            for reading in READINGS:
-                lists[reading].append(divergence(teacher, stored, reading, backgrounds[stored.ids.shape[-1]]))
+    for logprobs in teachers:
+        top = DenseDistribution(logprobs).top_k(128)
+        samples.append(top)
+        for name, codec in codecs.items():
+            stored = codec.decode(codec.encode(top))
+            readings = [divergence(logprobs, stored, reading, backgrounds[codec.k]) for reading in READINGS]
+            divergences[name].append(torch.stack(readings))
+    masses = {k: torch.cat([each.top_k(k).logprobs.exp().sum(-1) for each in samples]) for k in totals}
     return {
         "benchmark": "bytes/token, KL(teacher || stored) in nats, encoding and decoding speed",
-        **provenance(),
-        "device": arguments.device,
-        "data": arguments.data.name if arguments.data else "pydoc_data.topics",
+        "device": options.device,
+        "data": options.data.name if options.data else "pydoc_data.topics",
         "tokens": sum(len(each.ids) for each in samples),
-        "background_tokens": before * arguments.sequence,
-        "top_k_mass": {k: torch.cat(each).mean().item() for k, each in kept.items()},
+        "background_tokens": before * options.sequence,
+        "top_k_mass": {k: mass.mean().item() for k, mass in masses.items()},
         "rows": [
-            {"name": name} | cost(codecs.get(name), name, samples, arguments) | {"kl": summary(divergences[name])}
-            for name in divergences
+            {"name": name, "bytes_per_token": codec.bytes_per_token}
+            | ({} if isinstance(codec, Plain) else {"tokens_per_second": speed(codec, samples, options)})
+            | {"kl": summary(torch.cat(divergences[name], -1).double())}
+            for name, codec in codecs.items()
         ],
     }
 
 
-def token_sequences(tokenizer: Any, data: Path | None, length: int, count: int) -> list[torch.Tensor]:
-    """`count` rows [1, length] of consecutive text, documents after one another."""
-    texts = texts_of(data) if data else iter(topics[name] for name in sorted(topics))
+def token_sequences(tokenizer: Any, options: CompressionOptions, count: int) -> list[torch.Tensor]:
+    """`count` rows [1, sequence] of consecutive text, documents after one another."""
+    needed = options.sequence * count
     ids: list[int] = []
-    while len(ids) < length * count:
-        text = next(texts, None)
-        if text is None:
-            raise SystemExit(f"the text has {len(ids)} tokens, {length * count} are needed")
+    for text in texts_of(options.data):
         # No more of a long document than is needed: a character is a token at most.
-        ids += tokenizer(text[: 8 * length * count])["input_ids"]
-    return list(torch.tensor(ids[: length * count]).view(count, 1, length))
+        ids += tokenizer(text[: 8 * needed])["input_ids"]
+        if len(ids) >= needed:
+            return list(torch.tensor(ids[:needed]).view(count, 1, options.sequence))
+    raise SystemExit(f"the text has {len(ids)} tokens, {needed} are needed")
 
 
-def texts_of(data: Path) -> Iterator[str]:
+def texts_of(data: Path | None) -> Iterator[str]:
+    if data is None:
+        yield from (topics[name] for name in sorted(topics))
+        return
     for batch in pyarrow.parquet.ParquetFile(data).iter_batches(batch_size=8, columns=["text"]):
         yield from batch.column("text").to_pylist()
-
-
-def background_of(teacher: Iterable[torch.Tensor], vocabulary: int, device: str) -> dict[int, torch.Tensor]:
-    """By k, the log of the mean mass that rows leave outside their k likeliest tokens, made to sum to 1."""
-    totals = {k: torch.zeros(vocabulary, device=device) for k in (128, 50)}
-    for logprobs in teacher:
-        for k, total in totals.items():
-            total += logprobs.scatter(-1, logprobs.topk(k).indices, -torch.inf).exp().sum(0)
-    return {k: fitted_background(total) for k, total in totals.items()}
-
-
-def stored_forms(codecs: dict[str, Codec], top: SparseDistribution) -> Iterator[tuple[str, SparseDistribution]]:
-    for name, codec in codecs.items():
-        yield name, codec.decode(codec.encode(top))
-    for name, k in PLAIN.items():
-        cut = top.top_k(k)
-        yield name, SparseDistribution(cut.ids, cut.logprobs.bfloat16().float())
 
 
 def divergence(
@@ -154,48 +146,28 @@ def divergence(
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def cost(
-    codec: Codec | None, name: str, samples: list[SparseDistribution], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    if codec is None:
-        return {"bytes_per_token": PLAIN[name] * (4 + 2)}
+def speed(codec: Codec, samples: list[SparseDistribution], options: CompressionOptions) -> dict[str, int]:
+    """Tokens per second of the median repetition."""
     ids = torch.cat([each.ids[:, : codec.k] for each in samples])
     logprobs = torch.cat([each.logprobs[:, : codec.k] for each in samples])
-    times = -(-arguments.speed_tokens // len(ids))
+    times = -(-options.speed_tokens // len(ids))
     repeated = SparseDistribution(ids.repeat(times, 1), logprobs.repeat(times, 1))
     stored = codec.encode(repeated)
-    rates = {
-        "encode": tokens_per_second(lambda: codec.encode(repeated), len(repeated.ids), arguments),
-        "decode": tokens_per_second(lambda: codec.decode(stored), len(repeated.ids), arguments),
-    }
-    return {"bytes_per_token": codec.bytes_per_token, "tokens_per_second": rates}
+
+    def rate(work: Callable[[], object]) -> int:
+        return round(len(repeated.ids) / median(seconds_of(work, options.repeats, warm_up=1)))
+
+    return {"encode": rate(lambda: codec.encode(repeated)), "decode": rate(lambda: codec.decode(stored))}
 
 
-def tokens_per_second(work: Callable[[], object], tokens: int, arguments: argparse.Namespace) -> int:
-    """Of the median run, after one that is not counted."""
-    seconds = []
-    for _ in range(arguments.repeats + 1):
-        synchronize(arguments.device)
-        started = time.perf_counter()
-        work()
-        synchronize(arguments.device)
-        seconds.append(time.perf_counter() - started)
-    return round(tokens / statistics.median(seconds[1:]))
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def summary(divergences: dict[str, list[torch.Tensor]]) -> dict[str, dict[str, float]]:
-    """Mean over tokens, and its standard error."""
-    rows = {reading: torch.cat(each).double() for reading, each in divergences.items()}
+def summary(readings: torch.Tensor) -> Json:
+    """Of each reading [readings, tokens] the mean over tokens, and its standard error."""
     return {
         reading: {"mean": each.mean().item(), "standard_error": (each.std() / len(each) ** 0.5).item()}
-        for reading, each in rows.items()
+        for reading, each in zip(READINGS, readings, strict=True)
     }
 
 
 if __name__ == "__main__":
-    main()
+    options = parse(CompressionOptions)
+    save(options, measure(options))

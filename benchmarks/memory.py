@@ -1,204 +1,132 @@
-"""Peak memory of real training steps beside what `distillkit plan` says of the same run.
+"""Peak memory of real training steps beside what `distillkit plan` estimates for the same run.
 
-    python benchmarks/memory.py                                   # a GPU: all rows; a CPU: those that fit there
+    python benchmarks/memory.py                                   # a GPU: all its rows; a CPU: those that fit there
     python benchmarks/memory.py --rows smollm2-16x2048 afm12-4x2048 --output memory_some.json
-    python benchmarks/memory.py --list
 
-A row is a shape, a batch and what differs from the one-phase recipe (frozen MLPs, embeddings, head and norms; 0.2
-cross-entropy, 0.2 KL, 0.6 cosine of all layers; bf16 autocast over float32 masters). Teacher and hybrid student have
-random weights, made on the device; the steps are the product's trainer's, on random tokens, one document per row.
+A row is a shape, a batch and what differs from the one-phase recipe. Teacher and hybrid student have random weights;
+the steps are the product's trainer's, on random tokens, one document per row.
 
 On CUDA the peak is `torch.cuda.max_memory_allocated`, all rows in one process (kernels are tuned once per head size),
-and the estimate what the plan says is allocated, without CUDA's context. On a CPU the peak is the resident size above
-that before the models were made and after steps of a tiny one, each row in a process of its own, where glibc gives
-freed blocks back at once. The ratio is estimate / measured; the file is written after every row.
+and the estimate what the plan expects to be allocated, without CUDA's context. On a CPU the peak is the resident size
+above that before the models were made and after steps of a tiny one, each row in a process of its own, in which glibc
+gives freed blocks back at once. The ratio is estimate / measured.
 """
 
-import argparse
 import gc
-import json
 import os
-import sys
 import tempfile
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from measuring import RESULTS, in_own_process, peak_memory, provenance
-from steps import AFM, ALIGNMENT, FROZEN, ONE_PHASE, SMOLLM2, random_models, run_config, trainer_of
 from transformers.utils import logging as transformers_logging
 
 from distillkit.config import RunConfig
 from distillkit.planning import plan_run
-from distillkit.training.arguments import build_training_arguments
-from distillkit.training.precision import compute_dtype
-from distillkit.training.setup import checkpoint_layers
+from frame import DEVICE, GIB, Json, Options, in_own_process, now, option, peak_memory, run
+from steps import AFM, ALIGNMENT, KL, SMOLLM2, llama, one_phase_run, run_config, take_steps
 
-GIB = 2**30
-STEPS = 3
-
-SMALL = {**SMOLLM2, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
-SMALL |= {"num_key_value_heads": 2, "vocab_size": 8192}
-TINY = {**SMALL, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
-TINY |= {"num_key_value_heads": 1, "vocab_size": 512}
-
-KL = [{"function": "kl", "weight": 1.0}]
+ON_CUDA = DEVICE.type == "cuda"
 
 
-def row(shape: dict[str, Any], batch: int, tokens: int, **changes: Any) -> dict[str, Any]:
-    """The YAML of a row, without places; `arguments` are training_args, `layers` a smaller depth."""
-    arguments = {"per_device_train_batch_size": batch, "bf16": True, "learning_rate": 1e-6, "max_steps": STEPS}
-    arguments |= changes.pop("arguments", {})
-    shape = {**shape, "num_hidden_layers": changes.pop("layers", shape["num_hidden_layers"])}
-    run = {"sequence_length": tokens, "loss_functions": ONE_PHASE, "layer_mapping": "all", "frozen_res": FROZEN}
-    return {"shape": shape, "run": {**run, **changes, "training_args": arguments}}
+def described(
+    shape: Json, batch: int, tokens: int, layers: int | None = None, arguments: Json | None = None, **changes: Any
+) -> tuple[Json, Json]:
+    """A row: the teacher's config.json and the YAML of a run, without paths."""
+    shape = {**shape, "num_hidden_layers": layers or shape["num_hidden_layers"]}
+    return shape, one_phase_run(batch, tokens, {"max_steps": 3, "logging_steps": 1, **(arguments or {})}, **changes)
 
 
+SMALL = llama(256, 1024, 8, 4, 2, 64, 8192)
 CHECKPOINTED = {"gradient_checkpointing": True}
-ON_GPU = {
-    "smollm2-16x2048": row(SMOLLM2, 16, 2048),
-    "smollm2-1x32768": row(SMOLLM2, 1, 32768),
-    "smollm2-16x2048-alignment": row(SMOLLM2, 16, 2048, loss_functions=ALIGNMENT),
-    "smollm2-8x2048-all-trained": row(SMOLLM2, 8, 2048, loss_functions=KL, frozen_res=[]),
-    "afm12-4x2048": row(AFM, 4, 2048, layers=12),
-    "afm12-4x2048-checkpointing": row(AFM, 4, 2048, layers=12, arguments=CHECKPOINTED),
-    "afm12-4x2048-accumulated": row(AFM, 4, 2048, layers=12, arguments={"gradient_accumulation_steps": 2}),
-    "afm12-4x2048-8bit": row(AFM, 4, 2048, layers=12, arguments={"optim": "adamw_torch_8bit"}),
-    "afm12-4x2048-bfloat16": row(AFM, 4, 2048, layers=12, frozen_res=[], trained_weights="bfloat16"),
-    "afm-4x2048-checkpointing": row(AFM, 4, 2048, arguments=CHECKPOINTED),
-    "afm-4x2048-alignment": row(AFM, 4, 2048, loss_functions=ALIGNMENT),
-    "afm-1x32768-checkpointing": row(AFM, 1, 32768, arguments=CHECKPOINTED),
+ON_GPU_ROWS = {
+    "smollm2-16x2048": described(SMOLLM2, 16, 2048),
+    "smollm2-1x32768": described(SMOLLM2, 1, 32768),
+    "smollm2-16x2048-alignment": described(SMOLLM2, 16, 2048, loss_functions=ALIGNMENT),
+    "smollm2-8x2048-all-trained": described(SMOLLM2, 8, 2048, loss_functions=KL, frozen_res=[]),
+    "afm12-4x2048": described(AFM, 4, 2048, 12),
+    "afm12-4x2048-checkpointing": described(AFM, 4, 2048, 12, CHECKPOINTED),
+    "afm12-4x2048-accumulated": described(AFM, 4, 2048, 12, {"gradient_accumulation_steps": 2}),
+    "afm12-4x2048-8bit": described(AFM, 4, 2048, 12, {"optim": "adamw_torch_8bit"}),
+    "afm12-4x2048-bfloat16": described(AFM, 4, 2048, 12, frozen_res=[], trained_weights="bfloat16"),
+    "afm-4x2048-checkpointing": described(AFM, 4, 2048, arguments=CHECKPOINTED),
+    "afm-4x2048-alignment": described(AFM, 4, 2048, loss_functions=ALIGNMENT),
+    "afm-1x32768-checkpointing": described(AFM, 1, 32768, arguments=CHECKPOINTED),
 }
-ON_CPU = {
-    "small-4x512": row(SMALL, 4, 512),
-    "small-8x512-checkpointing": row(SMALL, 8, 512, arguments=CHECKPOINTED),
-    "small-8x512-alignment": row(SMALL, 8, 512, loss_functions=ALIGNMENT),
-    "small-4x512-float32": row(SMALL, 4, 512, arguments={"bf16": False}, frozen_res=["embed_tokens"]),
-    "smollm2-2x512": row(SMOLLM2, 2, 512),
-    "smollm2-2x512-checkpointing": row(SMOLLM2, 2, 512, arguments=CHECKPOINTED),
+ON_CPU_ROWS = {
+    "small-4x512": described(SMALL, 4, 512),
+    "small-8x512-checkpointing": described(SMALL, 8, 512, arguments=CHECKPOINTED),
+    "small-8x512-alignment": described(SMALL, 8, 512, loss_functions=ALIGNMENT),
+    "small-4x512-float32": described(SMALL, 4, 512, arguments={"bf16": False}, frozen_res=["embed_tokens"]),
+    "smollm2-2x512": described(SMOLLM2, 2, 512),
+    "smollm2-2x512-checkpointing": described(SMOLLM2, 2, 512, arguments=CHECKPOINTED),
 }
+ROWS = {**ON_GPU_ROWS, **ON_CPU_ROWS}
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_TOP_PAD_": "0"}
 
 
-def main() -> None:
-    on_cuda = torch.cuda.is_available()
-    rows = ON_GPU if on_cuda else ON_CPU
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=[*ON_GPU, *ON_CPU], default=list(rows))
-    parser.add_argument("--gpu", default="H100" if on_cuda else "cpu", help="as for distillkit plan")
-    parser.add_argument("--list", action="store_true", help="print the rows and do nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS / ("memory.json" if on_cuda else "memory_cpu.json"))
-    parser.add_argument("--one", help="measure this row in this process and print it")
-    arguments = parser.parse_args()
+@dataclass(kw_only=True)
+class MemoryOptions(Options):
+    output: Path | None = option(None if ON_CUDA else Path("memory_cpu.json"))
+    rows: list[str] = option([*(ON_GPU_ROWS if ON_CUDA else ON_CPU_ROWS)], choices=[*ROWS])
+    gpu: str = option("H100" if ON_CUDA else "cpu", "as for distillkit plan")
+
+
+def measure(options: MemoryOptions) -> Iterator[Json]:
     transformers_logging.set_verbosity_error()
-    if arguments.list:
-        print("\n".join(arguments.rows))
-    elif arguments.one:
-        print(json.dumps(measured(arguments.one, arguments.gpu)))
-    else:
-        measure_all(arguments, on_cuda)
-
-
-def measure_all(arguments: argparse.Namespace, on_cuda: bool) -> None:
-    """Every row, and the file anew after each."""
-    result: dict[str, Any] = {
-        "benchmark": "peak memory of training steps beside the plan's estimate",
-        "command": f"python benchmarks/memory.py {' '.join(sys.argv[1:])}".strip(),
-        **provenance("flash-linear-attention", "torchao"),
-        "rows": [],
-    }
     os.environ.update(GLIBC)
-    for name in arguments.rows:
-        if on_cuda:
-            found = measured(name, arguments.gpu)
-            print(json.dumps(found), flush=True)
-        else:
-            found = in_own_process(__file__, "--one", name, "--gpu", arguments.gpu)
-        result["rows"].append(found)
-        ratios = [each["ratio"] for each in result["rows"] if each.get("ratio")]
-        if ratios:
-            result["summary"] = {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    for name in options.rows:
+        yield measured(name, options.gpu) if ON_CUDA else in_own_process(measured, name, options.gpu)
 
 
-def measured(name: str, gpu: str) -> dict[str, Any]:
-    """A row with the plan's estimate and the peak, in GiB."""
-    described = {**ON_GPU, **ON_CPU}[name]
-    with tempfile.TemporaryDirectory() as folder:
-        config = described_run(described, Path(folder))
-        started = time.perf_counter()
+def measured(name: str, gpu: str) -> Json:
+    """A row with the plan's estimate and the peak in GiB, or that it did not fit."""
+    shape, run_of_row = ROWS[name]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+        config = run_config(Path(folder), run_of_row, shape)
+        started = now()
         cost = plan_run(config, gpu=gpu).phases[0].cost
         assert cost is not None
-        planned = time.perf_counter() - started
         found = {
             "row": name,
-            "layers": described["shape"]["num_hidden_layers"],
+            "layers": shape["num_hidden_layers"],
             "estimated_gib": round(cost.allocated / GIB, 3),
             "estimated": {kind: round(size / GIB, 3) for kind, size in cost.memory.items()},
             "moment": cost.moment,
-            "plan_seconds": round(planned, 1),
+            "plan_seconds": round(now() - started, 1),
         }
-        if not torch.cuda.is_available():
-            warm_up()
+        if not ON_CUDA:  # code that is loaded when first used takes resident memory, too
+            tiny, run_of_tiny = described(llama(128, 128, 4, 2, 1, 64, 512), 1, 64)
+            train(run_config(Path(other), run_of_tiny, tiny))
         gc.collect()
-        return found | compared(config, Path(folder), cost.allocated)
-
-
-def warm_up() -> None:
-    """Steps of a tiny model: code that is loaded when first used takes resident memory, too."""
-    with tempfile.TemporaryDirectory() as folder:
-        train(described_run(row(TINY, 1, 64), Path(folder)), Path(folder))
-
-
-def compared(config: RunConfig, folder: Path, estimate: float) -> dict[str, Any]:
-    """The measured peak and the ratio; or that it did not fit."""
-    started = time.perf_counter()
-    try:
-        peak, tokens_per_second = train(config, folder)
-    except torch.OutOfMemoryError:
-        return {"error": "does not fit into the device's memory"}
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
+        started = now()
+        try:
+            peak, speed = train(config)
+        except torch.OutOfMemoryError:
+            return {**found, "error": "does not fit into the device's memory"}
+        finally:
+            gc.collect()
             torch.cuda.empty_cache()
-    return {
-        "measured_gib": round(peak / GIB, 3),
-        "ratio": round(estimate / peak, 3),
-        "tokens_per_second": tokens_per_second,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    numbers = {"measured_gib": round(peak / GIB, 3), "ratio": round(cost.allocated / peak, 3)}
+    return {**found, **numbers, "tokens_per_second": round(speed), "seconds": round(now() - started, 1)}
 
 
-def described_run(described: dict[str, Any], folder: Path) -> RunConfig:
-    """The row as a run whose teacher is a folder with a config.json."""
-    (folder / "config.json").write_text(json.dumps(described["shape"]))
-    return run_config(folder, described["run"])
-
-
-def train(config: RunConfig, folder: Path) -> tuple[int, int]:
+def train(config: RunConfig) -> tuple[int, float]:
     """(peak bytes, tokens per second) of the steps of a run; weights are part of the peak."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    given = {**config.training_args, "use_cpu": device.type == "cpu", "logging_steps": 1}
-    arguments, techniques = build_training_arguments(given, folder / "run", uses_logits=True)
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else resident()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    teacher, student = random_models(config, compute_dtype(arguments), device)
-    if techniques.gradient_checkpointing:
-        checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
-    trainer = trainer_of(config, arguments, teacher, student)
-    trainer.train()
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+    before = torch.cuda.memory_allocated() if ON_CUDA else psutil.Process().memory_info().rss
+    trainer = take_steps(config, DEVICE)
     speeds = [line["tokens_per_second"] for line in trainer.state.log_history if "tokens_per_second" in line]
-    return peak - before, round(speeds[-1])
+    return peak_memory() - before, speeds[-1]
 
 
-def resident() -> int:
-    """Resident bytes of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def summary(_: MemoryOptions, rows: list[Json]) -> Json:
+    ratios = [row["ratio"] for row in rows if row.get("ratio")]
+    return {"summary": {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}} if ratios else {}
 
 
 if __name__ == "__main__":
-    main()
+    title = "peak memory of training steps beside the plan's estimate"
+    run(MemoryOptions, measure, title, "flash-linear-attention", "torchao", more=summary)

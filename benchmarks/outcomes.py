@@ -5,58 +5,47 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measuring import ROOT
-
 from distillkit.config.evaluate import TEACHER
 from distillkit.runs.metrics import NOT_LOSSES
+from frame import ROOT, Json, read_metrics
 
 POINTS = 40
 """Of a curve; more than a picture shows are not kept."""
 
 OF_A_RUN = ("command", "commit", "machine", "versions", "seconds_in_all", "note")
-"""What is kept of a run with whose student another goes on."""
-
-Json = dict[str, Any]
+"""What is kept of a run if another continues with its student."""
 
 
 def part_of(name: str, folder: Path, plan: Json) -> Json:
     """What the files of a run and of its evaluations tell, without paths of the machine."""
-    found = {
-        file.removesuffix(".yaml"): json.loads((folder / file.removesuffix(".yaml") / "results.json").read_text())
-        for file in plan["files"]
-        if file != "run.yaml"
-    }
+    files = [Path(file).stem for file in plan["files"] if file != "run.yaml"]
+    found = {file: json.loads((folder / file / "results.json").read_text()) for file in files}
     failures = [failure for results in found.values() for failure in results["failures"]]
-    of_needles = [results for file, results in found.items() if file.startswith("needles")]
     tasks_of: Json = {}
-    for results in of_needles:
+    trained: Json = {}
+    for results in (results for file, results in found.items() if file.startswith("needles")):
         for model, tasks in results["needles"].items():
             tasks_of.setdefault(model, {}).update(tasks)
+        trained |= {model: each["trained_length"] for model, each in results["models"].items()}
     needles = {
         "needles": {model: by_length(tasks) for model, tasks in tasks_of.items()},
         "needles_by_depth": {model: by_depth(tasks) for model, tasks in tasks_of.items()},
     }
-    trained = {model: each["trained_length"] for results in of_needles for model, each in results["models"].items()}
     if name == TEACHER:
         of_teacher = {key: by_model[TEACHER] for key, by_model in needles.items()}
         return {**of_teacher, "trained_length": trained[TEACHER], "failures": failures}
     run = json.loads((folder / "run" / "results.json").read_text())
-    phases = [phase_of(folder / "run" / phase["folder"], phase) for phase in run["phases"]]
-    training = run["training"]
+    divergences = {file.partition("-")[2]: each["divergence"] for file, each in found.items() if "divergence-" in file}
     return {
         "recipe": plan["files"]["run.yaml"]["extends"].removeprefix(f"{ROOT}/"),
         "overrides": plan["overrides"],
         "student": run["config"]["student"],
-        "tokens": training["tokens"],
-        "seconds": training["seconds"],
+        "tokens": run["training"]["tokens"],
+        "seconds": run["training"]["seconds"],
         "parameters": run["parameters"],
         "device": run["machine"]["device"],
-        "phases": phases,
-        "divergence": {
-            each.partition("-")[2]: results["divergence"]
-            for each, results in found.items()
-            if each.startswith("divergence")
-        },
+        "phases": [phase_of(folder / "run" / phase["folder"], phase) for phase in run["phases"]],
+        "divergence": divergences,
         "trained_length": trained,
         **needles,
         "failures": failures,
@@ -64,7 +53,7 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
 
 
 def continued(former: Json, part: Json) -> Json:
-    """A variant with whose student another run went on: the phases of both, and the rest as it was measured last."""
+    """A variant with whose student another run continued: the phases of both, and the rest as it was measured last."""
     own = [phase["name"] for phase in part["phases"]]
     phases = [*(phase for phase in former["phases"] if phase["name"] not in own), *part["phases"]]
     return {
@@ -80,10 +69,9 @@ def continued(former: Json, part: Json) -> Json:
 def phase_of(folder: Path, phase: Json) -> Json:
     """What a phase was, and how it went. `held_out`: its divergence at some of its steps, in rows of its length."""
     results = json.loads((folder / "results.json").read_text())
-    config = results["config"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    config, training = results["config"], results["config"]["training_args"]
+    lines = read_metrics(folder)
     steps = [line for line in lines if "loss" in line]
-    training = config["training_args"]
     names = ("per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "torch_compile")
     curve = [
         {
@@ -94,15 +82,14 @@ def phase_of(folder: Path, phase: Json) -> Json:
         for line in thinned(steps)
     ]
     held_out = [{**phase["divergence"]["before"], "tokens": 0}] if "before" in phase["divergence"] else []
-    for line in lines:
-        if "eval_kl" in line:
-            told = {key.removeprefix("eval_"): rounded(value) for key, value in line.items() if key.startswith("eval_")}
-            held_out.append({**told, "tokens": round(phase["tokens"] * line["step"] / phase["steps"])})
+    for line in (line for line in lines if "eval_kl" in line):
+        at = {name.removeprefix("eval_"): rounded(value) for name, value in line.items() if name.startswith("eval_")}
+        held_out.append({**at, "tokens": round(phase["tokens"] * line["step"] / phase["steps"])})
     return {
         **{key: phase[key] for key in ("name", "tokens", "steps", "seconds", "sequence_length", "losses")},
         "tokens_per_second": round(median(line["tokens_per_second"] for line in steps[1:] or steps)),
         "loss_functions": [
-            {key: value for key, value in loss.items() if key in ("function", "weight", "temperature")}
+            {key: loss[key] for key in ("function", "weight", "temperature") if key in loss}
             for loss in config["loss_functions"]
         ],
         "trained_parameters": results["parameters"]["trained"],
@@ -115,13 +102,13 @@ def phase_of(folder: Path, phase: Json) -> Json:
 
 def by_length(tasks: Json) -> Json:
     """Of each task `correct` and `total` by length, over all depths."""
-    sums: Json = {}
+    found: Json = {}
     for task, rows in tasks.items():
         for row in rows:
-            found = sums.setdefault(task, {}).setdefault(str(row["length"]), {"correct": 0.0, "total": 0})
-            found["correct"] += row["correct"]
-            found["total"] += row["total"]
-    return sums
+            sums = found.setdefault(task, {}).setdefault(str(row["length"]), {"correct": 0.0, "total": 0})
+            for key in sums:
+                sums[key] += row[key]
+    return found
 
 
 def by_depth(tasks: Json) -> Json:
@@ -129,15 +116,14 @@ def by_depth(tasks: Json) -> Json:
     found: Json = {}
     for task, rows in tasks.items():
         for row in rows:
-            of_length = found.setdefault(task, {}).setdefault(str(row["length"]), {})
-            of_length[str(row["depth"])] = [row["correct"], row["total"]]
+            depths = found.setdefault(task, {}).setdefault(str(row["length"]), {})
+            depths[str(row["depth"])] = [row["correct"], row["total"]]
     return found
 
 
 def thinned(lines: list[Json]) -> list[Json]:
     """The first, the last and some between them."""
-    step = max(1, -(-len(lines) // POINTS))
-    kept = lines[::step]
+    kept = lines[:: max(1, -(-len(lines) // POINTS))]
     return kept if not lines or kept[-1] is lines[-1] else [*kept, lines[-1]]
 
 

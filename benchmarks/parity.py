@@ -6,18 +6,18 @@
 A row is a file of tests. The script ends with pytest's exit code once the result is written.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from measuring import RESULTS, ROOT, provenance
+from frame import ROOT, Json, Options, now, save
 
-OUTCOMES = ("passed", "failed", "skipped")
+
+class ParityOptions(Options):
+    """None but the arguments of pytest."""
 
 
 def main() -> None:
@@ -25,42 +25,35 @@ def main() -> None:
     if "--help" in arguments:
         print(__doc__)
         return
-    start = time.perf_counter()
+    start = now()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", *arguments, f"--junitxml={report}"]
         code = subprocess.run(command, cwd=ROOT).returncode
-        if not report.exists():  # pytest did not come to run anything, and has said why
+        if not report.exists():  # pytest has run nothing, and has printed why
             sys.exit(code)
         rows, failures = counted(ElementTree.parse(report))
-    result = {
-        "benchmark": "tests that need a GPU",
-        "command": " ".join(["python benchmarks/parity.py", *sys.argv[1:]]),
-        **provenance("flash-linear-attention", "triton", "torchao"),
-        "seconds": round(time.perf_counter() - start, 1),
-        "rows": rows,
-        "failures": failures,
-    }
-    (RESULTS / "parity.json").write_text(json.dumps(result, indent=2) + "\n")
+    content = {"benchmark": "tests that need a GPU", "seconds": round(now() - start, 1)}
+    packages = ("flash-linear-attention", "triton", "torchao")
+    save(ParityOptions(), {**content, "rows": rows, "failures": failures}, *packages)
     sys.exit(code)
 
 
-def counted(report: "ElementTree.ElementTree[ElementTree.Element]") -> tuple[list[dict], list[dict]]:
-    """Of each file of tests how they went; and of each failed one its name and message."""
+def counted(report: "ElementTree.ElementTree[ElementTree.Element]") -> tuple[list[Json], list[Json]]:
+    """The outcomes of each file of tests; and of each failed test its name and message."""
     outcomes: dict[str, Counter[str]] = {}
     failures = []
     for case in report.iter("testcase"):
-        kinds = {child.tag for child in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         file = case.attrib["classname"].replace(".", "/") + ".py"
-        outcomes.setdefault(file, Counter())[outcome] += 1
-        if outcome == "failed":
-            problem = next(child for child in case if child.tag in ("failure", "error"))
-            failures.append(
-                {"test": f"{file}::{case.attrib['name']}", "message": problem.attrib.get("message", "")[:500]}
-            )
-    rows = [{"tests": file, **{outcome: counts[outcome] for outcome in OUTCOMES}} for file, counts in outcomes.items()]
-    return sorted(rows, key=lambda row: row["tests"]), failures
+        problems = [child for child in case if child.tag in ("failure", "error")]
+        skipped = any(child.tag == "skipped" for child in case)
+        outcomes.setdefault(file, Counter())["failed" if problems else "skipped" if skipped else "passed"] += 1
+        for problem in problems[:1]:
+            message = problem.attrib.get("message", "")[:500]
+            failures.append({"test": f"{file}::{case.attrib['name']}", "message": message})
+    names = ("passed", "failed", "skipped")
+    rows = [{"tests": file, **{name: counts[name] for name in names}} for file, counts in sorted(outcomes.items())]
+    return rows, failures
 
 
 if __name__ == "__main__":

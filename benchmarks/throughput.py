@@ -3,32 +3,26 @@
     python benchmarks/throughput.py                                    # on CUDA
     python benchmarks/throughput.py --rows reference "compiled, nothing checkpointed" --output some.json
     python benchmarks/throughput.py --shape tiny --rows reference eager compiled   # a try, on a CPU
-    python benchmarks/throughput.py --complete throughput.json         # adds what distillkit plan counts; needs no GPU
 
-Teacher and hybrid student have random weights, made on the device; tokens are random, one document per row. The recipe
-is the one-phase recipe: 0.2 cross-entropy, 0.2 KL at temperature 2, 0.6 cosine of all layers' outputs, bf16 autocast
-over float32 masters. Rows are steps of the product's own trainer, but `reference`: a training loop as one writes it
-first, with all logits at once, eager, every layer checkpointed, and PyTorch's AdamW as it comes. A row is the median of
-some steps after those in which kernels are tuned and compiled; two more are profiled, and the time of their kernels is
-sorted by the kernels' names. The file is written after each row.
-
-`gflop_per_token` is what the product's plan counts for the same step, recomputation included; `share_of_matmul_rate`
-is that by the tokens per second over the rate of one large bf16 product in the same process.
+Teacher and hybrid student have random weights; tokens are random, one document per row; the recipe is the one-phase
+recipe. Rows are steps of the product's own trainer, but `reference`: a training loop as one writes it first, with all
+logits at once, eager, every layer checkpointed, and PyTorch's AdamW as it comes. A row is the median of some steps
+after those in which kernels are tuned and compiled; two more are profiled, and the time of their kernels is sorted by
+the kernels' names. `gflop_per_token` is what the product's plan counts for the same step, recomputation included;
+`share_of_matmul_rate` is that by the tokens per second over the rate of one large bf16 product in the same process.
 """
 
-import argparse
 import gc
-import json
-import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from measuring import RESULTS, provenance
-from steps import FROZEN, ONE_PHASE, SHAPES, StepClock, now, random_models, run_config, trainer_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -36,49 +30,38 @@ from transformers.utils import logging as transformers_logging
 
 from distillkit.config import RunConfig
 from distillkit.planning import plan_run
-from distillkit.training.arguments import build_training_arguments
-from distillkit.training.compilation import compiled_step
-from distillkit.training.precision import compute_dtype
-from distillkit.training.setup import checkpoint_layers
+from frame import DEVICE, GIB, Json, Options, now, option, peak_memory, run, seconds_of, start_peak
+from steps import ALIGNMENT, SHAPES, StepClock, one_phase_run, random_models, run_config, take_steps
 
-GIB = 2**30
 BATCHES = {"afm-4.5b": (4, 2048, 32768), "smollm2-135m": (16, 2048, 32768), "tiny": (2, 64, 128)}
 """Rows and tokens of a short batch, and tokens of a long one of a single row."""
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 HALF = {**CHECKPOINTED, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}
 COMPILED = {"torch_compile": True}
+BOTH = {**CHECKPOINTED, **COMPILED}
+EIGHT_BIT = {**BOTH, "optim": "adamw_torch_8bit"}
 ALL = {"frozen_res": [], "trained_weights": "bfloat16"}
 """All parameters: in bf16 with stochastic rounding, for 16 bytes a parameter do not fit beside the activations."""
 
-ROWS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "eager": {"arguments": CHECKPOINTED},
-    "compiled": {"arguments": {**CHECKPOINTED, **COMPILED}},
-    "compiled, every second layer checkpointed": {"arguments": {**HALF, **COMPILED}},
-    "compiled, nothing checkpointed": {"arguments": COMPILED},
-    "eager, nothing checkpointed": {},
-    "all parameters": {"arguments": {**CHECKPOINTED, **COMPILED}, **ALL},
-    "all parameters, 8-bit": {"arguments": {**CHECKPOINTED, **COMPILED, "optim": "adamw_torch_8bit"}, **ALL},
-    "long": {"long": True, "arguments": {**CHECKPOINTED, **COMPILED}},
-    "long, eager": {"long": True, "arguments": CHECKPOINTED},
-    "long, all parameters": {"long": True, "arguments": {**CHECKPOINTED, **COMPILED}, **ALL},
-    "long, all parameters, 8-bit": {
-        "long": True,
-        "arguments": {**CHECKPOINTED, **COMPILED, "optim": "adamw_torch_8bit"},
-        **ALL,
-    },
+ROWS: dict[str, tuple[Json, Json]] = {
+    "reference": ({}, {}),
+    "eager": (CHECKPOINTED, {}),
+    "compiled": (BOTH, {}),
+    "compiled, every second layer checkpointed": ({**HALF, **COMPILED}, {}),
+    "compiled, nothing checkpointed": (COMPILED, {}),
+    "eager, nothing checkpointed": ({}, {}),
+    "all parameters": (BOTH, ALL),
+    "all parameters, 8-bit": (EIGHT_BIT, ALL),
+    "alignment": ({}, {"loss_functions": ALIGNMENT}),
+    "long": (BOTH, {}),
+    "long, eager": (CHECKPOINTED, {}),
+    "long, all parameters": (BOTH, ALL),
+    "long, all parameters, 8-bit": (EIGHT_BIT, ALL),
 }
-USUAL = (
-    "reference",
-    "eager",
-    "compiled",
-    "compiled, every second layer checkpointed",
-    "compiled, nothing checkpointed",
-    "all parameters",
-    "long",
-    "long, all parameters",
-)
+"""`training_args`, and other keys of the YAML that differ from the one-phase recipe's."""
+SELDOM = ("eager, nothing checkpointed", "alignment", "all parameters, 8-bit", "long, eager")
+SELDOM += ("long, all parameters, 8-bit",)
 
 CLASSES = {
     "attention": ("flash", "fmha", "pytorch_flash", "varlen"),
@@ -89,6 +72,17 @@ CLASSES = {
 """Parts of kernels' names; the first class that has one in it gets the kernel, and `other` the rest."""
 
 
+@dataclass(kw_only=True)
+class ThroughputOptions(Options):
+    shape: Literal["tiny", "smollm2-135m", "afm-4.5b"] = option("afm-4.5b")
+    layers: int | None = option(None, "so many instead of the shape's")
+    rows: list[str] = option([name for name in ROWS if name not in SELDOM], choices=[*ROWS])
+    warm_up: int = option(3, "steps that are not counted, at least 1")
+    steps: int = option(5)
+    profiled: int = option(2)
+    gpu: str = option("H100", "as for distillkit plan")
+
+
 class ProfiledClock(StepClock):
     """A clock that also profiles the steps after `profiled_from`."""
 
@@ -97,9 +91,9 @@ class ProfiledClock(StepClock):
         self.profiler: Any = None
         self._profiled_from = profiled_from
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         super().on_step_end()
-        if state.global_step == self._profiled_from and torch.cuda.is_available():
+        if len(self.moments) == self._profiled_from and DEVICE.type == "cuda":
             self.profiler = profile(activities=[ProfilerActivity.CUDA])
             self.profiler.__enter__()
 
@@ -109,99 +103,79 @@ class ProfiledClock(StepClock):
             self.profiler.__exit__(None, None, None)
 
 
-def described_run(row: str, shape: str, folder: Path, layers: int | None) -> RunConfig:
-    """The YAML of a row."""
-    described = ROWS[row]
+def described_run(row: str, shape: str, folder: Path, layers: int | None, **more: Any) -> RunConfig:
+    """The YAML of a row; `more` are further training_args."""
+    arguments, changes = ROWS[row]
     rows, short, long = BATCHES[shape]
-    arguments = {
-        "bf16": True,
-        "learning_rate": 1e-6,
-        "per_device_train_batch_size": 1 if described.get("long") else rows,
-    }
-    run = {name: described[name] for name in ("frozen_res", "trained_weights") if name in described}
-    described_shape = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
-    (folder / "config.json").write_text(json.dumps(described_shape))
-    return run_config(
-        folder,
-        {
-            "frozen_res": FROZEN,
-            "loss_functions": ONE_PHASE,
-            "layer_mapping": "all",
-            "sequence_length": long if described.get("long") else short,
-            **run,
-            "training_args": {**arguments, **described.get("arguments", {})},
-        },
-    )
+    batch, length = (1, long) if row.startswith("long") else (rows, short)
+    run = one_phase_run(batch, length, {**arguments, **more}, **changes)
+    return run_config(folder, run, SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers}))
 
 
-def measured(row: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table."""
-    print(f"{row} …", flush=True)
+def measure(options: ThroughputOptions) -> Iterator[Json]:
+    transformers_logging.set_verbosity_error()
+    rate = matmul_rate()
+    for row in options.rows:
+        print(f"{row} …", flush=True)
+        found = measured(row, options)
+        if "tokens_per_second" in found:
+            gflop = planned_gflop(row, options) / (found["batch"] * found["sequence_length"])
+            found["gflop_per_token"] = round(gflop, 2)
+            if rate is not None:
+                found["share_of_matmul_rate"] = round(gflop * found["tokens_per_second"] / 1e3 / rate, 3)
+        yield found
+
+
+def measured(row: str, options: ThroughputOptions) -> Json:
     began = now()
-    found: dict[str, Any] = {"row": row}
+    found: Json = {"row": row}
+    clock = ProfiledClock(options.warm_up + options.steps)
+    steps = {"max_steps": options.warm_up + options.steps + options.profiled, "logging_steps": 100}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            config = described_run(row, args.shape, Path(folder), args.layers)
-            arguments = config.training_args
-            batch = arguments["per_device_train_batch_size"]
+            config = described_run(row, options.shape, Path(folder), options.layers, **steps)
+            batch = config.training_args["per_device_train_batch_size"]
             found |= {"batch": batch, "sequence_length": config.sequence_length}
-            found |= (reference_steps if row == "reference" else product_steps)(config, Path(folder), args)
+            if row == "reference":
+                reference_steps(config, clock)
+            else:
+                take_steps(config, DEVICE, clock=clock)
+        seconds = clock.seconds(options.warm_up, options.warm_up + options.steps)
+        found["tokens_per_second"] = round(batch * config.sequence_length / median(seconds))
+        found |= {"step_seconds": round(median(seconds), 4), "slowest_step_seconds": round(max(seconds), 4)}
+        found["peak_gib"] = round(peak_memory() / GIB, 2) if DEVICE.type == "cuda" else None
+        if clock.profiler is not None:
+            found |= kernel_times(clock.profiler, options.profiled, median(seconds))
     except torch.OutOfMemoryError:
         found["error"] = "does not fit into the device's memory"
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     gc.collect()
     torch._dynamo.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return {**found, "seconds_in_all": round(now() - began, 1)}
 
 
-def product_steps(config: RunConfig, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The product's trainer."""
-    given = {**config.training_args, "use_cpu": not torch.cuda.is_available(), "logging_steps": 100}
-    given["max_steps"] = args.warm_up + args.steps + args.profiled
-    arguments, techniques = build_training_arguments(given, folder / "run", uses_logits=True)
-    teacher, student = random_models(config, compute_dtype(arguments), arguments.device)
-    if techniques.gradient_checkpointing:
-        checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
-    clock = ProfiledClock(args.warm_up + args.steps)
-    trainer = trainer_of(config, arguments, teacher, student, callbacks=[clock])
-    reset_peak()
-    with compiled_step(student, teacher, trainer.model.objective, techniques.compilation):
-        trainer.train()
-    return report(clock, args, config)
-
-
-def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def reference_steps(config: RunConfig, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def reference_steps(config: RunConfig, clock: ProfiledClock) -> None:
     """A training loop as one writes it first."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher, student = random_models(config, torch.bfloat16, device)
+    teacher, student = random_models(config, torch.bfloat16, DEVICE)
     for model in (teacher, student):
         model.set_attn_implementation("sdpa")
     student.gradient_checkpointing_enable({"use_reentrant": False})
     student.train()
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
-    batch = config.training_args["per_device_train_batch_size"]
-    clock = ProfiledClock(args.warm_up + args.steps)
-    reset_peak()
-    for step in range(args.warm_up + args.steps + args.profiled):
-        input_ids = torch.randint(student.config.vocab_size, (batch, config.sequence_length), device=device)
-        loss = dense_loss(teacher, student, input_ids)
+    size = (config.training_args["per_device_train_batch_size"], config.sequence_length)
+    start_peak()
+    for _ in range(config.training_args["max_steps"]):
+        loss = dense_loss(teacher, student, torch.randint(student.config.vocab_size, size, device=DEVICE))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         del loss
-        clock.on_step_end(None, argparse.Namespace(global_step=step + 1), None)
+        clock.on_step_end()
     clock.on_train_end()
-    return report(clock, args, config)
 
 
 def dense_loss(teacher: PreTrainedModel, student: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
@@ -214,119 +188,58 @@ def dense_loss(teacher: PreTrainedModel, student: PreTrainedModel, input_ids: to
     def of_logits(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         labels = input_ids[:, 1:].flatten()
         logits, teacher_logits = (each[:, :-1].flatten(0, 1).float() for each in (logits, teacher_logits))
-        cross_entropy = F.cross_entropy(logits, labels)
         log_q, log_p = ((each / 2.0).log_softmax(-1) for each in (logits, teacher_logits))
-        return 0.2 * cross_entropy + 0.2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * 4.0
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * 4.0
+        return 0.2 * F.cross_entropy(logits, labels) + 0.2 * kl
 
     loss = checkpoint(of_logits, ours.logits, theirs.logits, use_reentrant=False)
-    distances = [
-        1 - F.cosine_similarity(one.float(), other.float(), dim=-1).mean()
-        for one, other in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
-    ]
+    layers = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
+    distances = [1 - F.cosine_similarity(one.float(), other.float(), dim=-1).mean() for one, other in layers]
     return loss + 0.6 * torch.stack(distances).mean()
 
 
-def report(clock: ProfiledClock, args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
-    tokens = config.training_args["per_device_train_batch_size"] * config.sequence_length
-    counted = clock.moments[args.warm_up - 1 : args.warm_up + args.steps]
-    seconds = [later - earlier for earlier, later in zip(counted, counted[1:], strict=False)]
-    step = median(seconds)
-    return {
-        "tokens_per_second": round(tokens / step),
-        "step_seconds": round(step, 4),
-        "slowest_step_seconds": round(max(seconds), 4),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2) if torch.cuda.is_available() else None,
-        **({} if clock.profiler is None else kernel_times(clock.profiler, args.profiled, step)),
-    }
-
-
-def kernel_times(profiler: Any, steps: int, step_seconds: float) -> dict[str, Any]:
+def kernel_times(profiler: Any, steps: int, step_seconds: float) -> Json:
     """Seconds of a step's kernels by class, what is left of the step, and the kernels that take most."""
     by_class = dict.fromkeys((*CLASSES, "other"), 0.0)
     kernels = []
     for event in profiler.key_averages():
-        seconds = event.self_device_time_total / 1e6 / steps
-        if not seconds:
-            continue
-        name = event.key.lower()
+        seconds, name = event.self_device_time_total / 1e6 / steps, event.key.lower()
         kind = next((kind for kind, parts in CLASSES.items() if any(part in name for part in parts)), "other")
-        by_class[kind] += seconds
-        kernels.append((seconds, event.count // steps, kind, event.key[:90]))
-    kernels.sort(reverse=True)
+        if seconds:
+            by_class[kind] += seconds
+            row = {"seconds": round(seconds, 5), "calls": event.count // steps, "class": kind, "name": event.key[:90]}
+            kernels.append(row)
     return {
         "kernel_seconds": {kind: round(seconds, 4) for kind, seconds in by_class.items()},
         "without_kernels_seconds": round(step_seconds - sum(by_class.values()), 4),
-        "kernels_per_step": sum(count for _, count, _, _ in kernels),
-        "slowest_kernels": [
-            {"seconds": round(seconds, 5), "calls": count, "class": kind, "name": name}
-            for seconds, count, kind, name in kernels[:40]
-        ],
+        "kernels_per_step": sum(row["calls"] for row in kernels),
+        "slowest_kernels": sorted(kernels, key=lambda row: row["seconds"], reverse=True)[:40],
     }
 
 
-def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
-    """TFLOP/s of a square bf16 product of random numbers."""
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        left @ right
-    times = []
-    for _ in range(repeats):
-        start = now()
-        left @ right
-        times.append(now() - start)
-    return 2 * size**3 / median(times) / 1e12
+def planned_gflop(row: str, options: ThroughputOptions) -> float:
+    """Of a whole step, as the plan counts it."""
+    with tempfile.TemporaryDirectory() as folder:
+        name = "eager" if row == "reference" else row
+        config = described_run(name, options.shape, Path(folder), options.layers)
+        cost = plan_run(config, gpu=options.gpu).phases[0].cost
+    assert cost is not None
+    return sum(cost.flops.values()) / 1e9
 
 
-def complete(result: dict[str, Any], gpu: str) -> None:
-    """Add to each row what the plan of the same step counts."""
-    for row in result["rows"]:
-        if "tokens_per_second" not in row:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            name = "eager" if row["row"] == "reference" else row["row"]
-            config = described_run(name, result["shape"], Path(folder), result["layers"])
-            cost = plan_run(config, gpu=gpu).phases[0].cost
-        assert cost is not None
-        gflop = sum(cost.flops.values()) / (row["batch"] * row["sequence_length"]) / 1e9
-        row["gflop_per_token"] = round(gflop, 2)
-        if result["matmul_tflops"]:
-            rate = gflop * row["tokens_per_second"] / 1e3 / result["matmul_tflops"]
-            row["share_of_matmul_rate"] = round(rate, 3)
+@cache
+def matmul_rate(size: int = 8192) -> float | None:
+    """TFLOP/s of a square bf16 product of random numbers on CUDA."""
+    if DEVICE.type == "cpu":
+        return None
+    left, right = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return round(2 * size**3 / median(seconds_of(lambda: left @ right, repeats=20, warm_up=3)) / 1e12, 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="afm-4.5b")
-    parser.add_argument("--layers", type=int, help="so many instead of the shape's")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(USUAL))
-    parser.add_argument("--warm-up", type=int, default=3, help="at least 1")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--profiled", type=int, default=2)
-    parser.add_argument("--gpu", default="H100", help="as for distillkit plan")
-    parser.add_argument("--output", type=Path, default=RESULTS / "throughput.json")
-    parser.add_argument("--complete", type=Path, help="a file in which to add what the plan counts")
-    args = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    if args.complete is not None:
-        result = json.loads(args.complete.read_text())
-        complete(result, args.gpu)
-        args.complete.write_text(json.dumps(result, indent=2) + "\n")
-        return
-    result = {
-        "benchmark": "training steps of teacher and hybrid student, by what the step is made of",
-        "command": " ".join(["python benchmarks/throughput.py", *sys.argv[1:]]),
-        **provenance("flash-linear-attention", "triton", "torchao"),
-        "shape": args.shape,
-        "layers": args.layers,
-        "matmul_tflops": round(matmul_rate(), 1) if torch.cuda.is_available() else None,
-        "rows": [],
-    }
-    for row in args.rows:
-        found = measured(row, args)
-        result["rows"].append(found)
-        print(json.dumps({name: value for name, value in found.items() if name != "slowest_kernels"}), flush=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+def settings(options: ThroughputOptions, _: list[Json]) -> Json:
+    return {**options.settings("shape", "layers"), "matmul_tflops": matmul_rate()}
 
 
 if __name__ == "__main__":
-    main()
+    title = "training steps of teacher and hybrid student, by what the step is made of"
+    run(ThroughputOptions, measure, title, "flash-linear-attention", "triton", "torchao", more=settings)

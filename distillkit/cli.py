@@ -22,6 +22,7 @@ from distillkit.config.yaml_files import read_yaml
 from distillkit.config.readiness import check_model_path, check_ready
 from distillkit.config.schema import Kind, json_schema
 from distillkit.config.student import KVHeads, Layout
+from distillkit.config.synthetic import check_synthetic_ready, load_synthetic_config
 from distillkit.console import FAILED, USAGE_ERROR
 
 Overrides = Annotated[
@@ -109,7 +110,9 @@ def _print_plan(described: Run | CaptureConfig, *, gpu: str = "H100", gpus: int 
 
 @app.command()
 def schema(
-    kind: Annotated[Kind, typer.Argument(help="Of which YAML: run, capture or evaluate.", metavar="KIND")] = "run",
+    kind: Annotated[
+        Kind, typer.Argument(help="Of which YAML: run, capture, evaluate or synthesize.", metavar="KIND")
+    ] = "run",
 ) -> None:
     """Print the JSON schema of a kind of YAML, which tells an editor its keys, values and descriptions.
 
@@ -214,6 +217,25 @@ def evaluate(
 
     if evaluate(config)["failures"]:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def synthesize(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="The text, as YAML, and keys to change or add: document_length=2047. Without a file, all keys.",
+            metavar="[CONFIG.yaml] [KEY=VALUE]",
+        ),
+    ],
+) -> None:
+    """Make text from which a model learns to retrieve: passages return, and facts are asked for long after."""
+    path = Path(words[0]) if words[0].endswith((".yaml", ".yml")) else None
+    config = load_synthetic_config(path, words if path is None else words[1:])
+    check_synthetic_ready(config)
+    from distillkit.data.synthetic import synthesize
+
+    synthesize(config)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from distillkit.config.evaluate import EvaluateConfig
 from distillkit.config.phases import MERGED
 from distillkit.config.run import RunConfig
 from distillkit.config.section import Section
+from distillkit.config.synthetic import SyntheticTextConfig
 from distillkit.config.training_args import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -23,10 +24,15 @@ from distillkit.config.training_args import (
 )
 from distillkit.config.transformers_arguments import Argument, known_arguments
 
-Kind = Literal["run", "capture", "evaluate"]
+Kind = Literal["run", "capture", "evaluate", "synthesize"]
 Schema = dict[str, Any]
 
-SECTIONS: dict[Kind, type[Section]] = {"run": RunConfig, "capture": CaptureConfig, "evaluate": EvaluateConfig}
+SECTIONS: dict[Kind, type[Section]] = {
+    "run": RunConfig,
+    "capture": CaptureConfig,
+    "evaluate": EvaluateConfig,
+    "synthesize": SyntheticTextConfig,
+}
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _REF = "#/$defs/"
@@ -44,7 +50,7 @@ _JSON_TYPES = {
 
 
 def json_schema(kind: Kind) -> Schema:
-    """The schema (draft 2020-12) of the YAML of a run, a capture or an evaluation.
+    """The schema (draft 2020-12) of the YAML of a run, a capture, an evaluation or a synthetic text.
 
     A file that extends another need not be whole, at any depth: it is held to variants of the sections in which
     nothing is required.

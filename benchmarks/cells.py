@@ -1,4 +1,4 @@
-"""What the tables of docs/results.md are made of."""
+"""Cells, tables and sources of docs/results.md."""
 
 import math
 from collections.abc import Sequence
@@ -6,27 +6,27 @@ from typing import Any
 
 from distillkit.reporting import numbers
 from distillkit.reporting.document import Picture
+from frame import Json
 
-Json = dict[str, Any]
 Part = str | Picture
 """Markdown, or a picture."""
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
     """A table of Markdown: the first column to the left, the others to the right unless they are words."""
-    lines = [list(header), ["---", *["---" if words else "---:"] * (len(header) - 1)], *map(list, rows)]
+    lines = [header, ["---", *["---" if words else "---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: Any) -> str:
-    """A value of a result file in a cell, to four figures where it is a number."""
+    """A value of a result file in a cell, to four figures if it is a number."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return numbers.NOTHING
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else numbers.figures(value)
+    if isinstance(value, float):
+        return numbers.figures(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def source(file: str, content: Json, command: str) -> str:
@@ -42,7 +42,7 @@ def source(file: str, content: Json, command: str) -> str:
 
 
 def all_of(key: str, content: Json) -> list[Any]:
-    """What a file has under a key: of the whole, and of the run that it went on with, or else of each of its parts."""
+    """The values of a key: those of the file and of the run that it continued, or else those of each of its parts."""
     if key in content:
         return [*all_of(key, content.get("before", {})), content[key]]
     return [found for part in content.values() if isinstance(part, dict) for found in all_of(key, part)]
