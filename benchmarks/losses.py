@@ -28,8 +28,8 @@ from distillkit.models.chunked_logits import chunk_tokens_within
 from frame import MIB, Json, Options, in_own_process, now, option, peak_memory, run, start_peak
 
 TERMS = [
-    LossTerm("cross_entropy", "cross_entropy", 0.5),
-    LossTerm("kl", "kl", 0.5, {"temperature": 2.0}),
+    LossTerm("cross_entropy", DISTRIBUTION_LOSSES["cross_entropy"], 0.5),
+    LossTerm("kl", DISTRIBUTION_LOSSES["kl"], 0.5, {"temperature": 2.0}),
 ]
 
 
@@ -113,7 +113,7 @@ def dense(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, labels
     teacher = DenseDistribution(F.linear(teacher_hidden, teacher_head))
     loss = torch.zeros((), device=logits.device)
     for term in TERMS:
-        sums, _ = DISTRIBUTION_LOSSES[term.function](logits, teacher, labels, **term.options)
+        sums, _ = term.function(logits, teacher, labels, **term.options)
         loss = loss + term.weight * sums.mean()
     loss.backward()
     return loss.item()

@@ -15,7 +15,7 @@ from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM, Ll
 from distillkit.capture.run import capture
 from distillkit.config import RunConfig, StudentConfig, load_run
 from distillkit.config.capture import CaptureConfig, load_capture_config
-from distillkit.config.loading import read_yaml
+from distillkit.config.yaml_files import read_yaml
 from distillkit.conversion.convert import convert
 from distillkit.planning import plan_capture, plan_run
 from distillkit.training import distill

@@ -1,8 +1,7 @@
-"""One line for the person who wrote the YAML: what is wrong, where, and what would be right.
+"""One line for the person who wrote the YAML: the key, the problem, and the remedy.
 
-Every mistake a user can make ends as a `UserError`; the command line prints its text and exits with 2. pydantic does
-the checking, and `user_error` here turns its report into that line, so that no model carries texts of its own for
-ordinary types and bounds.
+Every mistake of a user becomes a `UserError`; the command line prints it and exits with 2. pydantic checks types and
+bounds, and `user_error` turns its report into that line. Validators of the sections raise `KeyProblem`.
 """
 
 import difflib
@@ -33,33 +32,28 @@ class UserError(Exception):
         return UserError(join_keys(section, self.key or ""), self.problem)
 
 
-class KeyProblem(ValueError):
-    """Raised inside a validator that sees a whole section: which of its keys is wrong, and why.
+class KeyProblem(UserError, ValueError):
+    """A `UserError` of a validator, which pydantic collects because it is a ValueError.
 
-    `key` is the path below the validated value: `temperature`, `[2]`, `[2].function`.
+    key: the path below the validated value: `temperature`, `[2]`, `[2].function`; "" for the value itself.
     """
 
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(f"{key}: {message}" if key else message)
-        self.key = key
-        self.message = message
 
-
-def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`; did you mean 'weight'?` where a known name begins like the word or is close to it, else `otherwise`."""
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """`; did you mean 'weight'?` where a known name begins like `name` or is close to it, else `otherwise`."""
     names = list(known)
-    close = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names)
+    close = [each for each in names if each.startswith(name)] or difflib.get_close_matches(name, names)
     return f"; did you mean {close[0]!r}?" if close else otherwise
 
 
 def user_error(error: ValidationError, data: Any) -> UserError:
-    """The first of pydantic's complaints about `data` as one line, and how many other keys are wrong."""
+    """The first error that pydantic found in `data` as one line, with the number of other wrong keys."""
     lines: dict[str, str] = {}
     for details in error.errors(include_url=False):
         path = key_path(details["loc"], data)
         problem = details.get("ctx", {}).get("error")
         if isinstance(problem, KeyProblem):
-            path = join_keys(path, problem.key)
+            path = join_keys(path, problem.key or "")
         elif details["type"].startswith("union_tag"):
             path = join_keys(path, _quoted(details["ctx"]["discriminator"])[0])
         lines.setdefault(path, _remedy(details))
@@ -71,8 +65,8 @@ def user_error(error: ValidationError, data: Any) -> UserError:
 def key_path(location: Sequence[int | str], data: Any) -> str:
     """`loss_functions[1].temperature` for a location of pydantic's.
 
-    A location also holds labels of pydantic's own (the chosen member of a union); those are no keys of `data` and
-    are left out.
+    A location also contains labels of pydantic's own (the member of a union); these are no keys of `data` and are
+    omitted.
     """
     path = ""
     for part in location:
@@ -87,7 +81,7 @@ def key_path(location: Sequence[int | str], data: Any) -> str:
 
 
 def one_of(value: Any, choices: Sequence[str]) -> str:
-    """That a value is not among the choices; a long list of them only where none is close."""
+    """The problem of a value that is not among the choices; a long list of them only where none is close."""
     suggestion = did_you_mean(str(value), choices)
     if suggestion and len(choices) > 12:
         return f"no such choice: {shown(value)}{suggestion}"
@@ -135,7 +129,7 @@ def _remedy(details: Any) -> str:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "value_error":
         problem = context["error"]
-        return problem.message if isinstance(problem, KeyProblem) else str(problem)
+        return problem.problem if isinstance(problem, KeyProblem) else str(problem)
     if kind in _BOUNDS:
         text, bound = _BOUNDS[kind]
         return f"{text.format(f'{context[bound]:g}')}, got {shown(value)}"

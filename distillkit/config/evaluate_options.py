@@ -9,7 +9,7 @@ from typing import Any
 
 from distillkit.config.errors import UserError, one_of
 from distillkit.config.evaluate import NAME, SUITES, TEACHER, EvaluateConfig, ModelConfig
-from distillkit.config.loading import apply_override, read_yaml
+from distillkit.config.yaml_files import apply_override, read_yaml
 from distillkit.config.readiness import check_model_path, check_source
 
 MARKER, CHECKPOINTS = "complete", "checkpoint-*"

@@ -123,10 +123,10 @@ class RunConfig(Section):
     def check_losses(cls, losses: list[LossConfig]) -> list[LossConfig]:
         first: dict[str, int] = {}
         for position, loss in enumerate(losses):
-            if loss.function in first:
-                also = f"{loss.function} is given already by loss_functions[{first[loss.function]}]"
+            if loss.name in first:
+                also = f"{loss.name} is given already by loss_functions[{first[loss.name]}]"
                 raise KeyProblem(f"[{position}].function", f"{also}; name each loss once")
-            first[loss.function] = position
+            first[loss.name] = position
         if not any(loss.weight for loss in losses):
             raise KeyProblem("", "all weights are 0; at least one must be > 0")
         return losses
@@ -193,44 +193,25 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def check_background(self) -> Self:
-        """What a live teacher needs for it is known here; a captured dataset on disk may bring its own."""
+    def check_losses_have_inputs(self) -> Self:
+        """Each loss that needs more than the teacher's distribution has a teacher that gives it, and a mapping."""
         for position, loss in enumerate(self.loss_functions):
-            if loss.missing_probability_handling != "background":
-                continue
-            key = f"loss_functions[{position}].missing_probability_handling"
-            if self.teacher.kind == "dataset":
-                if self.teacher.background is None and self.dataset.train_dataset.disk_path is None:
-                    raise KeyProblem(key, "background needs teacher.background, for a dataset of the hub has none")
-                continue
-            if self.teacher.top_k is None:
-                raise KeyProblem(key, "background needs teacher.top_k: of a whole distribution nothing is missing")
-            if self.teacher.background is None:
-                raise KeyProblem(key, "background needs teacher.background: a captured dataset that has one")
+            key, function = f"loss_functions[{position}]", loss.function
+            if loss.missing_probability_handling == "background" and (missing := self._missing_for_background()):
+                raise KeyProblem(f"{key}.missing_probability_handling", f"background needs {missing}")
+            if function in HIDDEN_STATE_FUNCTIONS and self.layer_mapping is None:
+                raise KeyProblem("layer_mapping", f"is missing: {key} ({function}) needs all, or pairs")
+            if function in (*HIDDEN_STATE_FUNCTIONS, *ATTENTION_FUNCTIONS) and self.teacher.kind != "hf":
+                states = "hidden states" if function in HIDDEN_STATE_FUNCTIONS else "attention outputs"
+                needs = f"{function} needs a teacher of kind: hf; {self.teacher.kind} has no {states}"
+                raise KeyProblem(f"{key}.function", needs)
         return self
 
-    @model_validator(mode="after")
-    def check_attention_losses(self) -> Self:
-        for position, loss in enumerate(self.loss_functions):
-            if loss.function in ATTENTION_FUNCTIONS and self.teacher.kind != "hf":
-                raise KeyProblem(
-                    f"loss_functions[{position}].function",
-                    f"{loss.function} needs a teacher of kind: hf; {self.teacher.kind} does not tell its attention",
-                )
-        return self
-
-    @model_validator(mode="after")
-    def check_hidden_state_losses(self) -> Self:
-        for position, loss in enumerate(self.loss_functions):
-            if loss.function not in HIDDEN_STATE_FUNCTIONS:
-                continue
-            if self.layer_mapping is None:
-                raise KeyProblem(
-                    "layer_mapping", f"is missing: loss_functions[{position}] ({loss.function}) needs all, or pairs"
-                )
-            if self.teacher.kind != "hf":
-                raise KeyProblem(
-                    f"loss_functions[{position}].function",
-                    f"{loss.function} needs a teacher of kind: hf; {self.teacher.kind} has no hidden states",
-                )
-        return self
+    def _missing_for_background(self) -> str | None:
+        """What `missing_probability_handling: background` still needs; a captured dataset on disk may bring its own."""
+        if self.teacher.kind == "dataset":
+            has_one = self.teacher.background is not None or self.dataset.train_dataset.disk_path is not None
+            return None if has_one else "teacher.background, for a dataset of the hub has none"
+        if self.teacher.top_k is None:
+            return "teacher.top_k: of a whole distribution nothing is missing"
+        return "teacher.background: a captured dataset that has one" if self.teacher.background is None else None

@@ -21,10 +21,8 @@ from distillkit.config.training_args import (
     RENAMED,
     SET_BY_THE_RUN,
     WITHOUT_EFFECT,
-    trainer_choices,
-    trainer_descriptions,
-    trainer_fields,
 )
+from distillkit.config.transformers_arguments import Argument, known_arguments
 
 Kind = Literal["run", "capture", "evaluate", "synthesize"]
 Schema = dict[str, Any]
@@ -144,14 +142,14 @@ def _describe_phases(definitions: dict[str, Schema]) -> None:
 def _training_arguments(definitions: dict[str, Schema]) -> Schema:
     """`training_args`: each name that is taken, also its older ones, and those that the run sets, switched off."""
     properties: dict[str, Schema] = {}
-    descriptions = trainer_descriptions()
-    for name, annotation in trainer_fields().items():
+    arguments = known_arguments()
+    for name, argument in arguments.items():
         if name not in (*SET_BY_THE_RUN, *WITHOUT_EFFECT):
-            described = {"description": descriptions[name]} if name in descriptions else {}
-            properties[name] = _value(name, annotation) | described
+            described = {"description": argument.description} if argument.description else {}
+            properties[name] = _value(name, argument) | described
     for older, newer in RENAMED.items():
         description = {"description": f"transformers calls this {newer} now", "deprecated": True}
-        properties[older] = _value(older, trainer_fields()[newer]) | description
+        properties[older] = _value(older, arguments[newer]) | description
     for name in TRL_KEYS:
         properties[name] = copy.deepcopy(definitions["DatasetConfig"]["properties"][name])
     for name in WITHOUT_EFFECT:
@@ -166,15 +164,13 @@ def _training_arguments(definitions: dict[str, Schema]) -> Schema:
     }
 
 
-def _value(name: str, annotation: str) -> Schema:
-    """The schema of a field of `TrainingArguments`, by what `training_args._check_value` holds it to."""
-    kinds = [each.strip().split("[")[0] for each in annotation.split("|")]
-    choices = [choice for kind in kinds for choice in trainer_choices().get(kind, ())]
-    if choices:
-        return {"enum": [*choices, False] if name.endswith("_strategy") else choices}
+def _value(name: str, argument: Argument) -> Schema:
+    """The schema of an argument, as `training_args` checks it."""
+    if argument.choices:
+        return {"enum": [*argument.choices, False] if name.endswith("_strategy") else [*argument.choices]}
     schema: Schema = {}
-    if all(kind in _JSON_TYPES for kind in kinds):
-        schema["type"] = [_JSON_TYPES[kind] for kind in kinds]
+    if all(kind in _JSON_TYPES for kind in argument.types):
+        schema["type"] = [_JSON_TYPES[kind] for kind in argument.types]
     if name in POSITIVE:
         schema["exclusiveMinimum"] = 0
     if name in NOT_NEGATIVE:

@@ -1,18 +1,10 @@
-"""`training_args`: what transformers' Trainer takes, checked by name, type and choice.
+"""`training_args`: the arguments of transformers' Trainer, checked by name, type and choice."""
 
-The names are read from the source of the installed transformers, without importing it: importing
-`TrainingArguments` brings torch along, which is seconds that a mistyped key should not cost.
-"""
-
-import ast
-import functools
-import importlib.util
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from distillkit.config.errors import KeyProblem, did_you_mean, one_of, shown
+from distillkit.config.transformers_arguments import Argument, find_argument, known_arguments
 
 RENAMED = {
     "warmup_ratio": "warmup_steps",  # a number below 1 is a share of the steps
@@ -90,7 +82,6 @@ def check_training_args(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises `KeyProblem` for a name that is unknown or not the user's to set, and for a value of the wrong kind.
     """
-    fields = trainer_fields()
     checked: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, value in given.items():
@@ -99,29 +90,29 @@ def check_training_args(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in SET_BY_THE_RUN:
             raise KeyProblem(name, SET_BY_THE_RUN[name])
         current = RENAMED.get(name, name)
-        if current not in fields:
-            close = did_you_mean(str(name), [*fields, *RENAMED], "; transformers' TrainingArguments has no such name")
+        argument = find_argument(str(current))
+        if argument is None:
+            known = [*known_arguments(), *RENAMED]
+            close = did_you_mean(str(name), known, "; transformers' TrainingArguments has no such name")
             raise KeyProblem(str(name), f"unknown key{close}")
         if current in names:
             raise KeyProblem(name, f"is the same as {names[current]}; keep one of the two")
         names[current] = name
         if current.endswith("_strategy") and value is False:
             value = "no"  # YAML reads a bare `no` as false
-        _check_value(name, value, fields[current])
+        _check_value(name, value, argument)
         checked[current] = value
     return checked
 
 
-def _check_value(name: str, value: Any, annotation: str) -> None:
-    """Holds `value` to a field's annotation, such as `IntervalStrategy | str` or `dict[str, Any] | str | None`."""
-    kinds = [each.strip().split("[")[0] for each in annotation.split("|")]
-    choices = [choice for kind in kinds for choice in trainer_choices().get(kind, ())]
-    if choices:
-        if value not in choices:
-            raise KeyProblem(name, one_of(value, choices))
+def _check_value(name: str, value: Any, argument: Argument) -> None:
+    if argument.choices:
+        if value not in argument.choices:
+            raise KeyProblem(name, one_of(value, argument.choices))
         return
-    if all(kind in _TYPES for kind in kinds) and not any(_fits(value, kind) for kind in kinds):
-        wanted = " or ".join(_TYPES[kind][1] for kind in kinds if kind != "None")
+    checkable = all(kind in _TYPES for kind in argument.types)
+    if checkable and not any(_fits(value, kind) for kind in argument.types):
+        wanted = " or ".join(_TYPES[kind][1] for kind in argument.types if kind != "None")
         raise KeyProblem(name, f"must be {wanted}, got {shown(value)}")
     if isinstance(value, (int, float)):
         _check_bounds(name, value)
@@ -140,41 +131,3 @@ def _check_bounds(name: str, value: float) -> None:
         raise KeyProblem(name, f"must be > 0, got {value:g}")
     if name in NOT_NEGATIVE and not value >= 0:
         raise KeyProblem(name, f"must be >= 0, got {value:g}")
-
-
-@functools.cache
-def trainer_fields() -> dict[str, str]:
-    """Name and annotation of each field of transformers' `TrainingArguments`."""
-    found: dict[str, str] = {}
-    for node in _classes("training_args.py")["TrainingArguments"].body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = ast.unparse(node.annotation)
-    return found
-
-
-@functools.cache
-def trainer_descriptions() -> dict[str, str]:
-    """What transformers writes about its training arguments: the first paragraph about each, without markup."""
-    text = ast.get_docstring(_classes("training_args.py")["TrainingArguments"]) or ""
-    found = re.finditer(r"^ {4}(\w+) ?\([^\n]*\):\n((?: {8}[^\n]*\n)+)", text + "\n", re.MULTILINE)
-    return {match[1]: re.sub(r"[`*\[\]]", "", " ".join(match[2].split())) for match in found}
-
-
-@functools.cache
-def trainer_choices() -> dict[str, tuple[str, ...]]:
-    """The values of each of transformers' enumerations that a training argument may be of."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name, node in {**_classes("training_args.py"), **_classes("trainer_utils.py")}.items():
-        if any(isinstance(base, ast.Name) and base.id == "ExplicitEnum" for base in node.bases):
-            values = [each.value for each in node.body if isinstance(each, ast.Assign)]
-            found[name] = tuple(str(each.value) for each in values if isinstance(each, ast.Constant))
-    return found
-
-
-@functools.cache
-def _classes(file: str) -> dict[str, ast.ClassDef]:
-    package = importlib.util.find_spec("transformers")  # finds, does not import
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("transformers is not installed")
-    source = Path(package.origin).with_name(file).read_text(encoding="utf-8")
-    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}

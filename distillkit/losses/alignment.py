@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distillkit.losses.functions import ATTENTION_LOSSES, masked_totals
+from distillkit.losses.functions import masked_totals
 from distillkit.losses.vocabulary_head import LossTerm
 
 
@@ -82,5 +82,5 @@ class _AlignedLayer(torch.autograd.Function):
 
 
 def _sum(term: LossTerm, output: Float[Tensor, "batch tokens width"], work: _Work) -> Float[Tensor, ""]:
-    sums, counts = ATTENTION_LOSSES[term.function](output.flatten(0, 1), work.layer.target.flatten(0, 1))
+    sums, counts = term.function(output.flatten(0, 1), work.layer.target.flatten(0, 1))
     return masked_totals(sums, counts, work.counted)[0]

@@ -1,18 +1,16 @@
-"""The names a YAML's `loss_functions[i].function` can have, and the one way in which their results become numbers."""
+"""The losses by their names in `loss_functions[i].function`, and how their results are added up."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from distillkit.losses.divergences import PerToken, cross_entropy, jsd, kl, reverse_kl, tvd
+from distillkit.losses.divergences import LossFunction, cross_entropy, jsd, kl, reverse_kl, tvd
 from distillkit.losses.hidden_states import hs_cosine, hs_mse
 from distillkit.losses.ranking import hinge, logistic_ranking
 
-DISTRIBUTION_LOSSES: dict[str, Callable[..., PerToken]] = {
+DISTRIBUTION_LOSSES: dict[str, LossFunction] = {
     "cross_entropy": cross_entropy,
     "kl": kl,
     "reverse_kl": reverse_kl,
@@ -22,8 +20,9 @@ DISTRIBUTION_LOSSES: dict[str, Callable[..., PerToken]] = {
     "logistic_ranking": logistic_ranking,
 }
 RANKING_LOSSES = ("hinge", "logistic_ranking")
-HIDDEN_STATE_LOSSES: dict[str, Callable[..., PerToken]] = {"hs_mse": hs_mse, "hs_cosine": hs_cosine}
-ATTENTION_LOSSES: dict[str, Callable[..., PerToken]] = {"attn_mse": hs_mse, "attn_cosine": hs_cosine}
+HIDDEN_STATE_LOSSES: dict[str, LossFunction] = {"hs_mse": hs_mse, "hs_cosine": hs_cosine}
+ATTENTION_LOSSES: dict[str, LossFunction] = {"attn_mse": hs_mse, "attn_cosine": hs_cosine}
+LOSSES = DISTRIBUTION_LOSSES | HIDDEN_STATE_LOSSES | ATTENTION_LOSSES
 
 
 def masked_totals(

@@ -22,14 +22,17 @@ from torch.utils.checkpoint import checkpoint
 
 from distillkit.config import LossConfig, UserError
 from distillkit.losses.alignment import AlignedLayer, aligned_losses
+from distillkit.losses.divergences import LossFunction
+from distillkit.losses.from_module import load_loss
 from distillkit.losses.functions import (
     ATTENTION_LOSSES,
-    DISTRIBUTION_LOSSES,
     HIDDEN_STATE_LOSSES,
+    LOSSES,
     RANKING_LOSSES,
     masked_totals,
 )
 from distillkit.losses.labels import counted_mask, counted_rows, shifted_labels
+from distillkit.losses.layers import ModelShape, check_attention, layer_pairs
 from distillkit.losses.ranking import preference_pair_counts
 from distillkit.losses.vocabulary_head import (
     LossTerm,
@@ -45,15 +48,8 @@ from distillkit.models.chunked_logits import chunk_tokens_within
 CUDA_CHUNK_BYTES = 4 * 2**30
 CPU_CHUNK_BYTES = 512 * 2**20
 
-TeacherRows = Callable[[Int[Tensor, " rows"]], TeacherChunks]
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that decide how hidden states and layers are paired."""
-
-    hidden_size: int
-    num_layers: int
+DistributionOfRows = Callable[[Int[Tensor, " rows"]], TeacherChunks]
+"""From indices into the flattened batch [batch · tokens] to the teacher distributions of slices of these rows."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +90,11 @@ class Objective(nn.Module):
         self._compiled_pair_sum: Callable[..., Tensor] | None = None
         hints = [loss.sparse_chunk_length for loss in loss_functions if loss.sparse_chunk_length is not None]
         self.chunk_tokens = chunk_tokens or min(hints, default=None)
-        terms = _terms(loss_functions)
-        self.terms = [term for term in terms if term.function in DISTRIBUTION_LOSSES]
-        self.hidden_terms = [term for term in terms if term.function in HIDDEN_STATE_LOSSES]
-        self.attention_terms = [term for term in terms if term.function in ATTENTION_LOSSES]
-        self.ranking_terms = [term for term in self.terms if term.function in RANKING_LOSSES]
+        terms = list(zip(loss_functions, _terms(loss_functions), strict=True))
+        self.hidden_terms = [term for loss, term in terms if loss.function in HIDDEN_STATE_LOSSES]
+        self.attention_terms = [term for loss, term in terms if loss.function in ATTENTION_LOSSES]
+        self.ranking_terms = [term for loss, term in terms if loss.function in RANKING_LOSSES]
+        self.terms = [term for loss, term in terms if loss.function not in HIDDEN_STATE_LOSSES | ATTENTION_LOSSES]
         self.needs_teacher = any(loss.function != "cross_entropy" for loss in loss_functions)
         self.taps_final_norm = layer_mapping != "all"
 
@@ -107,14 +103,14 @@ class Objective(nn.Module):
         if self.hidden_terms:
             if layer_mapping is None or student is None or teacher is None:
                 raise UserError("layer_mapping", "is missing; hidden-state losses need all, or pairs")
-            self.pairs = _pairs(layer_mapping, student.num_layers, teacher.num_layers)
+            self.pairs = layer_pairs(layer_mapping, student.num_layers, teacher.num_layers)
             if force_hidden_state_projection or student.hidden_size != teacher.hidden_size:
                 self.projections.extend(
                     nn.Linear(student.hidden_size, teacher.hidden_size, bias=False) for _ in self.pairs
                 )
         self.attention_layers: list[int] = []
         if self.attention_terms:
-            _check_attention(loss_functions, attention_layers, student, teacher)
+            check_attention(loss_functions, attention_layers, student, teacher)
             self.attention_layers = sorted(attention_layers)
         self.student_layers = sorted({student_layer for student_layer, _ in self.pairs})
         self.teacher_layers = sorted({teacher_layer for _, teacher_layer in self.pairs})
@@ -135,7 +131,7 @@ class Objective(nn.Module):
         return bool(self.terms or self.hidden_terms)
 
     def preference_pairs(
-        self, labels: Int[Tensor, "batch tokens"], teacher_distribution: TeacherRows, chunk_tokens: int = 1024
+        self, labels: Int[Tensor, "batch tokens"], teacher_distribution: DistributionOfRows, chunk_tokens: int = 1024
     ) -> dict[str, Float[Tensor, ""]]:
         """The preference pairs of this batch, per ranking loss; summed over a step's batches, `forward` takes them."""
         rows = counted_rows(labels)
@@ -143,11 +139,11 @@ class Objective(nn.Module):
         if totals:
             chunks = teacher_distribution(rows)
             for start in range(0, len(rows), chunk_tokens):
-                said = chunks(slice(start, min(start + chunk_tokens, len(rows))))
+                distribution = chunks(slice(start, min(start + chunk_tokens, len(rows))))
                 if self.vocabulary_size is not None:
-                    said = said.first_columns(self.vocabulary_size)
+                    distribution = distribution.first_columns(self.vocabulary_size)
                 for term in self.ranking_terms:
-                    totals[term.name] += preference_pair_counts(said, term.options.get("top_k")).sum()
+                    totals[term.name] += preference_pair_counts(distribution, term.options.get("top_k")).sum()
         return totals
 
     def forward(
@@ -156,7 +152,7 @@ class Objective(nn.Module):
         head_weight: Float[Tensor, "vocab width"],
         head_bias: Float[Tensor, " vocab"] | None,
         labels: Int[Tensor, "batch tokens"],
-        teacher_distribution: TeacherRows | None,
+        teacher_distribution: DistributionOfRows | None,
         student_hidden_states: Mapping[int, Float[Tensor, "batch tokens width"]],
         teacher_hidden_states: Mapping[int, Float[Tensor, "batch tokens teacher_width"]],
         normalizer: float | Tensor,
@@ -165,8 +161,8 @@ class Objective(nn.Module):
     ) -> ObjectiveResult:
         """The loss of one (micro-)batch: Σ over losses of weight · sum / count of the whole optimizer step.
 
-        `labels` are not shifted; -100 where the loss must not count. `teacher_distribution(rows)` gives the teacher's
-        word on rows of the flattened batch. `normalizer` is the number of counted tokens in the step, and
+        `labels` are not shifted; -100 where the loss must not count. `teacher_distribution(rows)` gives the teacher
+        distributions of rows of the flattened batch. `normalizer` is the number of counted tokens in the step, and
         `preference_pairs` that of preference pairs, which ranking losses are divided by instead (ValueError without).
         `aligned_layers` are those of `attention_layers`. Losses of attention outputs alone need no other states.
         """
@@ -204,7 +200,7 @@ class Objective(nn.Module):
 
     def _hidden_sum(
         self,
-        function: str,
+        function: LossFunction,
         counted: Bool[Tensor, " batch_tokens"],
         student_states: Mapping[int, Tensor],
         teacher_states: Mapping[int, Tensor],
@@ -227,7 +223,7 @@ class Objective(nn.Module):
 
 
 def pair_sum(
-    function: str,
+    function: LossFunction,
     counted: Bool[Tensor, " batch_tokens"],
     student: Float[Tensor, "batch tokens width"],
     teacher: Float[Tensor, "batch tokens teacher_width"],
@@ -240,74 +236,23 @@ def pair_sum(
     student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
     if projection is not None:
         student = projection(student.to(projection.weight.dtype))
-    total, _ = masked_totals(*HIDDEN_STATE_LOSSES[function](student, teacher), counted)
+    total, _ = masked_totals(*function(student, teacher), counted)
     return total
 
 
 def _terms(loss_functions: Sequence[LossConfig]) -> list[LossTerm]:
-    """Weights divided by their sum; a function that comes again is named function_2, function_3, …"""
+    """Weights divided by their sum; a loss that is repeated is named kl_2, kl_3, …"""
     total = sum(loss.weight for loss in loss_functions)
     seen: Counter[str] = Counter()
     terms = []
-    for loss in loss_functions:
-        seen[loss.function] += 1
-        name = loss.function if seen[loss.function] == 1 else f"{loss.function}_{seen[loss.function]}"
-        options = loss.model_dump(
-            include={"temperature", "missing_probability_handling", "margin", "top_k"}, exclude_none=True
-        )
-        terms.append(LossTerm(name, loss.function, loss.weight / total, options))
+    for position, loss in enumerate(loss_functions):
+        seen[loss.name] += 1
+        name = loss.name if seen[loss.name] == 1 else f"{loss.name}_{seen[loss.name]}"
+        function = load_loss(loss, position) if loss.is_from_module else LOSSES[loss.function]
+        keys = {"temperature", "missing_probability_handling", "margin", "top_k"}
+        options = loss.model_dump(include=keys, exclude_none=True) | (loss.options or {})
+        terms.append(LossTerm(name, function, loss.weight / total, options))
     return terms
-
-
-def _pairs(
-    layer_mapping: Literal["all"] | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int
-) -> list[tuple[int, int]]:
-    """Pairs of indices as transformers counts hidden states; `all` is every decoder layer's output."""
-    if layer_mapping == "all":
-        if student_layers != teacher_layers:
-            raise UserError(
-                "layer_mapping",
-                f"all needs models of equal depth; the student has {student_layers} layers, the teacher "
-                f"{teacher_layers}: give pairs [student index, teacher index]",
-            )
-        return [(layer, layer) for layer in range(1, student_layers + 1)]
-    pairs = [(int(student), int(teacher)) for student, teacher in layer_mapping]
-    for position, pair in enumerate(pairs):
-        for owner, index, layers in zip(("student", "teacher"), pair, (student_layers, teacher_layers), strict=True):
-            if not 0 <= index <= layers:
-                raise UserError(
-                    f"layer_mapping[{position}]",
-                    f"the {owner} has no hidden state {index}; "
-                    f"0 (embeddings) to {layers} (output of its last layer) exist",
-                )
-    return pairs
-
-
-def _check_attention(
-    loss_functions: Sequence[LossConfig],
-    layers: Sequence[int],
-    student: ModelShape | None,
-    teacher: ModelShape | None,
-) -> None:
-    """Layer i is compared with layer i, on the teacher's input of layer i."""
-    position = next(i for i, loss in enumerate(loss_functions) if loss.function in ATTENTION_LOSSES)
-    key, function = f"loss_functions[{position}].function", loss_functions[position].function
-    if student is None or teacher is None or student != teacher:
-        raise UserError(
-            key,
-            f"{function} compares layer by layer, which needs models of equal depth and width; the student has "
-            f"{_described(student)}, the teacher {_described(teacher)}; use hs_mse or hs_cosine with a layer_mapping",
-        )
-    if not layers:
-        raise UserError(
-            key,
-            f"{function} has nothing to train: all of the student's attention is frozen; see frozen_res and "
-            "frozen_modules",
-        )
-
-
-def _described(shape: ModelShape | None) -> str:
-    return "no layers" if shape is None else f"{shape.num_layers} layers of width {shape.hidden_size}"
 
 
 def _affordable_chunk(head_weight: Tensor) -> int:

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distillkit.distribution import Distribution, at_least_float32
-from distillkit.losses.functions import DISTRIBUTION_LOSSES, masked_totals
+from distillkit.losses.divergences import LossFunction, cross_entropy
+from distillkit.losses.functions import masked_totals
 from distillkit.losses.labels import IGNORED_LABEL
 from distillkit.models.chunked_logits import ChunkedHead, padded
 
@@ -31,10 +32,10 @@ TermTotals = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One distribution loss of an objective: its name in results, its function, its share of the whole, its options."""
+    """One loss of an objective: its name in results, its function, its share of the whole, its options."""
 
     name: str
-    function: str
+    function: LossFunction
     weight: float
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -67,7 +68,7 @@ def chunked_vocabulary_losses(
     if vocabulary_size is not None and vocabulary_size < weight.shape[0]:
         weight = weight[:vocabulary_size]
         bias = None if bias is None else bias[:vocabulary_size]
-    needs_teacher = any(term.function != "cross_entropy" for term in terms)
+    needs_teacher = any(term.function is not cross_entropy for term in terms)
     if needs_teacher and teacher is None:
         raise ValueError("a loss other than cross_entropy needs a teacher")
     loss_dtype = at_least_float32(weight.new_empty(0)).dtype
@@ -185,7 +186,7 @@ def term_totals(
     mask = labels != IGNORED_LABEL
     totals = []
     for term in terms:
-        sums, counts = DISTRIBUTION_LOSSES[term.function](logits, teacher, labels, **term.options)
+        sums, counts = term.function(logits, teacher, labels, **term.options)
         totals.append(torch.stack(masked_totals(sums, counts, mask)))
     return torch.stack(totals, dim=1)
 

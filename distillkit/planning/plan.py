@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -120,6 +121,9 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
             cost = simulate_step(config, settings, teacher, student, cuda=gpu.cuda, gpus=gpus)
         except UserError as error:  # a loss that these two models cannot have
             errors.insert(0, error)
+        except (DataDependentOutputException, DynamicOutputShapeException):  # of a loss from a module
+            problem = "a loss reads values of its tensors, which a plan does not have; use torch.where instead of if"
+            warnings.append(UserError("loss_functions", f"{problem}, to have memory and time estimated"))
     micro_batch = settings.batch_size * config.sequence_length
     speed = None
     if cost is not None and (time := _batch_seconds(cost, config, settings, gpu, student.config)) is not None:
@@ -127,7 +131,7 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
     plan = PhasePlan(
         name=phase.name if phase.changes is not None else "",
         sequence_length=config.sequence_length,
-        losses=[loss.function for loss in config.loss_functions],
+        losses=[loss.name for loss in config.loss_functions],
         schedule=timing,
         trainable=sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad),
         trained=sum(parameter.numel() for parameter in reached),

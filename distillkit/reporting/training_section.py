@@ -117,7 +117,7 @@ def _losses(phase: Phase) -> str:
         if weight := number(loss, "weight"):
             temperature = number(loss, "temperature")
             at = f" at T {temperature:g}" if temperature else ""
-            terms.append(f"{numbers.figures(weight)} {loss.get('function')}{at}")
+            terms.append(f"{numbers.figures(weight)} {str(loss.get('function')).rpartition(':')[2]}{at}")
     listed = phase.results.get("loss_functions")
     return " + ".join(terms) or (", ".join(map(str, listed)) if isinstance(listed, list) else numbers.NOTHING)
 

@@ -144,6 +144,6 @@ def _phase_row(phase: Phase, results: Json) -> Json:
         "seconds": results["training"]["seconds"],
         "sequence_length": phase.config.sequence_length,
         "losses": results["losses"],
-        "loss_functions": [loss.function for loss in phase.config.loss_functions],
+        "loss_functions": [loss.name for loss in phase.config.loss_functions],
         "divergence": results["divergence"],
     }

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from distillkit.config import Phase, Run, UserError
 from distillkit.config.resolve import AnyRun, as_run
 from distillkit.console import INTERRUPTED, print_line
+from distillkit.losses import check_losses
 from distillkit.reporting import write_run_report
 from distillkit.runs.folder import open_run
 from distillkit.runs.names import CARD, HTML, MARKDOWN, METRICS, RESULTS, RUN
@@ -48,6 +49,7 @@ def distill(
     """
     run = as_run(run, overrides)
     console = console or Console()
+    _check_losses(run)
     check_token(run.config)
     try:
         _train(run, console)
@@ -88,6 +90,15 @@ def _train(run: Run, console: Console) -> None:
         print_line(console, f"the student is in {run.folder}")
         print_line(console, write_run_report(run.folder))
     PartialState().wait_for_everyone()
+
+
+def _check_losses(run: Run) -> None:
+    """Raises `UserError` where a loss from a module cannot be called: now, not when its phase begins."""
+    for phase in run.phases:
+        try:
+            check_losses(phase.config.loss_functions)
+        except UserError as error:
+            raise phase.located(error) from None
 
 
 class _ArgumentsBuilder:

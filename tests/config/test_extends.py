@@ -6,7 +6,7 @@ import pytest
 
 from distillkit.config import UserError, load_run
 from distillkit.config.capture import load_capture_config
-from distillkit.config.loading import read_yaml
+from distillkit.config.yaml_files import read_yaml
 
 BASE = """
 model: org/student

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distillkit.config import RunConfig, UserError, load_run
-from distillkit.config.loading import read_yaml
+from distillkit.config.yaml_files import read_yaml
 
 SEED = Path(__file__).with_name("seed.yaml")
 

@@ -11,7 +11,7 @@ import pytest
 from distillkit.config import RunConfig, UserError, resolve
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.evaluate import EvaluateConfig
-from distillkit.config.loading import apply_override, read_mapping
+from distillkit.config.yaml_files import apply_override, read_mapping
 from distillkit.config.phases import PhaseConfig
 from distillkit.config.schema import json_schema
 

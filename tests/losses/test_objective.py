@@ -233,7 +233,7 @@ def test_hidden_state_losses_keep_nothing_but_their_inputs():
     inputs = {x.data_ptr() for x in (*states.values(), *theirs.values())}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        objective._hidden_sum("hs_cosine", torch.ones(10, dtype=torch.bool), states, theirs)
+        objective._hidden_sum(HIDDEN_STATE_LOSSES["hs_cosine"], torch.ones(10, dtype=torch.bool), states, theirs)
     assert {x.data_ptr() for x in kept if x.is_floating_point() and x.numel() > 8} <= inputs
 
 

@@ -77,7 +77,7 @@ def through_the_head(hidden, logits, name, sparse, labels, chunk_tokens):
         None,
         labels,
         lambda rows: sparse_teacher(logits[rows], 3) if sparse else DenseDistribution(logits[rows]),
-        [LossTerm("it", name, 1.0)],
+        [LossTerm("it", DISTRIBUTION_LOSSES[name], 1.0)],
         {"it": 2.0},
         chunk_tokens,
     )

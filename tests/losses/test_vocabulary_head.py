@@ -20,10 +20,10 @@ from tests.losses import golden
 
 WIDTH, VOCAB = 6, 19
 TERMS = [
-    LossTerm("cross_entropy", "cross_entropy", 0.2),
-    LossTerm("kl", "kl", 0.3, {"temperature": 2.0}),
-    LossTerm("jsd", "jsd", 0.1, {"missing_probability_handling": "symmetric_uniform"}),
-    LossTerm("hinge", "hinge", 0.4, {"top_k": 3}),
+    LossTerm("cross_entropy", DISTRIBUTION_LOSSES["cross_entropy"], 0.2),
+    LossTerm("kl", DISTRIBUTION_LOSSES["kl"], 0.3, {"temperature": 2.0}),
+    LossTerm("jsd", DISTRIBUTION_LOSSES["jsd"], 0.1, {"missing_probability_handling": "symmetric_uniform"}),
+    LossTerm("hinge", DISTRIBUTION_LOSSES["hinge"], 0.4, {"top_k": 3}),
 ]
 
 
@@ -56,9 +56,7 @@ class Problem:
         logits = F.linear(self.hidden_states(), self.weight, self.bias)
         loss, sums = 0.0, {}
         for term in TERMS:
-            per_token, _ = DISTRIBUTION_LOSSES[term.function](
-                logits, DenseDistribution(self.teacher_logits), self.labels, **term.options
-            )
+            per_token, _ = term.function(logits, DenseDistribution(self.teacher_logits), self.labels, **term.options)
             sums[term.name] = per_token[self.labels != -100].sum()
             loss = loss + term.weight * sums[term.name] / self.normalizers[term.name]
         return loss, sums
@@ -147,7 +145,7 @@ def test_golden_rows_at_any_chunk_size(row, chunk_tokens):
         None,
         torch.where(golden.MASK, 5, -100),
         teacher,
-        [LossTerm("it", row["function"], 1.0, golden.options(row))],
+        [LossTerm("it", DISTRIBUTION_LOSSES[row["function"]], 1.0, golden.options(row))],
         {"it": counts.sum()},
         chunk_tokens,
     )
@@ -231,9 +229,9 @@ def test_autocast_multiplies_in_bfloat16_and_accumulates_in_float32():
     assert logits.dtype == torch.bfloat16
     expected_loss = sum(
         term.weight
-        * DISTRIBUTION_LOSSES[term.function](
-            logits, DenseDistribution(problem.teacher_logits), problem.labels, **term.options
-        )[0][problem.labels != -100].sum()
+        * term.function(logits, DenseDistribution(problem.teacher_logits), problem.labels, **term.options)[0][
+            problem.labels != -100
+        ].sum()
         / problem.normalizers[term.name]
         for term in TERMS
     )
