@@ -14,10 +14,10 @@ from rich.console import Console
 from distillkit.config import RunConfig
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.evaluate import EvaluateConfig
-from distillkit.config.loading import read_yaml
 from distillkit.config.synthetic import SyntheticTextConfig
+from distillkit.config.yaml_files import read_yaml
+from tests.pages import ROOT, blocks, text_of
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "distillkit"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 WRITTEN = [page for page in PAGES if page.name != "results.md"]
@@ -34,15 +34,6 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 PATH = re.compile(r"`((?:distillkit|recipes|benchmarks|tests|scripts|docs)/[\w./-]*\w)`")
 DOTTED = re.compile(r"`(distillkit(?:\.\w+)+)[`(]")
 STEP = re.compile(r"^ *([\w/]+\.py) +([\w.]+(?:, [\w.]+)*)(?:  .*)?$")
-
-
-def text_of(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
-    return [code for name, code in found if name == language]
 
 
 def anchors(page: Path) -> set[str]:

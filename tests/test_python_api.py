@@ -8,22 +8,15 @@ import pytest
 import torch
 
 from distillkit.teacher.live import LiveTeacher
+from tests.pages import ROOT, blocks, text_of
 from tests.training.tiny import VOCAB, batch, llama, row, save_chat_model, save_chats, save_llama, save_text
 
-ROOT = Path(__file__).parent.parent
 Capture = pytest.CaptureFixture[str]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(page: str, language: str) -> list[str]:
-    """The code blocks of a page in one language, in their order."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return [code for found, code in BLOCK.findall(text) if found == language]
 
 
 def run_example(page: str, replaced: dict[str, str] | None = None) -> dict[str, Any]:
     """Run the only Python of a page; the names that it leaves."""
-    (code,) = blocks(page, "python")
+    (code,) = blocks(ROOT / page, "python")
     for old, new in (replaced or {}).items():
         code = code.replace(old, new)
     names: dict[str, Any] = {}
@@ -38,13 +31,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_llama(folder / "teacher", 0, layers=4)
     save_text(folder / "train.jsonl")
     save_text(folder / "held_out.jsonl", documents=10)
-    for code in blocks("docs/python_api.md", "yaml"):
+    for code in blocks(ROOT / "docs/python_api.md", "yaml"):
         name, _ = re.match(r"# (\S+)(\n)", code).groups()
         (folder / name).write_text(code)
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for code in blocks("docs/python_api.md", "python"):
+        for code in blocks(ROOT / "docs/python_api.md", "python"):
             exec(compile(code, "docs/python_api.md", "exec"), names)
     return folder
 
@@ -56,11 +49,10 @@ def test_the_examples_of_the_page_leave_what_they_promise(ran: Path) -> None:
         assert (ran / "runs" / run / "model.safetensors").is_file()
 
 
-def test_the_page_names_each_function_of_the_package(ran: Path) -> None:
+def test_the_page_names_functions_of_the_package() -> None:
     import distillkit
 
-    page = (ROOT / "docs/python_api.md").read_text(encoding="utf-8")
-    for name in re.findall(r"`distillkit\.(\w+)\(", page):
+    for name in re.findall(r"`distillkit\.(\w+)\(", text_of(ROOT / "docs/python_api.md")):
         assert callable(getattr(distillkit, name))
 
 
