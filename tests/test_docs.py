@@ -14,8 +14,8 @@ from rich.console import Console
 from distillkit.config import RunConfig
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.evaluate import EvaluateConfig
-from distillkit.config.loading import read_yaml
 from distillkit.config.synthetic import SyntheticTextConfig
+from distillkit.config.yaml_files import read_yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "distillkit"
