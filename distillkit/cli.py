@@ -18,11 +18,11 @@ import typer
 from distillkit.config import DatasetSource, Run, StudentConfig, UserError, load_run
 from distillkit.config.capture import CaptureConfig, check_capture_ready, load_capture_config
 from distillkit.config.evaluate_options import EvaluateOptions, check_evaluate_ready, load_evaluate_config
-from distillkit.config.yaml_files import read_yaml
 from distillkit.config.readiness import check_model_path, check_ready
 from distillkit.config.schema import Kind, json_schema
 from distillkit.config.student import KVHeads, Layout
 from distillkit.config.synthetic import check_synthetic_ready, load_synthetic_config
+from distillkit.config.yaml_files import read_yaml
 from distillkit.console import FAILED, USAGE_ERROR
 
 Overrides = Annotated[

@@ -217,7 +217,7 @@ def test_a_student_learns_from_what_the_recipe_of_the_capture_writes(inputs: Pat
     assert results["training"]["step"] == STEPS
     assert results["divergence"]["before"]["kl"] != results["divergence"]["after"]["kl"]
     check_layers(folder, "hybrid")
-    check_what_trained(config, weights(untrained), weights(folder), weights(teacher))
+    check_what_trained(run.config, weights(untrained), weights(folder), weights(teacher))
 
 
 def test_a_smaller_model_learns_from_conversations(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from distillkit.config.compression import LegacyLogitCompressionConfig, LogprobCompressorConfig, PlainConfig
 from distillkit.config.data import DatasetConfig
 from distillkit.config.errors import KeyProblem, UserError
-from distillkit.config.yaml_files import apply_override, read_yaml
 from distillkit.config.readiness import check_model_path, check_source
 from distillkit.config.section import PathText, Section
 from distillkit.config.teacher import HFTeacherConfig
+from distillkit.config.yaml_files import apply_override, read_yaml
 
 _MOST_BYTES = 2**31 - 1
 _FORMATS = ("logprob_compressor", "legacy_logit_compression", "plain")

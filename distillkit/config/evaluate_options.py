@@ -9,8 +9,8 @@ from typing import Any
 
 from distillkit.config.errors import UserError, one_of
 from distillkit.config.evaluate import NAME, SUITES, TEACHER, EvaluateConfig, ModelConfig
-from distillkit.config.yaml_files import apply_override, read_yaml
 from distillkit.config.readiness import check_model_path, check_source
+from distillkit.config.yaml_files import apply_override, read_yaml
 
 MARKER, CHECKPOINTS = "complete", "checkpoint-*"
 """Of a run: the file that a checkpoint has once it is whole, and where checkpoints are."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from distillkit.config.errors import UserError
-from distillkit.config.yaml_files import apply_override, read_yaml
 from distillkit.config.merging import merged
 from distillkit.config.phases import HUB, MERGED, PhaseConfig
 from distillkit.config.run import RunConfig
+from distillkit.config.yaml_files import apply_override, read_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem, UserError
-from distillkit.config.loading import apply_override, read_yaml
 from distillkit.config.readiness import check_model_path, check_source
 from distillkit.config.section import PathText, Section
+from distillkit.config.yaml_files import apply_override, read_yaml
 
 
 class TokenizerConfig(Section):

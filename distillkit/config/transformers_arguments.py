@@ -79,7 +79,8 @@ def _content() -> dict[str, Any]:
 def _argument(annotation: Any, description: str) -> Argument:
     """From an annotation such as `IntervalStrategy | str` or `dict[str, Any] | str | None`."""
     kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    choices = [member.value for kind in kinds if isinstance(kind, enum.EnumMeta) for member in kind]
+    enumerations: list[Any] = [kind for kind in kinds if isinstance(kind, enum.EnumMeta)]
+    choices = [member.value for enumeration in enumerations for member in enumeration]
     return Argument(
         tuple("None" if kind is type(None) else kind.__name__ for kind in kinds), tuple(choices), description
     )

@@ -11,9 +11,9 @@ import pytest
 from distillkit.config import RunConfig, UserError, resolve
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.evaluate import EvaluateConfig
-from distillkit.config.yaml_files import apply_override, read_mapping
 from distillkit.config.phases import PhaseConfig
 from distillkit.config.schema import json_schema
+from distillkit.config.yaml_files import apply_override, read_mapping
 
 SEED = Path(__file__).with_name("seed.yaml")
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
