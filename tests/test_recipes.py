@@ -221,16 +221,16 @@ def test_a_student_learns_from_what_the_recipe_of_the_capture_writes(inputs: Pat
 
 
 def test_a_smaller_model_learns_from_conversations(tmp_path: Path) -> None:
-    """Two models of the recipe's depths and of unequal widths, with the chat template of Qwen3."""
-    recipe = load_run(RECIPES / CHAT).config
-    student_layers, teacher_layers = recipe.layer_mapping[-1]
-    student = save_chat_model(tmp_path / "student", 1, layers=student_layers, hidden_size=16)
-    teacher = save_chat_model(tmp_path / "teacher", 0, layers=teacher_layers, hidden_size=32)
-    for name in ("train", "valid"):
-        save_chats(tmp_path / f"{name}.jsonl")
+    """Models of unequal depth and width, with the chat template of Qwen3."""
+    assert load_run(RECIPES / CHAT).config.layer_mapping == [
+        (7 * quarter, 9 * quarter) for quarter in range(5)
+    ]  # 28 and 36 layers
+    student = save_chat_model(tmp_path / "student", 1, layers=2, hidden_size=16)
+    teacher = save_chat_model(tmp_path / "teacher", 0, layers=4, hidden_size=32)
+    chats = Path(save_chats(tmp_path / "chats.jsonl"))
 
-    overrides = small(CHAT, Path(teacher), tmp_path / "train.jsonl", tmp_path / "valid.jsonl", tmp_path / "run")
-    run = load_run(RECIPES / CHAT, [*overrides, f"model={student}"])
+    overrides = small(CHAT, Path(teacher), chats, chats, tmp_path / "run")
+    run = load_run(RECIPES / CHAT, [*overrides, f"model={student}", "layer_mapping=[[0, 0], [1, 2], [2, 4]]"])
     assert plan_run(run).errors == []
     folder = distill(run, QUIET)
     results = read(folder / "results.json")
