@@ -1,7 +1,7 @@
 """The tests that need a GPU, counted: the kernels beside the PyTorch form and the equation, and all else marked `gpu`.
 
     python benchmarks/parity.py                       # every test marked gpu, on CUDA; arguments go to pytest
-    python benchmarks/parity.py tests/model -n 4
+    python benchmarks/parity.py tests/student -n 4
 
 A row is a file of tests. The script ends with pytest's exit code once the result is written.
 """

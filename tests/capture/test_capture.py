@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from distillkit.capture import capture as capture_module
+from distillkit.capture import run as capture_module
 from distillkit.capture import summary as summary_module
 from distillkit.capture import transformers_engine
 from distillkit.capture.fidelity import FidelityMeter

@@ -13,7 +13,7 @@ from distillkit.config.evaluate import BenchmarksConfig
 from distillkit.evaluation.benchmarks import run_benchmark
 from distillkit.models.loading import load_model, load_tokenizer
 
-from ..model.students import LAYOUTS, student
+from ..student.students import LAYOUTS, student
 from ..training.tiny import BYTES, save_llama
 from ..training.tiny import tokenizer as byte_tokenizer
 

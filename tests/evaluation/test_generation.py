@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from distillkit.evaluation.generation import decode_greedily, left_padded, prefill
 from distillkit.student.network import KimiDeltaAttention
 
-from ..model.students import student, tokens
+from ..student.students import student, tokens
 from ..training.tiny import llama
 
 MODELS = {

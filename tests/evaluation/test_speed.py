@@ -8,7 +8,7 @@ from distillkit.config.evaluate import SpeedConfig
 from distillkit.evaluation.generation import prefill
 from distillkit.evaluation.speed import cache_bytes, measure_speed
 
-from ..model.students import LAYOUTS, student, tokens
+from ..student.students import LAYOUTS, student, tokens
 from ..training.tiny import llama
 
 SETTINGS = SpeedConfig.parse({"decode_tokens": 4, "repeats": 2, "batch_size": 3, "prefill_tokens": 50})
