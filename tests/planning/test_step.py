@@ -95,7 +95,7 @@ def simulated(config, family, **options):
     freeze_matching(student, config.frozen_res, [])
     settings = Settings.of(config)
     cast_for_training(student, settings.compute_dtype)
-    teacher = teacher_on_meta(base, config.teacher, False)
+    teacher = LiveTeacher(teacher_on_meta(base, config.teacher, False))
     return simulate_step(config, settings, teacher, student, **{"cuda": False, **options})
 
 
