@@ -208,7 +208,7 @@ HEADINGS = {
     "parity": """## Parity on CUDA
 
 All tests that need a GPU: the KDA layer with fla's kernels beside the PyTorch form and the recurrence in float64, in
-bf16 and float32, packed, cached, with heads of 64 and 128 (tests/student), and what else of the package runs on CUDA.""",
+bf16 and float32, packed, cached, heads of 64 and 128 (tests/student), and what else of the package runs on CUDA.""",
     "replication": """## The miniature replication
 
 The KDA write-up ("Distilling Kimi Delta Attention into AFM-4.5B", December 2025) turned 4.5B parameters into three
