@@ -100,7 +100,7 @@ def step(folder, case, **training):
         **case.options,
         **training,
     )
-    trainer.teacher.top_k = case.top_k
+    trainer.request = replace(trainer.request, top_k=case.top_k)
     if any(loss.missing_probability_handling == "background" for loss in case.losses):
         trainer.teacher = WithBackground(trainer.teacher)
     return gradients(trainer), trainer.state.log_history[0]
