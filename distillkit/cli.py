@@ -1,10 +1,9 @@
-"""The command line. It parses and prints; what the commands do lies in the rooms they import.
+"""The command line: it parses and prints; the packages that it imports do the work.
 
-Those imports stand inside the commands: they bring torch, and `--help` or a mistake in a configuration is answered
-without it.
+Each command imports what it runs, because that imports torch: `--help` and a mistake in a configuration need none.
 """
 
-import glob
+import importlib.metadata
 import json
 import logging
 import os
@@ -15,14 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from distillkit.config import DatasetSource, Run, StudentConfig, UserError, load_run
-from distillkit.config.capture import CaptureConfig, check_capture_ready, load_capture_config
+from distillkit.config import Run, StudentConfig, UserError, load_run
+from distillkit.config.capture import CaptureConfig, check_capture_ready, load_capture_config, load_run_or_capture
 from distillkit.config.evaluate_options import EvaluateOptions, check_evaluate_ready, load_evaluate_config
-from distillkit.config.readiness import check_model_path, check_ready
+from distillkit.config.readiness import check_model_path, check_ready, named_source
 from distillkit.config.schema import Kind, json_schema
 from distillkit.config.student import KVHeads, Layout
 from distillkit.config.synthetic import check_synthetic_ready, load_synthetic_config
-from distillkit.config.yaml_files import read_yaml
 from distillkit.console import FAILED, USAGE_ERROR
 
 Overrides = Annotated[
@@ -33,8 +31,18 @@ Overrides = Annotated[
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"distillkit {importlib.metadata.version('distillkit')}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Distil a transformer into another model.
 
     distillkit CONFIG.yaml runs a distillation (distillkit distill CONFIG.yaml is the same).
@@ -47,7 +55,7 @@ def distill(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_path.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what the run would cost, as distillkit plan does.")
+        bool, typer.Option("--dry-run", help="Only estimate what the run would cost, as distillkit plan does.")
     ] = False,
 ) -> None:
     """Run the distillation that a YAML file describes."""
@@ -70,16 +78,12 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Say what a run or a capture would cost, and what is wrong with it, without doing it.
+    """Estimate what a run or a capture would cost, and list what is wrong with it, without running it.
 
     Parameters, tokens, steps, memory, disk and time of each phase. Only configurations and headers are read. Exit code
     1: it could not run as it is.
     """
-    described: Run | CaptureConfig
-    if "compression" in read_yaml(config):
-        described = load_capture_config(config, overrides or [])
-    else:
-        described = load_run(config, overrides or [])
+    described = load_run_or_capture(config, overrides or [])
     _print_plan(described, gpu=gpu, gpus=gpus, as_json=as_json)
 
 
@@ -193,14 +197,11 @@ def evaluate(
 ) -> None:
     """Measure models: how far students are from the teacher, benchmarks, needles in long texts, speed.
 
-    Everything can stand in the YAML file or in options. The same command again goes on after a kill, or adds what is
-    new. Exit code 1: something could not be measured.
+    Everything can be given in the YAML file or as options. The same command continues after an interruption, or adds
+    what is new. Exit code 1: something could not be measured.
     """
-    first, *rest = words or [""]
-    path = Path(first) if first.endswith((".yaml", ".yml")) else None
     config = load_evaluate_config(
-        path,
-        rest if path is not None else words or [],
+        *_file_and_overrides(words or []),
         EvaluateOptions(
             teacher=teacher,
             gguf_file=gguf_file,
@@ -229,9 +230,8 @@ def synthesize(
         ),
     ],
 ) -> None:
-    """Make text from which a model learns to retrieve: passages return, and facts are asked for long after."""
-    path = Path(words[0]) if words[0].endswith((".yaml", ".yml")) else None
-    config = load_synthetic_config(path, words if path is None else words[1:])
+    """Make text that trains retrieval: passages are repeated, and questions about facts come long after the facts."""
+    config = load_synthetic_config(*_file_and_overrides(words))
     check_synthetic_ready(config)
     from distillkit.data.synthetic import synthesize
 
@@ -263,14 +263,11 @@ def pack(
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per row.")],
     split: Annotated[str | None, typer.Option(help="The split of it, or a part of one, where it has several.")] = None,
 ) -> None:
-    """Fill rows of one length with captured documents, each token beside what the teacher said there.
+    """Pack captured documents, with the teacher's outputs for each token, into rows of one length.
 
-    Documents never see each other; those longer than a row are split. Distil from the result with prepacked: true.
+    Documents never attend to each other; those longer than a row are split. Train on the result with prepacked: true.
     """
-    local = os.path.exists(dataset) or glob.has_magic(dataset)
-    if not local:
-        check_model_path("DATASET", dataset)
-    source = DatasetSource.parse({"disk_path" if local else "repo_id": dataset, "split": split})
+    source = named_source("DATASET", dataset, split)
     from distillkit.capture.packing import pack
 
     pack(source, out, sequence_length)
@@ -279,8 +276,12 @@ def pack(
 @app.command()
 def inspect(
     dataset: Annotated[Path, typer.Argument(help="The folder of a captured dataset.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Hold every byte of every shard to the manifest.")] = False,
-    tokens: Annotated[int, typer.Option(min=0, help="How many tokens are shown with the teacher's guesses.")] = 12,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every byte of every shard against the manifest.")
+    ] = False,
+    tokens: Annotated[
+        int, typer.Option(min=0, help="How many tokens are shown with the teacher's likeliest next ones.")
+    ] = 12,
     teacher: Annotated[
         str | None, typer.Option(help="A live teacher to compare with: a folder, a hub id or a .gguf file.")
     ] = None,
@@ -289,14 +290,14 @@ def inspect(
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the teacher.")
     ] = False,
 ) -> None:
-    """Say what a captured dataset is, whether it is whole, and what the teacher said. Exit code 1: it is not whole."""
+    """Describe a captured dataset: its format, missing shards, some of its content. Exit code 1: it is not complete."""
     if teacher is not None:
         check_model_path("--teacher", teacher)
     if not dataset.is_dir():
         raise UserError("DATASET", f"no such folder: {str(dataset)!r}")
     from distillkit.capture.inspection import inspect_dataset
 
-    whole = inspect_dataset(
+    complete = inspect_dataset(
         dataset,
         verify=verify,
         tokens=tokens,
@@ -304,7 +305,7 @@ def inspect(
         trust_remote_code=trust_remote_code,
         gguf_file=gguf_file,
     )
-    if not whole:
+    if not complete:
         raise typer.Exit(FAILED)
 
 
@@ -318,19 +319,25 @@ def capture(
     shard: Annotated[
         str | None,
         typer.Option(
-            help="Make only the i-th of n shares: shards i - 1, i - 1 + n, i - 1 + 2n, ... Processes on any machines "
-            "share a capture so, in one folder or in several that are put together afterwards; torchrun's do by "
-            "themselves. Without it, whatever is missing is made.",
+            help="Capture only the i-th of n parts: shards i - 1, i - 1 + n, i - 1 + 2n, ... So several processes or "
+            "machines share a capture, in one folder or in folders that are merged afterwards; torchrun's processes do "
+            "so by themselves. Without it, all missing shards are captured.",
             metavar="i/n",
         ),
     ] = None,
 ) -> None:
-    """Store what a teacher says about a text, once. Killed at any moment, the same command goes on."""
+    """Store a teacher's outputs for a text. After an interruption the same command continues."""
     described = load_capture_config(config, overrides or [])
     check_capture_ready(described)
     from distillkit.capture.run import capture
 
     capture(described, shard)
+
+
+def _file_and_overrides(words: list[str]) -> tuple[Path | None, list[str]]:
+    """The YAML file, if the first word is one, and the `key=value` overrides."""
+    has_file = bool(words) and words[0].endswith((".yaml", ".yml"))
+    return (Path(words[0]), words[1:]) if has_file else (None, words)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -341,14 +348,14 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return the exit code: 2 after a mistake of the user's, told in one line on stderr."""
+    """Run a command line and return the exit code: 2 after a mistake of the user's, printed in one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     first = next((word for word in words if not word.startswith("-")), "")
     if first.endswith((".yaml", ".yml")):
         words.insert(0, "distill")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals, not for log files
-    # transformers imports torchao wherever it is installed, which then warns of its kernels for other devices.
+    # transformers imports torchao where it is installed, which then warns about its kernels for other devices.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

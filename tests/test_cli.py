@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ FILES = {"SEED": SEED, "CAPTURE": Path(__file__).parents[1] / "recipes" / "captu
         ("--resume SEED sequence_length=-1", "error: sequence_length: must be > 0, got -1"),
         ("SEED sequence_length", "error: override 'sequence_length': must be key=value, such as"),
         ("SEED nothing.like=it", "error: nothing: unknown key; known keys: project_name, model,"),
-        ("SEED seed=2024-99-99", "error: override 'seed=2024-99-99': the value is no YAML: "),
+        ("SEED seed=2024-99-99", "error: override 'seed=2024-99-99': the value is not YAML: "),
         ("SEED training_args.fp16=true", "error: training_args.fp16: gradients of single tokens are too small"),
         ("SEED --resum", "error: No such option: --resum (Possible options: --resume)"),
         ("SEED teacher.path=./none", "error: teacher.path: no such file or folder: './none'"),
@@ -151,6 +152,11 @@ def test_torch_is_not_imported_to_answer(words: list[str], code: int, line: str)
     assert done.returncode == code
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == bool(line)
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"distillkit {version('distillkit')}\n"
 
 
 def test_python_m_distillkit_is_the_command() -> None:

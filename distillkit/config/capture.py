@@ -1,4 +1,4 @@
-"""The YAML of `distillkit capture`: whose outputs about which text are stored, and how."""
+"""The YAML of `distillkit capture`: which teacher's outputs for which text are stored, and in which format."""
 
 import os
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from distillkit.config.compression import LegacyLogitCompressionConfig, LogprobC
 from distillkit.config.data import DatasetConfig
 from distillkit.config.errors import KeyProblem, UserError
 from distillkit.config.readiness import check_model_path, check_source
+from distillkit.config.resolve import Run, load_run
 from distillkit.config.section import PathText, Section
 from distillkit.config.teacher import HFTeacherConfig
-from distillkit.config.yaml_files import apply_override, read_yaml
+from distillkit.config.yaml_files import read_changed, read_yaml
 
 _MOST_BYTES = 2**31 - 1
 _FORMATS = ("logprob_compressor", "legacy_logit_compression", "plain")
@@ -22,7 +23,9 @@ _FORMATS = ("logprob_compressor", "legacy_logit_compression", "plain")
 class CompressionConfig(Section):
     """`compression`: how outputs are stored, in one of three formats."""
 
-    logprob_compressor: LogprobCompressorConfig | None = Field(None, description="few bytes per token; the usual one")
+    logprob_compressor: LogprobCompressorConfig | None = Field(
+        None, description="few bytes per token; the usual format"
+    )
     legacy_logit_compression: LegacyLogitCompressionConfig | None = Field(None, description="the older format")
     plain: PlainConfig | None = Field(None, description="ids and log-probabilities as they are")
 
@@ -58,14 +61,16 @@ class CaptureConfig(Section):
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what runs the teacher")
     sequence_length: int = Field(gt=0, description="tokens per row; longer documents are split")
     dataset: DatasetConfig = Field(description="the text: train_dataset is what is captured")
-    compression: CompressionConfig = Field(description="how outputs are stored: one of three formats and its keys")
+    compression: CompressionConfig = Field(description="the format of the outputs: one of three, with its keys")
     output_path: PathText = Field(description="folder for the captured dataset")
-    tokens_per_batch: int = Field(16384, gt=0, description="tokens, with padding, that the teacher reads at a time")
-    rows_per_shard: int = Field(256, gt=0, description="rows in a file; what a killed capture loses at most")
+    tokens_per_batch: int = Field(16384, gt=0, description="tokens per batch of the teacher, with padding")
+    rows_per_shard: int = Field(
+        256, gt=0, description="rows in a file; a capture that is killed loses at most one file"
+    )
 
     @model_validator(mode="after")
     def check_effects(self) -> Self:
-        """What would have no effect is refused."""
+        """Refuse keys that would have no effect."""
         if self.teacher.top_k is not None:
             key = f"compression.{self.compression.kind}.k"
             raise KeyProblem("teacher.top_k", f"{key} says how many tokens are kept; remove it")
@@ -73,17 +78,19 @@ class CaptureConfig(Section):
             raise KeyProblem(f"teacher.{key}", "has no effect on a capture; remove it")
         for key in ("eval_dataset", "num_eval_samples"):
             if getattr(self.dataset, key) is not None:
-                remedy = "only train_dataset is captured; capture held-out text by itself, or remove it"
+                remedy = "only train_dataset is captured; capture held-out text separately, or remove it"
                 raise KeyProblem(f"dataset.{key}", remedy)
         return self
 
 
 def load_capture_config(path: Path, overrides: Sequence[str] = ()) -> CaptureConfig:
     """The capture that a YAML file describes, changed by `key=value` overrides. Raises `UserError`."""
-    data = read_yaml(path)
-    for override in overrides:
-        apply_override(data, override)
-    return CaptureConfig.parse(data)
+    return CaptureConfig.parse(read_changed(path, overrides))
+
+
+def load_run_or_capture(path: Path, overrides: Sequence[str] = ()) -> Run | CaptureConfig:
+    """As `load_run` or `load_capture_config`: only the YAML of a capture has a section `compression`."""
+    return (load_capture_config if "compression" in read_yaml(path) else load_run)(path, overrides)
 
 
 def check_capture_ready(config: CaptureConfig) -> None:
@@ -95,7 +102,7 @@ def check_capture_ready(config: CaptureConfig) -> None:
 
 
 def check_shard_size(config: CaptureConfig, bytes_per_token: int) -> None:
-    """Raises `UserError` where a shard could hold more values than the lists of a parquet file can count."""
+    """Raises `UserError` where the values of a shard are too many for the lists of a parquet file."""
     most_rows = _MOST_BYTES // (bytes_per_token * config.sequence_length)
     if config.rows_per_shard > most_rows:
         raise UserError(

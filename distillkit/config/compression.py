@@ -1,6 +1,6 @@
-"""The formats for captured teacher outputs: the two published ones, and plain columns.
+"""The formats of captured teacher outputs: the two published ones, and plain columns.
 
-A `teacher` of kind `dataset` must be given the configuration that its outputs were captured with.
+A `teacher` of kind `dataset` needs the format that its outputs were captured with.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""`dataset`: the text that is learnt from, and the held-out text that is measured on."""
+"""`dataset`: training text, and held-out text for evaluation."""
 
 import re
 from typing import Any, Self
@@ -20,9 +20,9 @@ class DatasetSource(Section):
     config_name: str | None = Field(None, description="configuration (subset) of repo_id")
     disk_path: PathText | None = Field(
         None,
-        description="a save_to_disk folder; or a .parquet, .jsonl, .json or .txt file, a folder or a pattern of such",
+        description="a save_to_disk folder; or a .parquet, .jsonl, .json or .txt file, a folder, or a pattern",
     )
-    split: str | None = Field(None, description="split, also a part of one: train[:1000], train[10%:]+test")
+    split: str | None = Field(None, description="split, or a part of one: train[:1000], train[10%:]+test")
 
     @field_validator("split")
     @classmethod
@@ -47,32 +47,32 @@ class DatasetSource(Section):
 class DatasetConfig(Section):
     """`dataset`: training text and held-out text."""
 
-    train_dataset: DatasetSource = Field(description="what is learnt from: repo_id or disk_path")
+    train_dataset: DatasetSource = Field(description="training text: repo_id or disk_path")
     eval_dataset: DatasetSource | None = Field(None, description="held-out text: repo_id or disk_path")
     seed: int | None = Field(42, ge=0, description="seed of the shuffling; null keeps the order")
     num_samples: int | None = Field(None, gt=0, description="rows taken from train_dataset; all by default")
     num_eval_samples: int | None = Field(None, gt=0, description="rows taken from eval_dataset; all by default")
     eos_label_token_ids: list[int] | None = Field(
-        None, description="token ids that count as the end-of-sequence token where they are labels"
+        None, description="token ids that are treated as the end-of-sequence token in labels"
     )
     prepared_dataset_path: PathText | None = Field(
-        None, description="folder that keeps the prepared rows for next time"
+        None, description="folder that stores the prepared rows, to be reused"
     )
     prepacked: bool = Field(False, description="the rows are tokenised and packed already")
 
-    packing: bool = Field(True, description="several documents share a row; none sees another")
+    packing: bool = Field(True, description="several documents share a row; none attends to another")
     dataset_text_field: str = Field("text", description="column that holds the text")
     dataset_num_proc: int | None = Field(None, gt=0, description="processes that prepare the rows")
-    assistant_only_loss: bool = Field(False, description="of conversations, only what the assistant says counts")
+    assistant_only_loss: bool = Field(False, description="of conversations, only the assistant's messages count")
     completion_only_loss: bool | None = Field(None, description="of prompt and completion, only the latter counts")
 
 
 TRL_KEYS = ("packing", "dataset_text_field", "dataset_num_proc", "assistant_only_loss", "completion_only_loss")
-"""Keys of `dataset` that may stand in `training_args` too, where published configurations have them."""
+"""Keys of `dataset` that are also accepted in `training_args`, where published configurations have them."""
 
 
 def move_dataset_keys(data: Any) -> Any:
-    """A run or a phase with those keys in `dataset`, as YAML gives it; what has no sections is left for the checks."""
+    """A run or a phase, as plain data, with those keys in `dataset`; anything that is not a section is not changed."""
     if not isinstance(data, dict) or not isinstance(data.get("training_args"), dict):
         return data
     moved = {key: value for key, value in data["training_args"].items() if key in TRL_KEYS}

@@ -1,4 +1,4 @@
-"""The sections of `distillkit evaluate`: which models are measured, and by which suites, each where it is given."""
+"""The YAML of `distillkit evaluate`: models, and a section for each suite that measures them."""
 
 import json
 import re
@@ -16,7 +16,7 @@ TEACHER = "teacher"
 """The teacher's name in results, which no student may have."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""Of a student: it is part of file names."""
+"""The name of a student, which is part of file names."""
 
 NeedleTask = Literal[
     "niah_single_1",
@@ -30,7 +30,7 @@ NeedleTask = Literal[
 ]
 
 ESSAY_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
-"""Those whose needles lie in prose; the others make their haystack themselves (Hsieh et al. 2024, arXiv 2404.06654)."""
+"""Tasks that hide needles in prose; the others generate their haystack (Hsieh et al. 2024, arXiv 2404.06654)."""
 
 
 def _ascending(values: list[int]) -> list[int]:
@@ -54,14 +54,14 @@ class ModelConfig(Section):
     trained_length: int | None = Field(
         None,
         gt=0,
-        description="tokens it was trained on at a time, marked in the report; by default those of the run that made "
-        "it, else the model's max_position_embeddings",
+        description="sequence length that it was trained with, marked in the report; by default that of its run, else "
+        "the model's max_position_embeddings",
     )
 
     @field_validator("kwargs")
     @classmethod
     def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Results are kept under them, as JSON."""
+        """Results are stored under them, as JSON."""
         for name, value in kwargs.items():
             try:
                 json.dumps(value)
@@ -77,13 +77,15 @@ class DivergenceConfig(Section):
     text_field: str = Field("text", description="column that holds the text")
     num_tokens: int = Field(16384, gt=0, description="tokens that are measured")
     sequence_length: int = Field(2048, gt=0, description="tokens per row; longer documents are split")
-    seed: int | None = Field(42, ge=0, description="seed of the order of documents; null keeps that of the text")
+    seed: int | None = Field(42, ge=0, description="seed of the order of documents; null keeps their order")
     position_buckets: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_ascending)] = Field(
         default=[0, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
         min_length=1,
         description="positions in the document at which a bucket begins; each ends where the next begins",
     )
-    layers: bool = Field(True, description="compare the hidden states of each layer, where both have as many")
+    layers: bool = Field(
+        True, description="compare the hidden states of each layer, where both models have equally many"
+    )
 
 
 class BenchmarksConfig(Section):
@@ -92,13 +94,13 @@ class BenchmarksConfig(Section):
     tasks: list[str] = Field(min_length=1, description="names of tasks: hellaswag, arc_challenge, mmlu, gsm8k, ...")
     include_path: list[PathText] = Field(default=[], description="folders with tasks of your own, as YAML")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each question; the task's own by default")
-    batch_size: int = Field(8, gt=0, description="samples that a model reads at a time")
-    apply_chat_template: bool = Field(False, description="put questions to the model as a chat")
+    batch_size: int = Field(8, gt=0, description="samples per batch")
+    apply_chat_template: bool = Field(False, description="format questions with the model's chat template")
     seed: int = Field(1234, ge=0, description="seed of the choice of examples, and of sampling")
 
 
 class NeedlesConfig(Section):
-    """`needles`: what a model finds again in a long text, by length and depth (RULER's NIAH tasks)."""
+    """`needles`: retrieval from long texts, by length and depth (RULER's NIAH tasks)."""
 
     tasks: list[NeedleTask] = Field(
         default=list(get_args(NeedleTask)),
@@ -106,16 +108,16 @@ class NeedlesConfig(Section):
         description="RULER's names of the tasks; all by default",
     )
     lengths: Lengths = Field(description="tokens of a prompt, such as [1024, 2048, 4096]")
-    depths: int = Field(5, gt=0, description="places of a needle, evenly from the beginning of the text to its end")
+    depths: int = Field(5, gt=0, description="positions of a needle, evenly from the beginning of the text to its end")
     samples: int = Field(4, gt=0, description="prompts for each length and depth")
     haystack: DatasetSource | None = Field(None, description="prose that hides the needles: repo_id or disk_path")
     seed: int = Field(42, ge=0, description="seed of keys, values and text")
     batch_size: int = Field(
         8,
         gt=0,
-        description="prompts of one length that are answered together; the KV cache of so many must fit into memory",
+        description="prompts per batch, all of one length; their KV cache must fit into memory",
     )
-    prefill_tokens: int = Field(8192, gt=0, description="tokens that are read at a time, of all prompts of a batch")
+    prefill_tokens: int = Field(8192, gt=0, description="tokens per step of the prefill, of all prompts of a batch")
 
     @model_validator(mode="after")
     def check_haystack(self) -> Self:
@@ -130,27 +132,27 @@ class NeedlesConfig(Section):
 class SpeedConfig(Section):
     """`speed`: tokens per second and memory against the length of the context."""
 
-    contexts: Lengths = Field(default=[256, 1024, 4096, 8192], description="tokens that are in the cache already")
+    contexts: Lengths = Field(default=[256, 1024, 4096, 8192], description="tokens in the cache at the beginning")
     decode_tokens: int = Field(32, gt=0, description="tokens that are generated")
-    repeats: int = Field(3, gt=0, description="how often each is measured; the median counts")
+    repeats: int = Field(3, gt=0, description="measurements of each; the median counts")
     batch_size: int = Field(1, gt=0, description="sequences at a time")
-    prefill_tokens: int = Field(8192, gt=0, description="tokens of a prompt that are read at a time")
+    prefill_tokens: int = Field(8192, gt=0, description="tokens of a prompt per step of the prefill")
 
 
 class EvaluateConfig(Section):
     """One evaluation: models and suites."""
 
-    output_path: PathText = Field(description="folder for results.json, and for what is measured until then")
-    teacher: ModelConfig | None = Field(None, description="the teacher, which students are compared with")
-    students: dict[str, ModelConfig] = Field(default={}, description="name of each student, and where it is")
+    output_path: PathText = Field(description="folder for results.json and for intermediate results")
+    teacher: ModelConfig | None = Field(None, description="the teacher, with which students are compared")
+    students: dict[str, ModelConfig] = Field(default={}, description="students, by name")
     trust_remote_code: bool = Field(False, description="run code that comes with the models")
-    limit: int | None = Field(None, gt=0, description="at most so many samples of each task, and rows of text")
+    limit: int | None = Field(None, gt=0, description="maximum number of samples of each task, and of rows of text")
     smoke: bool = Field(
-        False, description="try everything on two samples of the shortest length, into the folder smoke of output_path"
+        False, description="try everything on two samples of the shortest length; results go to smoke in output_path"
     )
     divergence: DivergenceConfig | None = Field(None, description="how far students are from the teacher")
     benchmarks: BenchmarksConfig | None = Field(None, description="tasks of the LM Evaluation Harness")
-    needles: NeedlesConfig | None = Field(None, description="what is found again in long texts")
+    needles: NeedlesConfig | None = Field(None, description="retrieval from long texts")
     speed: SpeedConfig | None = Field(None, description="tokens per second and memory")
 
     @model_validator(mode="after")

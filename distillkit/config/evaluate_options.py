@@ -1,4 +1,4 @@
-"""From a YAML file, options and overrides of the command line to a checked `EvaluateConfig`. No torch is imported."""
+"""An `EvaluateConfig` from a YAML file, options and overrides of the command line. Imports no torch."""
 
 import importlib.util
 import os
@@ -13,26 +13,26 @@ from distillkit.config.readiness import check_model_path, check_source
 from distillkit.config.yaml_files import apply_override, read_yaml
 
 MARKER, CHECKPOINTS = "complete", "checkpoint-*"
-"""Of a run: the file that a checkpoint has once it is whole, and where checkpoints are."""
+"""In the folder of a run: the file of a complete checkpoint, and the folders of checkpoints."""
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What can be said on the command line without a YAML file; an option goes before the file's key."""
+    """The options of the command line; an option takes precedence over the key of the file."""
 
     teacher: str | None = None
-    """Instead of the file's section, of whose keys none is kept; so are `students`."""
+    """Replaces the whole section of the file; so does `students`."""
     gguf_file: str | None = None
     students: Sequence[str] = ()
     """Paths, or name=path."""
     suites: Sequence[str] = ()
-    """Those that run, with the keys that the file has for them; by default all of the file, or divergence."""
+    """Suites to run, with their keys in the file; by default all of the file, or divergence."""
     data: str | None = None
-    """Text of divergence, and haystack of needles, where these run."""
+    """Text of divergence and haystack of needles, where these run."""
     out: str | None = None
     limit: int | None = None
     switches: Mapping[str, bool] = field(default_factory=dict)
-    """Keys that become true where they are here."""
+    """Keys that are set to true."""
 
 
 def load_evaluate_config(
@@ -73,7 +73,7 @@ def check_evaluate_ready(config: EvaluateConfig) -> None:
     if os.path.exists(os.path.join(config.output_path, "run.json")):
         raise UserError(
             "output_path",
-            f"{config.output_path!r} holds a run, whose results.json would be lost; name another folder, "
+            f"{config.output_path!r} contains a run, whose results.json would be overwritten; name another folder, "
             f"such as {os.path.join(config.output_path, 'evaluation')}",
         )
 
@@ -93,7 +93,7 @@ def _choose_suites(data: dict[str, Any], options: EvaluateOptions, *, with_file:
         if options.data is not None and isinstance(data.get(suite), dict):
             data[suite] = {**data[suite], key: {"disk_path": options.data}}
     if options.data is not None and not any(isinstance(data.get(suite), dict) for suite in ("divergence", "needles")):
-        raise UserError("--data", "nothing reads it: neither divergence nor needles runs; add --suite divergence")
+        raise UserError("--data", "has no effect: neither divergence nor needles runs; add --suite divergence")
 
 
 def _set_models(data: dict[str, Any], options: EvaluateOptions) -> None:
@@ -120,7 +120,7 @@ def _models(config: EvaluateConfig) -> list[tuple[str, ModelConfig]]:
 
 
 def _refuse_unfinished_run(key: str, folder: Path) -> None:
-    """A run's folder holds its student only when the run is through."""
+    """A run's folder contains its student only when the run is finished."""
     if not (folder / "run.json").exists() or any(folder.glob("*.safetensors")):
         return
     places = [*folder.glob(CHECKPOINTS), *folder.glob(f"phases/*/{CHECKPOINTS}")]

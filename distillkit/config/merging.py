@@ -1,4 +1,4 @@
-"""What one piece of YAML changes in another: a phase in the top level, a file in the one it extends."""
+"""Merges YAML into YAML: a phase into the top level, a file into the one that it extends."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,14 +7,14 @@ from distillkit.config.tokens import budgets, without_budget
 from distillkit.config.training_args import RENAMED
 
 _OTHER_THING = ("kind", "repo_id", "disk_path")
-"""A section that names another of these is about something else: the rest of the former one does not belong to it."""
+"""A section with another value of one of these replaces the former section instead of being merged into it."""
 
 
 def merged(former: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`former` with `changes`: mappings key by key, at any depth; lists and values are replaced.
 
-    Of tokens, steps and epochs the one that `changes` names is the one that counts, and of a training argument's
-    older and newer names the one that it uses.
+    A budget (tokens, steps or epochs) in `changes` replaces any budget in `former`, and a training argument in
+    `changes` replaces that argument under its older or newer name.
     """
     result = without_budget(former) if budgets(changes) else dict(former)
     for key, value in changes.items():

@@ -13,10 +13,10 @@ from distillkit.config.tokens import BUDGETS, TokenBudget, budgets, check_one_bu
 from distillkit.config.training_args import check_training_args
 
 MERGED = ("training_args", "dataset", "evaluation")
-"""Keys of a phase that change the top level's key by key; the others take its place."""
+"""Sections of a phase that are merged into the top level's; the other keys replace the top level's."""
 
 HUB = ("push_to_hub", "hub_")
-"""Beginnings of the training arguments that are of the whole run."""
+"""Prefixes of the training arguments that belong to the whole run."""
 
 _NAME = re.compile(r"[a-z0-9_-]+")
 
@@ -24,14 +24,14 @@ _NAME = re.compile(r"[a-z0-9_-]+")
 class PhaseConfig(Section):
     """One phase: its name, and what differs from the top level.
 
-    The values are those of the YAML, unchecked: only together with the top level's can they be.
+    Values are as in the YAML: they are checked by `resolve`, together with those of the top level.
     """
 
     name: str = Field(
         description="name of the phase, unique: letters a-z, digits, _ and -",
         json_schema_extra={"pattern": f"^{_NAME.pattern}$"},
     )
-    tokens: TokenBudget = Field(None, description="for how long this phase trains, in tokens: 100M")
+    tokens: TokenBudget = Field(None, description="length of this phase in tokens: 100M")
     teacher: Any = Field(None, description="another teacher")
     frozen_modules: Any = Field(None, description="other frozen modules")
     frozen_res: Any = Field(None, description="other patterns of frozen parameters; [] trains all")
@@ -62,7 +62,7 @@ class PhaseConfig(Section):
         checked = check_training_args(arguments)
         for name in checked:
             if name.startswith(HUB):
-                raise KeyProblem(name, "the hub gets the whole run, once; name it in training_args of the top level")
+                raise KeyProblem(name, "the whole run is uploaded, once; move it to training_args of the top level")
         return checked
 
     @model_validator(mode="after")
@@ -72,17 +72,17 @@ class PhaseConfig(Section):
 
     @model_serializer(mode="wrap")
     def only_what_is_named(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A key that is not named is the top level's; one that is named as null is not."""
+        """Only the keys of the phase: a key that is absent is the top level's, one that is null is not."""
         named: dict[str, Any] = handler(self)
         return {key: value for key, value in named.items() if key in self.model_fields_set}
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The keys that the phase names, but for its name."""
+        """The keys of the phase, without its name."""
         return {key: getattr(self, key) for key in type(self).model_fields if key in self.model_fields_set - {"name"}}
 
     def names(self, key: str) -> bool:
-        """Whether the phase itself, not the top level, names a key such as `dataset.train_dataset.split`."""
+        """Whether a key such as `dataset.train_dataset.split` is in the phase itself, not only at the top level."""
         section: Any = self.changes
         for depth, part in enumerate(key.split(".")):
             name = part.partition("[")[0]
@@ -94,7 +94,7 @@ class PhaseConfig(Section):
         return True
 
     def replaces(self, key: str) -> bool:
-        """Whether nothing is left of the top level's `key`, such as `tokens`, for the phase has its own."""
+        """Whether the phase has its own value of `key`, such as `tokens`, so that the top level's has no effect."""
         if tuple(key.split(".")) in BUDGETS:
             return bool(budgets(self.changes))
         value: Any = self.changes

@@ -1,4 +1,4 @@
-"""What can be known before a run starts, and before torch is imported: files that do not exist, things not built."""
+"""Checks before a run starts and before torch is imported: files that do not exist, launchers not supported."""
 
 import glob
 import os
@@ -34,13 +34,12 @@ def _check_inputs(config: RunConfig, *, check_model: bool) -> None:
 
 
 def _refuse_split_models() -> None:
-    """As training_args.fsdp and training_args.deepspeed are refused, which accelerate's configuration goes before."""
+    """Refuse FSDP and DeepSpeed from accelerate's configuration, as from training_args."""
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() not in ("", "0", "false"):
             raise UserError(
                 "accelerate",
-                f"{name} is not supported yet, each GPU holds the models whole; launch with torchrun, or "
-                f"without {name}",
+                f"{name} is not supported yet, each GPU has whole models; launch with torchrun, or without {name}",
             )
 
 
@@ -59,7 +58,15 @@ def check_source(key: str, source: DatasetSource) -> None:
 
 
 def check_model_path(key: str, path: str) -> None:
-    """Raises `UserError`, naming `key`, where a model can only be on disk (no hub id looks so) and is not."""
+    """Raises `UserError`, naming `key`, where a path cannot be a hub id and does not exist."""
     looks_local = path.startswith(("/", ".")) or path.count("/") > 1 or path.endswith(".gguf")
     if looks_local and not os.path.exists(path):
         raise UserError(key, f"no such file or folder: {path!r}")
+
+
+def named_source(key: str, dataset: str, split: str | None) -> DatasetSource:
+    """The dataset of an option: files, where such files exist, else a dataset of the hub. Raises `UserError`."""
+    is_local = os.path.exists(dataset) or glob.has_magic(dataset)
+    if not is_local:
+        check_model_path(key, dataset)
+    return DatasetSource.parse({"disk_path" if is_local else "repo_id": dataset, "split": split})

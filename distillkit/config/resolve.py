@@ -1,7 +1,7 @@
-"""From a YAML file and overrides to a run: one or more phases, each a whole configuration of its own.
+"""Resolves a configuration to a run: one or more phases, each with a whole configuration of its own.
 
-The top level of the YAML is a whole run, and each of its `phases` names what differs. A run without `phases` is one
-phase. Everything that trains, plans or reports a run walks through the same list. Imports no torch.
+The top level of the YAML is a whole run, and each of its `phases` contains only what differs. A run without `phases`
+is one phase. Training, planning and reporting all loop over the same list. Imports no torch.
 """
 
 import logging
@@ -15,23 +15,23 @@ from distillkit.config.errors import UserError
 from distillkit.config.merging import merged
 from distillkit.config.phases import HUB, MERGED, PhaseConfig
 from distillkit.config.run import RunConfig
-from distillkit.config.yaml_files import apply_override, read_yaml
+from distillkit.config.yaml_files import read_changed
 
 logger = logging.getLogger(__name__)
 
 WHERE_THE_ORIGINAL_IS = ("gguf_file", "revision", "code_revision", "subfolder", "variant")
-"""Keyword arguments of `from_pretrained` that make no sense for a student saved by the phase before."""
+"""Keyword arguments of `from_pretrained` that do not apply to a student saved by the phase before."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase as the whole run that it is, and its place among the others."""
+    """One phase: its whole configuration, and its position among the phases."""
 
     config: RunConfig
     index: int = 0
     count: int = 1
     changes: PhaseConfig | None = None
-    """What the YAML names for it; None where the run has no `phases`."""
+    """Its entry in `phases`; None where the run has no `phases`."""
 
     @property
     def name(self) -> str:
@@ -49,15 +49,15 @@ class Phase:
         return self.name if self.changes is None else f"phase {self.index + 1} of {self.count}: {self.name}"
 
     def key(self, key: str) -> str:
-        """Where in the YAML a key of this phase stands: in the phase, or at the top level."""
+        """A key of this phase as it is in the YAML: in the phase, or at the top level."""
         return f"phases[{self.index}].{key}" if self.names(key) else key
 
     def names(self, key: str | None) -> bool:
-        """Whether the phase itself, not the top level, names a key."""
+        """Whether a key is in the phase itself, not only at the top level."""
         return self.changes is not None and key is not None and self.changes.names(key)
 
     def located(self, error: UserError) -> UserError:
-        """An error about this phase's configuration, with its key as it stands in the YAML."""
+        """An error about this phase's configuration, with its key as in the YAML."""
         if self.changes is None:
             return error
         if self.names(error.key):
@@ -67,7 +67,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its configuration as the YAML has it, and its phases, at least one, in their order."""
+    """A run: its configuration as in the YAML, and its phases in order, at least one."""
 
     config: RunConfig
     phases: tuple[Phase, ...]
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def has_phase_folders(self) -> bool:
-        """Whether each phase has a folder of its own, as where the YAML names `phases`."""
+        """Whether each phase has a folder of its own: where the YAML has `phases`."""
         return bool(self.config.phases)
 
 
@@ -87,15 +87,12 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
 
     Raises `UserError`, one line that names the key and the remedy; warns of a key without effect.
     """
-    data = read_yaml(Path(path))
-    for override in overrides:
-        apply_override(data, override)
-    config = RunConfig.parse(data)
+    config = RunConfig.parse(read_changed(Path(path), overrides))
     run = resolve(config)
     for override in overrides:
         _refuse_without_effect(override.partition("=")[0], config)
     if config.functionary_packing:
-        logger.warning("functionary_packing: has no effect; packed documents never see each other anyway")
+        logger.warning("functionary_packing: has no effect; packed documents never attend to each other anyway")
     return run
 
 
@@ -117,16 +114,16 @@ def as_run(run: AnyRun, overrides: Sequence[str] = ()) -> Run:
 def resolve(config: RunConfig) -> Run:
     """The phases of a run.
 
-    Where the YAML names them, each writes to a folder of its own in the run's, `phases/1-alignment`. The first starts
-    as the top level says, each later one from what the one before left in its folder. Raises `UserError`, with a key
-    such as `phases[1].loss_functions[0].temperature`, for the first phase that cannot be.
+    Phases of the YAML have folders of their own in that of the run, such as `phases/1-alignment`. The first starts
+    from the top level's student, each later one from the student of the phase before. Raises `UserError`, with a key
+    such as `phases[1].loss_functions[0].temperature`, for the first phase with a mistake.
     """
     if not config.phases:
         return Run(config, (Phase(config),))
     phases: list[Phase] = []
     top = config.model_dump(exclude={"phases"})
     if "use_flash_attention" not in config.model_fields_set:
-        del top["use_flash_attention"]  # nobody set it, so nobody is warned where the package is missing
+        del top["use_flash_attention"]  # only who set it is warned where the package is missing
     for index, changes in enumerate(config.phases):
         data = _whole(top, changes, index, phases[-1].config.output_path if phases else None)
         place = (index, len(config.phases), changes)
@@ -141,13 +138,13 @@ def _refuse_without_effect(key: str, config: RunConfig) -> None:
     """Raises `UserError` where each phase replaces the top level's `key`; warns where some do."""
     replacing = [phase.name for phase in config.phases if phase.replaces(key)]
     if replacing and len(replacing) == len(config.phases):
-        raise UserError(key, f"every phase names its own; use phases.{replacing[0]}.{key}")
+        raise UserError(key, f"every phase has its own; use phases.{replacing[0]}.{key}")
     for name in replacing:
-        logger.warning("%s: has no effect on phase %s, which names its own; use phases.%s.%s", key, name, name, key)
+        logger.warning("%s: has no effect on phase %s, which has its own; use phases.%s.%s", key, name, name, key)
 
 
 def _whole(top: dict[str, Any], phase: PhaseConfig, index: int, before: str | None) -> dict[str, Any]:
-    """The keys of the run that a phase is; `before` is the folder of the phase before it."""
+    """The whole configuration of a phase; `before` is the folder of the phase before it."""
     changes = phase.changes
     inherited = {key: value for key, value in top.items() if key in MERGED or key not in changes}
     whole = merged(inherited, changes)
@@ -162,7 +159,7 @@ def _whole(top: dict[str, Any], phase: PhaseConfig, index: int, before: str | No
 
 
 def _arguments(whole: dict[str, Any], top: dict[str, Any], phase: PhaseConfig) -> dict[str, Any]:
-    """Trackers show a run for each phase; the hub gets the whole, once, and no phase by itself."""
+    """Trackers show each phase as a run; only the whole run is uploaded to the hub."""
     arguments = dict(whole["training_args"])
     if phase.training_args.get("run_name") is None:
         arguments["run_name"] = f"{top['training_args'].get('run_name') or top['project_name']}-{phase.name}"
@@ -170,7 +167,7 @@ def _arguments(whole: dict[str, Any], top: dict[str, Any], phase: PhaseConfig) -
 
 
 def _dataset(dataset: Mapping[str, Any], changes: Mapping[str, Any], phase: PhaseConfig, index: int) -> dict[str, Any]:
-    """Each phase reads the same rows in another order, and keeps its prepared rows where no other does."""
+    """Each phase reads the rows in another order, and stores its prepared rows in a folder of its own."""
     own = dict(dataset)
     if "seed" not in changes and isinstance(own.get("seed"), int):
         own["seed"] += index

@@ -1,4 +1,4 @@
-"""The whole YAML: one distillation, from the models and the data to the losses and the trainer."""
+"""The YAML of a run: models, data, losses, and the arguments of the trainer."""
 
 import re
 from typing import Annotated, Any, Literal, Self
@@ -18,7 +18,7 @@ from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS, check_trainin
 
 
 def _check_layer_mapping(value: Any) -> Any:
-    """`all`, or a list of pairs; says which pair is wrong."""
+    """`all`, or a list of pairs. Raises `KeyProblem` with the position of a wrong pair."""
     if value is None or value == "all":
         return value
     if not isinstance(value, list) or not value:
@@ -71,9 +71,11 @@ class RunConfig(Section):
     resize_embeddings_to_multiple_of: int | None = Field(
         None, gt=0, description="the student's embeddings grow to a multiple of this"
     )
-    functionary_packing: bool = Field(False, description="no effect: packed documents never see each other anyway")
+    functionary_packing: bool = Field(
+        False, description="no effect: packed documents never attend to each other anyway"
+    )
 
-    dataset: DatasetConfig = Field(description="the text that is learnt from")
+    dataset: DatasetConfig = Field(description="the training text")
     loss_functions: list[LossConfig] = Field(
         default_factory=_default_losses, min_length=1, description="what is minimised: a weighted mean of losses"
     )
@@ -85,25 +87,25 @@ class RunConfig(Section):
     )
     tokens: TokenBudget = Field(
         None,
-        description="for how long is trained, in tokens that are no padding: 300M, 1.5B; instead of "
+        description="length of the training in tokens, without padding: 300M, 1.5B; instead of "
         "training_args.max_steps or num_train_epochs",
     )
-    training_args: AnyMapping = Field(default={}, description="what transformers' Trainer takes")
+    training_args: AnyMapping = Field(default={}, description="arguments of transformers' Trainer")
     trained_weights: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="how weights that train are stored: float32, also under training_args.bf16; or bfloat16 with "
+        description="how trained weights are stored: float32, also under training_args.bf16; or bfloat16 with "
         "stochastic rounding: half the memory for weights, gradients and optimizer, and more noise",
     )
-    resume: bool = Field(False, description="go on from the last checkpoint in output_path")
+    resume: bool = Field(False, description="continue from the last checkpoint in output_path")
     evaluation: RunEvaluationConfig | None = Field(None, description="what is measured before and after")
     phases: Phases = Field(
-        default=[], description="one run after another, each from the weights of the one before; what each changes"
+        default=[], description="phases, one after another, each from the weights of the one before; what each changes"
     )
 
     @model_validator(mode="before")
     @classmethod
     def move_keys(cls, data: Any) -> Any:
-        """Published configurations give a few keys of `dataset` among the arguments of TRL's trainer."""
+        """Published configurations have a few keys of `dataset` among the arguments of TRL's trainer."""
         if isinstance(data, dict) and "dataset" not in data:
             return data
         return move_dataset_keys(data)
@@ -115,7 +117,7 @@ class RunConfig(Section):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise KeyProblem(f"[{position}]", f"{pattern!r} is no regular expression: {error}") from None
+                raise KeyProblem(f"[{position}]", f"{pattern!r} is not a regular expression: {error}") from None
         return patterns
 
     @field_validator("loss_functions")
@@ -173,7 +175,7 @@ class RunConfig(Section):
         if self.teacher.kind != "hf":
             raise KeyProblem(
                 "student",
-                f"converts the teacher, of which kind: {self.teacher.kind} has no weights; convert it first "
+                f"converts the teacher, but a teacher of kind: {self.teacher.kind} has no weights; convert it first "
                 "(distillkit convert) and name the result in model",
             )
         return self

@@ -1,4 +1,4 @@
-"""`evaluation`: what is measured before and after a distillation, and what the student is asked to write."""
+"""`evaluation` of a run: divergence from the teacher before and after training, and sampled continuations."""
 
 from pydantic import Field
 

@@ -1,7 +1,7 @@
 """The JSON schema of each kind of YAML, for editors: names, values and descriptions while typing.
 
-It is made from the sections themselves and from transformers' `TrainingArguments`, so it says what the installed
-versions take. What the checks know beyond it (what excludes what, and which file does not exist) stays with them.
+It is made from the sections themselves and from the known arguments of transformers. A schema does not express all
+checks: which keys exclude each other, and which files do not exist, is checked when the YAML is read.
 """
 
 import copy
@@ -37,7 +37,10 @@ SECTIONS: dict[Kind, type[Section]] = {
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _REF = "#/$defs/"
 _CHANGES = "Changes"
-_EXTENDS = {"type": "string", "description": "another file, relative to this one, of which this one names what differs"}
+_EXTENDS = {
+    "type": "string",
+    "description": "another file, relative to this one; this one contains only the differences",
+}
 _JSON_TYPES = {
     "bool": "boolean",
     "int": "integer",
@@ -52,8 +55,8 @@ _JSON_TYPES = {
 def json_schema(kind: Kind) -> Schema:
     """The schema (draft 2020-12) of the YAML of a run, a capture, an evaluation or a synthetic text.
 
-    A file that extends another need not be whole, at any depth: it is held to variants of the sections in which
-    nothing is required.
+    A file that extends another need not be complete, at any depth: it is checked against variants of the sections in
+    which nothing is required.
     """
     section = SECTIONS[kind]
     found = section.model_json_schema()
@@ -82,7 +85,7 @@ def json_schema(kind: Kind) -> Schema:
 
 
 def _simplify(node: Any) -> None:
-    """Drop, in place, what says nothing to an editor; a union that is told apart by a key needs that key."""
+    """Remove, in place, what an editor does not show; require the key that distinguishes the members of a union."""
     for inner in _parts(node):
         _simplify(inner)
     if not isinstance(node, dict):
@@ -98,7 +101,7 @@ def _simplify(node: Any) -> None:
 
 
 def _with_demands(definitions: dict[str, Schema]) -> set[str]:
-    """The sections in which something is required, or in a section of which."""
+    """The sections that require a key, or contain a section that does."""
     found: set[str] = set()
     before = -1
     while len(found) > before:
@@ -130,7 +133,7 @@ def _changes(definition: Schema, partial: set[str]) -> Schema:
 
 
 def _describe_phases(definitions: dict[str, Schema]) -> None:
-    """Give the keys of a phase, which are unchecked by themselves, what they are at the top level."""
+    """Give the keys of a phase, which have no types of their own, the schema that they have at the top level."""
     run, changes = definitions["RunConfig"]["properties"], definitions["RunConfigChanges"]["properties"]
     for name, described in definitions["PhaseConfig"]["properties"].items():
         if name not in ("name", "tokens"):
@@ -140,7 +143,7 @@ def _describe_phases(definitions: dict[str, Schema]) -> None:
 
 
 def _training_arguments(definitions: dict[str, Schema]) -> Schema:
-    """`training_args`: each name that is taken, also its older ones, and those that the run sets, switched off."""
+    """`training_args`: all names, also older ones; those that the run sets only with a value that switches them off."""
     properties: dict[str, Schema] = {}
     arguments = known_arguments()
     for name, argument in arguments.items():
@@ -157,7 +160,7 @@ def _training_arguments(definitions: dict[str, Schema]) -> Schema:
     for name, remedy in SET_BY_THE_RUN.items():
         properties[name] = {"enum": [None, False, 0, "", [], {}], "description": remedy, "deprecated": True}
     return {
-        "description": "`training_args`: what transformers' Trainer takes.",
+        "description": "`training_args`: the arguments of transformers' Trainer.",
         "type": "object",
         "properties": dict(sorted(properties.items())),
         "additionalProperties": False,
@@ -185,7 +188,7 @@ def _or_null(name: str, described: Schema) -> Schema:
 
 
 def _used(root: Schema, definitions: dict[str, Schema]) -> set[str]:
-    """The names of the definitions that the root needs, of itself or through others."""
+    """The names of the definitions that the root refers to, directly or through others."""
     used: set[str] = set()
     waiting = list(_references(root))
     while waiting:

@@ -1,4 +1,4 @@
-"""The base of every section of the YAML: nothing unknown, nothing missing, nothing converted silently."""
+"""The base of every section of the YAML: no unknown keys, no missing keys, no silent conversion."""
 
 import os
 from typing import Annotated, Any, Self
@@ -16,7 +16,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_keys(cls, data: Any) -> Any:
-        """Unknown and missing keys, told here because here the known ones are at hand."""
+        """Refuse unknown and missing keys here, where the known keys can be listed."""
         if not isinstance(data, dict):
             return data
         for key in data:
@@ -53,4 +53,4 @@ TextList = Annotated[list[str], BeforeValidator(none_is_empty, json_schema_input
 """A list of text; a key without a value is the empty list."""
 
 AnyMapping = Annotated[dict[str, Any], BeforeValidator(_empty_dict, json_schema_input_type=dict[str, Any] | None)]
-"""A mapping that is handed on as it is; a key without a value is the empty one."""
+"""A mapping that is passed on as it is; a key without a value is the empty mapping."""

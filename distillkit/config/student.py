@@ -12,50 +12,50 @@ KVHeads = Literal["expand", "grouped"]
 
 
 class InitializationConfig(Section):
-    """`student.initialization`: the start of those KDA parameters that the teacher has no counterpart for.
+    """`student.initialization`: initial values of the KDA parameters that have no counterpart in the teacher.
 
-    The defaults are what `benchmarks/initialization.py` found best.
+    The defaults are the best of `benchmarks/initialization.py`.
     """
 
     short_convolution: Literal["linear", "identity", "default"] = Field(
         "linear",
-        description="identity: each token's queries, keys and values start without their neighbours'; linear: the "
-        "same, queries and keys so small that the SiLU behind is almost linear, which starts further from the teacher "
-        "and is closer after some millions of tokens; default: random, as fla and PyTorch start a convolution",
+        description="identity: at first no token's queries, keys and values depend on its neighbours; linear: the "
+        "same, with queries and keys so small that the SiLU after them is almost linear, which is further from the "
+        "teacher at first and closer after some millions of tokens; default: random, as in fla and PyTorch",
     )
     output_scale: Literal["fitted", "default"] = Field(
         "fitted",
-        description="fitted: output norm and output gate start such that each channel of the layer's output is closest "
-        "to the teacher's (measured on 512 random tokens); default: norm 1, gate half open",
+        description="fitted: output norm and output gate are fitted so that each channel of the layer's output is "
+        "closest to the teacher's (measured on 512 random tokens); default: norm 1, gate half open",
     )
     memory: Literal["attended", "spread"] = Field(
         "attended",
-        description="attended: a head's state decays by a factor e within as many tokens as the teacher's head looks "
-        "back, in the geometric mean over 2,048 random tokens (or the teacher's positions, if fewer); the second "
-        "half repeats the first; spread: within 2 tokens in a layer's first head, 256 in its last, log-evenly between",
+        description="attended: a head's state decays by a factor e over the mean attention distance of the teacher's "
+        "head, the geometric mean over 2,048 random tokens (or the teacher's positions, if fewer) whose second half "
+        "repeats the first; spread: over 2 tokens in a layer's first head to 256 in its last, log-evenly between",
     )
 
 
 class StudentConfig(Section):
-    """`student`: which layers get Kimi Delta Attention, and how it starts."""
+    """`student`: which layers get Kimi Delta Attention, and how it is initialised."""
 
     layout: Layout | None = Field(
         "hybrid",
-        description="hybrid: every fourth layer keeps full attention; front_loaded: as many, but the first four and "
-        "then spread; kda_only: none. Left out when full_attention_layers is given",
+        description="hybrid: every fourth layer keeps full attention; front_loaded: the same number, the first four "
+        "and the others spread; kda_only: none. Not together with full_attention_layers",
     )
     full_attention_layers: list[int] | None = Field(
         None, description="the layers (from 0) that keep full attention, instead of a layout"
     )
     kv_heads: KVHeads = Field(
         "expand",
-        description="expand: key/value weights are repeated, one per query head; grouped: the teacher's stay, "
-        "their outputs are repeated",
+        description="expand: key/value weights are repeated, one per query head; grouped: the teacher's are kept and "
+        "their outputs repeated",
     )
     keep_rope: bool = Field(False, description="full-attention layers keep the teacher's rotary embedding")
-    seed: int = Field(0, ge=0, description="seed of the parameters that start at random")
+    seed: int = Field(0, ge=0, description="seed of the random parameters")
     initialization: InitializationConfig = Field(
-        default_factory=InitializationConfig, description="the start of the new KDA parameters"
+        default_factory=InitializationConfig, description="initial values of the new KDA parameters"
     )
 
     @field_validator("full_attention_layers")

@@ -11,7 +11,7 @@ from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem, UserError
 from distillkit.config.readiness import check_model_path, check_source
 from distillkit.config.section import PathText, Section
-from distillkit.config.yaml_files import apply_override, read_yaml
+from distillkit.config.yaml_files import read_changed
 
 
 class TokenizerConfig(Section):
@@ -70,10 +70,7 @@ class SyntheticTextConfig(Section):
 
 def load_synthetic_config(path: Path | None, overrides: Sequence[str] = ()) -> SyntheticTextConfig:
     """The text that a YAML file describes, changed by `key=value` overrides, or these alone. Raises `UserError`."""
-    data = {} if path is None else read_yaml(path)
-    for override in overrides:
-        apply_override(data, override)
-    return SyntheticTextConfig.parse(data)
+    return SyntheticTextConfig.parse(read_changed(path, overrides))
 
 
 def check_synthetic_ready(config: SyntheticTextConfig) -> None:

@@ -1,4 +1,4 @@
-"""`teacher`: the model that the student learns from. `kind` says which of two it is."""
+"""`teacher`: the model that the student learns from, of one of two kinds."""
 
 from typing import Literal, Self
 
@@ -9,7 +9,7 @@ from distillkit.config.errors import KeyProblem
 from distillkit.config.section import AnyMapping, PathText, Section
 
 _BACKGROUND = (
-    "the distribution that what is missing of a sparse teacher follows: a captured dataset, or its "
+    "the distribution of the probability that a sparse teacher does not list: a captured dataset, or its "
     "background.safetensors; for missing_probability_handling: background"
 )
 
@@ -24,15 +24,15 @@ class HFTeacherConfig(Section):
         description="keyword arguments of from_pretrained: attn_implementation, dtype (or torch_dtype), gguf_file, "
         "revision, device_map, ...",
     )
-    top_k: int | None = Field(None, gt=0, description="only the teacher's k most probable tokens are learnt from")
+    top_k: int | None = Field(None, gt=0, description="use only the teacher's k most probable tokens")
     background: PathText | None = Field(None, description=_BACKGROUND)
 
 
 class DatasetTeacherConfig(Section):
     """The captured outputs of a teacher, stored beside the tokens of the training dataset.
 
-    A dataset that `distillkit capture` made says itself how. Of others the format is given here; without any, the
-    columns token_ids and top_values are read as they are.
+    A dataset of `distillkit capture` contains its format. For other datasets the format is given here; without any,
+    the columns token_ids and top_values are read as they are.
     """
 
     kind: Literal["dataset"] = Field(

@@ -1,4 +1,4 @@
-"""A budget: for how long is trained, in tokens, steps or epochs. One of the three at a time."""
+"""A budget: the length of training in tokens, steps or epochs, one of the three."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from distillkit.config.errors import KeyProblem, shown
 
 BUDGETS = (("tokens",), ("training_args", "max_steps"), ("training_args", "num_train_epochs"))
-"""The keys that name one, each as its path below a level of the YAML: the top, or a phase."""
+"""The keys of a budget, each as its path below the top level or a phase."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?) ?([kmb]?)", re.IGNORECASE)
@@ -50,9 +50,9 @@ TokenBudget = Annotated[
 
 
 def budgets(section: Mapping[str, Any]) -> list[str]:
-    """Where a run, or what changes in one, says for how long is trained: `tokens`, `training_args.max_steps`, ...
+    """The keys with which the top level or a phase sets a budget: `tokens`, `training_args.max_steps`, ...
 
-    transformers counts steps from 1, so a `max_steps` of -1 names none.
+    A negative `max_steps` is transformers' way to set none.
     """
     values = {".".join(budget): _value(section, budget) for budget in BUDGETS}
     steps = "training_args.max_steps"
@@ -62,14 +62,14 @@ def budgets(section: Mapping[str, Any]) -> list[str]:
 
 
 def check_one_budget(section: Mapping[str, Any]) -> None:
-    """Raises `KeyProblem` where a level of the YAML names two budgets."""
+    """Raises `KeyProblem` where the top level or a phase has two budgets."""
     named = budgets(section)
     if len(named) > 1:
         raise KeyProblem(named[0], f"{named[1]} is given too; keep one of the two")
 
 
 def without_budget(section: Mapping[str, Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The section without any budget but the one kept."""
+    """The section without budgets, except `but`."""
     kept = dict(section)
     for *within, name in (budget for budget in BUDGETS if budget != but):
         if not within:

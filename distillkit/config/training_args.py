@@ -15,7 +15,7 @@ RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
-"""Other names of transformers' for the same thing, most of them older."""
+"""Other names of transformers for the same argument, most of them older."""
 
 WITHOUT_EFFECT = (
     "remove_unused_columns",
@@ -26,8 +26,8 @@ WITHOUT_EFFECT = (
     "hub_strategy",
     "hub_always_push",
 )
-"""Names that published configurations carry and that change nothing here: batches hold what the losses need, weights
-are always safetensors, the hub gets the finished student alone, and so on."""
+"""Arguments of published configurations that change nothing here: batches contain what the losses need, weights are
+always saved as safetensors, only the finished student is uploaded to the hub, and so on."""
 
 SET_BY_THE_RUN = {
     "output_dir": "use the top-level key output_path",
@@ -35,25 +35,25 @@ SET_BY_THE_RUN = {
     "max_seq_length": "use the top-level key sequence_length",
     "resume_from_checkpoint": "use the top-level key resume: true, or --resume",
     "project": "use the top-level key project_name",
-    "label_names": "the batches hold what the losses need; remove it",
+    "label_names": "the batches contain what the losses need; remove it",
     "label_smoothing_factor": "the losses are those of loss_functions; remove it",
-    "load_best_model_at_end": "the student is saved as the last step left it; remove it",
-    "enable_jit_checkpoint": "a run that is told to stop saves a checkpoint anyway; remove it",
+    "load_best_model_at_end": "the student of the last step is saved; remove it",
+    "enable_jit_checkpoint": "a run that is stopped saves a checkpoint anyway; remove it",
     "use_liger_kernel": "its fused losses would replace those of loss_functions; remove it",
     "neftune_noise_alpha": "noisy embeddings would not match the teacher's; remove it",
     "average_tokens_across_devices": "the run always averages over all devices; remove it",
     "fp16": "gradients of single tokens are too small for float16; use bf16: true",
-    "fsdp": "models split over GPUs (FSDP) are not supported yet, each GPU holds them whole; remove it",
-    "fsdp_config": "models split over GPUs (FSDP) are not supported yet, each GPU holds them whole; remove it",
-    "deepspeed": "DeepSpeed is not supported yet, each GPU holds the models whole; remove it",
+    "fsdp": "models split over GPUs (FSDP) are not supported yet, each GPU has whole models; remove it",
+    "fsdp_config": "models split over GPUs (FSDP) are not supported yet, each GPU has whole models; remove it",
+    "deepspeed": "DeepSpeed is not supported yet, each GPU has whole models; remove it",
     "hub_token": "set HF_TOKEN in the environment, or log in with `hf auth login`; run.json keeps the configuration",
     "do_train": "the run always trains; remove it",
     "do_predict": "the run does not predict; remove it",
 }
-"""Names that are refused unless they are switched off, and what to do instead."""
+"""Arguments that are refused unless they are switched off, and what to do instead."""
 
 STOCHASTIC_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit")
-"""Values of `optim` that can train bfloat16 weights without losing small updates: by rounding stochastically."""
+"""Values of `optim` that round stochastically, so that bfloat16 weights do not lose small updates."""
 
 POSITIVE = (
     "num_train_epochs",
@@ -78,9 +78,9 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def check_training_args(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments under the names that transformers has now, without those that have no effect.
+    """The arguments under their present names in transformers, without those that have no effect.
 
-    Raises `KeyProblem` for a name that is unknown or not the user's to set, and for a value of the wrong kind.
+    Raises `KeyProblem` for an unknown or refused name, and for a value of the wrong type.
     """
     checked: dict[str, Any] = {}
     names: dict[str, str] = {}

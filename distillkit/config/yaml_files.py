@@ -1,8 +1,8 @@
-"""YAML files, the files that they extend, and overrides of the command line."""
+"""Reads YAML files with the files that they extend, and applies overrides of the command line."""
 
 import os
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from distillkit.config.tokens import BUDGETS, without_budget
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-3` is a number (YAML 1.1 asks for `1.0e-3`) and a key may appear once."""
+    """Safe YAML in which `1e-3` is a number (YAML 1.1 requires `1.0e-3`) and a key may appear once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _extended(path: Path, extending: list[Path]) -> dict[str, Any]:
-    """`read_yaml` of a file that those in `extending` extend, each the next."""
+    """`read_yaml` of a file; `extending` are the files that led to it, each of which extends the next."""
     data = read_mapping(path)
     if "extends" not in data:
         return data
@@ -59,8 +59,16 @@ def _extended(path: Path, extending: list[Path]) -> dict[str, Any]:
         raise UserError(path, f"extends: no such file: {str(base)!r}")
     if any(base.samefile(each) for each in chain):
         circle = " extends ".join(each.name for each in [*chain, base])
-        raise UserError(path, f"extends: goes round in a circle ({circle}); one of them must stand alone")
+        raise UserError(path, f"extends: is circular ({circle}); one of them must not extend another")
     return merged(move_dataset_keys(_extended(base, chain)), move_dataset_keys(data))
+
+
+def read_changed(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """`read_yaml`, changed by `key=value` overrides; these alone where there is no file. Raises `UserError`."""
+    data = {} if path is None else read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    return data
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(path, "no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"cannot be read as text: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
         raise UserError(path, f"{_yaml_problem(error)}") from None
     if data is None:
         raise UserError(path, "is empty; it must hold the keys of a run (teacher, dataset, output_path, ...)")
@@ -83,18 +91,20 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Set one key in place: `training_args.learning_rate=3e-4`, `loss_functions.1.weight=0.5`, `phases.long.tokens=1M`.
 
-    Values are YAML. Sections on the way are made where the file has none; whether a key exists is for the
-    validation to say. A budget (tokens, steps or epochs) takes the place of the one that the file names.
+    Values are YAML. Sections that the file does not have are added; whether a key exists is checked later, with the
+    whole configuration. A budget (tokens, steps or epochs) replaces the one of the file.
     """
     path, equals, text = override.partition("=")
     if not equals or not path or "" in path.split("."):
         raise UserError(f"override {override!r}", "must be key=value, such as training_args.learning_rate=3e-4")
     if path == "extends":
-        raise UserError(f"override {override!r}", "what a file extends stands in the file itself; write it there")
+        raise UserError(
+            f"override {override!r}", "write it into the file instead; an override cannot change what a file extends"
+        )
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"override {override!r}", f"the value is no YAML: {_yaml_problem(error)}") from None
+        raise UserError(f"override {override!r}", f"the value is not YAML: {_yaml_problem(error)}") from None
     *parents, last = path.split(".")
     sections: list[Any] = [data]
     for parent in parents:
@@ -112,14 +122,14 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _key_in(section: Any, key: str, override: str) -> Any:
-    """`key` as an index where `section` is a list: given as such, or as the `name` of an entry.
+    """`key` as an index where `section` is a list: from a number, or from the `name` of an entry.
 
-    Raises `UserError` where it cannot be a key.
+    Raises `UserError` where the section has no place for it.
     """
     if isinstance(section, dict):
         return key
     if not isinstance(section, list):
-        raise UserError(f"override {override!r}", f"{key!r} is no key: what stands before it is a single value")
+        raise UserError(f"override {override!r}", f"{key!r} is not a key: the part before it is a single value")
     if key.isdigit() and int(key) < len(section):
         return int(key)
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in section]

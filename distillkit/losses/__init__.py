@@ -1,4 +1,4 @@
-"""Losses: plain functions of student and teacher, the chunked head that calls them, and the objective of a run."""
+"""Losses: plain functions of student and teacher, the chunked head that calls them, and the objective of training."""
 
 from distillkit.losses.alignment import AlignedLayer as AlignedLayer
 from distillkit.losses.from_module import check_losses as check_losses

@@ -1,9 +1,9 @@
 """Losses between attention outputs, each layer by itself: attention alignment (RADLADS step 1, arXiv 2505.03005).
 
-A layer's attention is called on what the teacher's attention of that layer was given, and compared with what it
-returned. No layer's result enters another's, so the gradient of a layer is computed there and then, during the forward
-pass, and what is kept is the gradient of its parameters; the backward pass only scales it. So the memory is that of one
-layer's activations, whatever the depth, and nothing is computed twice.
+The student's attention of a layer gets the inputs of the teacher's attention of that layer, and their outputs are
+compared. No layer's output is the input of another, so the gradient of a layer is computed at once, in the forward
+pass; only the gradient of its parameters is kept, and the backward pass scales it. So the memory is that of one layer's
+activations, whatever the depth, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from distillkit.losses.vocabulary_head import LossTerm
 
 @dataclass(frozen=True)
 class AlignedLayer:
-    """One layer's attention, to be called on what the teacher's was given; `target` is what the teacher's returned."""
+    """One layer's attention on the inputs of the teacher's; `target` is the output of the teacher's."""
 
     attend: Callable[[], Float[Tensor, "batch tokens width"]]
     parameters: Sequence[nn.Parameter]
-    """Those of `attend` that are trained."""
+    """The trained parameters of `attend`."""
     target: Float[Tensor, "batch tokens width"]
 
 
@@ -45,7 +45,7 @@ def aligned_losses(
     wanted = torch.is_grad_enabled()
     results = [_AlignedLayer.apply(_Work(layer, counted, terms, wanted), *layer.parameters) for layer in layers]
     losses, sums = (torch.stack(each) for each in zip(*results, strict=True))
-    # Divided out here and not within a layer, whose gradient would then be too small a number for float16.
+    # Divided here and not within a layer, whose gradient would then be too small for float16.
     loss = losses.mean() / torch.as_tensor(normalizer, device=losses.device).clamp(min=1)
     return loss, {term.name: total for term, total in zip(terms, sums.mean(0).unbind(), strict=True)}
 

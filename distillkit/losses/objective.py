@@ -1,9 +1,9 @@
-"""What a run minimises: the weighted mean of its `loss_functions`, over one batch at a time.
+"""The objective of training: the weighted mean of `loss_functions`, over one batch at a time.
 
-One mask serves every loss. Position t predicts token t + 1, so the labels are shifted once, and the rows (positions of
-the flattened batch) that count are gathered once; vocabulary head and hidden-state losses see those alone, and losses
-of attention outputs count those alone. Sums are divided by the count of the whole optimizer step, which the caller
-gives: then the gradients of a step's micro-batches add up to those of the undivided batch.
+All losses use one mask. Position t predicts token t + 1, so the labels are shifted once, and the counted rows
+(positions of the flattened batch) are computed once; losses of logits, hidden states and attention outputs count only
+these. Sums are divided by the count of the whole optimizer step, which the caller passes: then the gradients of the
+micro-batches of a step add up to those of the undivided batch.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from distillkit.losses.vocabulary_head import (
 )
 from distillkit.models.chunked_logits import chunk_tokens_within
 
-# What a chunk's logits, and all that losses make of them, may take. (On a CPU not less: glibc gives memory back to the
-# system when it is freed only for blocks above 32 MiB, so that many smaller ones leave holes.)
+# Memory for a chunk's logits and all intermediate results of the losses. (Not less on a CPU: glibc returns freed memory
+# to the system only for blocks above 32 MiB, so that many smaller ones fragment it.)
 CUDA_CHUNK_BYTES = 4 * 2**30
 CPU_CHUNK_BYTES = 512 * 2**20
 
@@ -62,14 +62,15 @@ class ObjectiveResult:
 
 
 class Objective(nn.Module):
-    """The losses of a run, and the learned projections of its hidden-state losses (its only parameters).
+    """The losses, and the learned projections of hidden-state losses (its only parameters).
 
-    `student` and `teacher` are needed for losses of hidden states and of attention outputs alone. A projection (student
+    `student` and `teacher` are needed only for losses of hidden states and of attention outputs. A projection (student
     width → teacher width, per pair of hidden states) is learned where the widths differ, or everywhere with
     `force_hidden_state_projection`. `vocabulary_size` is the common vocabulary of models whose embeddings are padded
-    differently. `chunk_tokens` overrules the chunk that the losses' `sparse_chunk_length` and otherwise a memory budget
-    give. `attention_layers` are the layers, counted from 0, whose attention outputs a loss may compare.
-    Raises UserError for a layer mapping that the two models do not have, and for attention that cannot be compared.
+    differently. `chunk_tokens` replaces the losses' `sparse_chunk_length`; without both, a memory budget decides.
+    `attention_layers` are the layers, counted from 0, whose attention outputs a loss may compare.
+    Raises UserError for a layer mapping that does not exist in the two models, for attention outputs that cannot be
+    compared, and for a loss from a module that cannot be imported or called.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Objective(nn.Module):
 
     @contextmanager
     def compiled(self, backend: str, mode: str | None) -> Iterator[None]:
-        """Within, losses of logits and of hidden states are compiled: their passes over memory become few."""
+        """Within this context, losses of logits and of hidden states are compiled, which saves passes over memory."""
         self._compiled_totals = torch.compile(term_totals, backend=backend, mode=mode)
         self._compiled_pair_sum = torch.compile(pair_sum, backend=backend, mode=mode)
         try:
@@ -127,7 +128,7 @@ class Objective(nn.Module):
 
     @property
     def needs_hidden_states(self) -> bool:
-        """Whether a loss reads what the student's decoder makes, and not only what its attention makes of a layer."""
+        """Whether a loss uses outputs of the student's decoder, and not only of its attention."""
         return bool(self.terms or self.hidden_terms)
 
     def preference_pairs(
@@ -162,9 +163,9 @@ class Objective(nn.Module):
         """The loss of one (micro-)batch: Σ over losses of weight · sum / count of the whole optimizer step.
 
         `labels` are not shifted; -100 where the loss must not count. `teacher_distribution(rows)` gives the teacher
-        distributions of rows of the flattened batch. `normalizer` is the number of counted tokens in the step, and
-        `preference_pairs` that of preference pairs, which ranking losses are divided by instead (ValueError without).
-        `aligned_layers` are those of `attention_layers`. Losses of attention outputs alone need no other states.
+        distributions of rows of the flattened batch. `normalizer` is the number of counted tokens in the step.
+        Ranking losses are divided by `preference_pairs`, the number of pairs, instead (ValueError without it).
+        `aligned_layers` are those of `attention_layers`. Losses of attention outputs need no other states.
         """
         if self.ranking_terms and preference_pairs is None:
             raise ValueError("ranking losses need preference_pairs, the pairs in the whole optimizer step")
@@ -207,8 +208,8 @@ class Objective(nn.Module):
     ) -> Float[Tensor, ""]:
         """Σ over counted positions of one hidden-state loss, averaged over the pairs of layers.
 
-        Each pair's float32 intermediates are made again in the backward pass: kept, those of 36 layers at 32k tokens
-        would take more memory than the model. Compiled and without a projection, the loss keeps none of them.
+        Each pair's float32 intermediate results are computed again in the backward pass: those of 36 layers at 32k
+        tokens would take more memory than the model. Compiled and without a projection, the loss keeps none.
         """
         kept = self._compiled_pair_sum is not None and not self.projections
         sum_of: Callable[..., Tensor] = self._compiled_pair_sum or pair_sum
@@ -231,7 +232,7 @@ def pair_sum(
 ) -> Float[Tensor, ""]:
     """Σ over the counted positions of one hidden-state loss, for one pair of layers.
 
-    It is computed everywhere: to gather those that count, nearly all where documents are packed, takes longer.
+    It is computed at all positions: where documents are packed nearly all count, and gathering these takes longer.
     """
     student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
     if projection is not None:

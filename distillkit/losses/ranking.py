@@ -1,9 +1,9 @@
-"""Ranking losses: the student need not copy the teacher's numbers, only prefer what the teacher prefers.
+"""Ranking losses: the student learns the order of the teacher's likeliest tokens, not their probabilities.
 
 A preference pair is two tokens i, j among the teacher's k likeliest with p_i > p_j (a tie is no preference). The
 published value of both losses is the mean over pairs, so each returns a sum over its pairs and their number per token.
-That number depends on the teacher alone: `preference_pair_counts` gives it before the student has run, which is what
-a step of several micro-batches needs to divide by the pairs of the whole step.
+That number depends on the teacher alone: `preference_pair_counts` computes it before the student runs, because a step
+of several micro-batches divides by the pairs of the whole step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from distillkit.distribution import DenseDistribution, Distribution, SparseDistribution, at_least_float32
 from distillkit.losses.divergences import PerToken
 
-# How many of a dense teacher's tokens are ranked where `top_k` does not say: memory grows with its square.
+# How many of a dense teacher's tokens are ranked without a `top_k`: memory grows with its square.
 DENSE_TOP_K = 32
 
 
@@ -30,12 +30,12 @@ def hinge(
 ) -> PerToken:
     """Σ max(0, margin - (q_i - q_j)) over pairs, q the student's probabilities.
 
-    Without a margin each pair's is the teacher's own gap p_i - p_j.
+    Without a margin, that of each pair is the teacher's gap p_i - p_j.
     """
     best, preferred = _preferences(teacher, top_k)
     q = at_least_float32(student_logits).softmax(-1).gather(-1, best.ids)
-    wanted = _gaps(best.logprobs.exp()) if margin is None else margin
-    return _over_pairs(F.relu(wanted - _gaps(q)), preferred)
+    required = _gaps(best.logprobs.exp()) if margin is None else margin
+    return _over_pairs(F.relu(required - _gaps(q)), preferred)
 
 
 def logistic_ranking(

@@ -1,9 +1,9 @@
 """Distribution losses straight from hidden states and head weights, a chunk of tokens at a time.
 
-The logits of a long sequence do not fit: at 128k columns and 32k tokens one float32 copy is 16.8 GB. Here a chunk's
-logits, student's and teacher's, are computed, passed to every loss and turned into their gradient there and then, in
-the forward pass; what is kept is the gradient of the hidden states and of the head (in float32). The backward pass
-only scales them. So the memory is that of one chunk, whatever the number of tokens.
+The logits of a long sequence do not fit: at 128k columns and 32k tokens one float32 copy is 16.8 GB. Here the logits of
+student and teacher are computed for one chunk, all losses are computed from them, and their gradient at once, in the
+forward pass; only the gradient of the hidden states and of the head (in float32) is kept. The backward pass scales
+these. So the memory is that of one chunk, whatever the number of tokens.
 
 Like F.linear, the matmuls run in the dtype of the inputs, or in autocast's; the losses run in float32 (float64 stays).
 """
@@ -27,12 +27,12 @@ from distillkit.models.chunked_logits import ChunkedHead, padded
 
 TeacherChunks = Callable[[slice], Distribution]
 TermTotals = Callable[..., Tensor]
-"""`term_totals`, or what torch.compile made of it."""
+"""`term_totals`, also compiled."""
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One loss of an objective: its name in results, its function, its share of the whole, its options."""
+    """One loss of an objective: its name in results, its function, its share of the total, its options."""
 
     name: str
     function: LossFunction
@@ -54,14 +54,14 @@ def chunked_vocabulary_losses(
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor], dict[str, Tensor]]:
     """(loss, sums, counts): loss = Σ_terms weight · (Σ_tokens sums) / normalizer, sums and counts per term's name.
 
-    `loss` is differentiable once with respect to hidden_states, weight and bias; what needs no gradient costs none,
-    and under torch.no_grad() none is computed. Tokens labelled -100 count nowhere (leaving them out is cheaper).
-    `teacher(rows)` gives the teacher distribution of a slice of the tokens; cross_entropy alone needs no teacher.
+    `loss` is differentiable once with respect to those of hidden_states, weight and bias that require a gradient;
+    under torch.no_grad() no gradient is computed. Tokens labelled -100 do not count (leaving them out is cheaper).
+    `teacher(rows)` returns the teacher distribution of a slice of the tokens; cross_entropy alone needs no teacher.
     A normalizer below 1 is taken as 1, so that a step in which nothing counts has loss 0.
-    `vocabulary_size`: student and teacher are both taken given that the token is one of their first so many, for
-    models that share a tokenizer and pad its embeddings differently. Labels must lie below it.
-    `compiled_totals`: `term_totals` as torch.compile returns it. It computes all terms at once, which then read the
-    logits together; uncompiled, one term's intermediate results exist at a time.
+    `vocabulary_size`: both distributions are conditioned on the first so many tokens, for models that share a
+    tokenizer and pad its embeddings differently. Labels must be below it.
+    `compiled_totals`: `term_totals` as torch.compile returns it. It computes all terms in one pass over the logits;
+    uncompiled, the intermediate results of only one term exist at a time.
     """
     if not terms:
         return at_least_float32(hidden_states.new_zeros(())), {}, {}
@@ -159,7 +159,7 @@ def _run_chunks(
 def _chunk_losses(
     logits: Float[Tensor, "tokens vocab"], teacher: Distribution | None, labels: Int[Tensor, " tokens"], work: _Work
 ) -> tuple[Float[Tensor, "2 terms"], Float[Tensor, "tokens vocab"] | None]:
-    """Every term's (sum, count) over one chunk and the gradient of the weighted whole."""
+    """Every term's (sum, count) over one chunk, and the gradient of the weighted total."""
     gradient: Tensor | None = None
     totals = []
     together = len(work.terms) if work.compiled_totals is not None else 1

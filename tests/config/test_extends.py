@@ -100,11 +100,11 @@ def test_captures_extend_too(tmp_path: Path) -> None:
         ("extends:\n", "run.yaml: extends: must be the path of a YAML file, got nothing"),
         (
             "extends: run.yaml\n",
-            "run.yaml: extends: goes round in a circle (run.yaml extends run.yaml); one of them must stand alone",
+            "run.yaml: extends: is circular (run.yaml extends run.yaml); one of them must not extend another",
         ),
         (
             "extends: circle.yaml\n",
-            "circle.yaml: extends: goes round in a circle (run.yaml extends circle.yaml extends run.yaml); one of",
+            "circle.yaml: extends: is circular (run.yaml extends circle.yaml extends run.yaml); one of",
         ),
         ("extends: broken.yaml\n", "broken.yaml: line 1: "),
         ("extends: base.yaml\nsequence_length: 0\n", "sequence_length: must be > 0, got 0"),

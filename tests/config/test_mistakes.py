@@ -39,7 +39,7 @@ SEED = Path(__file__).with_name("seed.yaml")
         ("frozen_res=mlp", "frozen_res: must be a list, got 'mlp'"),
         (
             "frozen_res.1=norm(",
-            "frozen_res[1]: 'norm(' is no regular expression: missing ), unterminated subpattern at position 4",
+            "frozen_res[1]: 'norm(' is not a regular expression: missing ), unterminated subpattern at position 4",
         ),
         (
             "dataset.train_dataset.split=train[1000",
@@ -123,15 +123,15 @@ SEED = Path(__file__).with_name("seed.yaml")
         # the override itself
         ("sequence_length", "override 'sequence_length': must be key=value, such as training_args.learning_rate=3e-4"),
         ("teacher.=x", "override 'teacher.=x': must be key=value, such as training_args.learning_rate=3e-4"),
-        ("extends=x.yaml", "override 'extends=x.yaml': what a file extends stands in the file itself; write it there"),
-        ("layer_mapping=[[1", "override 'layer_mapping=[[1': the value is no YAML: line 1: expected ',' or ']'"),
+        ("extends=x.yaml", "override 'extends=x.yaml': write it into the file instead; an override cannot change"),
+        ("layer_mapping=[[1", "override 'layer_mapping=[[1': the value is not YAML: line 1: expected ',' or ']'"),
         (
             "loss_functions.7.weight=1",
             "override 'loss_functions.7.weight=1': '7' must be an index from 0 to 2 of a list",
         ),
         (
             "model.layers=1",
-            "override 'model.layers=1': 'layers' is no key: what stands before it is a single value",
+            "override 'model.layers=1': 'layers' is not a key: the part before it is a single value",
         ),
     ],
 )

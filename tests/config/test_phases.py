@@ -170,7 +170,7 @@ def test_prepared_rows_of_one_phase_do_not_overwrite_those_of_another() -> None:
 def test_trackers_tell_phases_apart_and_the_hub_gets_the_whole() -> None:
     hub = {"push_to_hub": True, "hub_model_id": "org/s", "hub_private_repo": True}
     assert phase_of({}, training_args=hub).training_args == {"run_name": "kda-second"}
-    with pytest.raises(UserError, match=r"^phases\[0\]\.training_args\.hub_model_id: the hub gets the whole run, once"):
+    with pytest.raises(UserError, match=r"^phases\[0\]\.training_args\.hub_model_id: the whole run is uploaded, once"):
         run_of({"name": "a", "training_args": {"hub_model_id": "org/s"}})
     assert phase_of({}, training_args={"run_name": "try"}).training_args == {"run_name": "try-second"}
     assert phase_of({"training_args": {"run_name": "mine"}}, training_args={"run_name": "try"}).training_args == {
@@ -242,7 +242,7 @@ INHERITED = "(in phase 'second', which has the top level's)"
             "phases[1].sequence_length: must be > 0, got -1 (and 1 more)",
         ),
         ({"teacher": {"kind": "hf"}}, "phases[1].teacher.path: is missing: the teacher: a folder, a hub id or a .gguf"),
-        ({"frozen_res": ["("]}, "phases[1].frozen_res[0]: '(' is no regular expression: "),
+        ({"frozen_res": ["("]}, "phases[1].frozen_res[0]: '(' is not a regular expression: "),
         # what the phase has from the top level does not go together with what it names
         (
             {"loss_functions": HS},
@@ -376,10 +376,10 @@ def test_an_override_that_phases_replace_is_refused_or_warned_of(
     key = override.partition("=")[0]
     with pytest.raises(UserError) as told:
         loaded(tmp_path / "a.yaml", [{"name": "a", **named}, {"name": "b", **named}], override)
-    assert str(told.value) == f"{key}: every phase names its own; use phases.a.{key}"
+    assert str(told.value) == f"{key}: every phase has its own; use phases.a.{key}"
     loaded(tmp_path / "a.yaml", [{"name": "a", **named}, {"name": "b"}], override)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{key}: has no effect on phase a, which names its own; use phases.a.{key}"
+        f"{key}: has no effect on phase a, which has its own; use phases.a.{key}"
     ]
 
 

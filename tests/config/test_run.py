@@ -180,7 +180,7 @@ def test_what_is_written_down_of_a_run_is_the_run() -> None:
 
 def test_a_key_without_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
     load_run(SEED, ["functionary_packing=true"])
-    assert caplog.messages == ["functionary_packing: has no effect; packed documents never see each other anyway"]
+    assert caplog.messages == ["functionary_packing: has no effect; packed documents never attend to each other anyway"]
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", ".001", "1.0e-3", "0.001", "+1e-3", "1_0e-4"])

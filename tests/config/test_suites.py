@@ -70,7 +70,7 @@ def test_students_are_needed_to_be_compared() -> None:
 
 def test_a_text_that_nothing_reads_is_a_mistake() -> None:
     options = EvaluateOptions(students=["s"], suites=["speed"], data="text.parquet", out="o")
-    with pytest.raises(UserError, match="--data: nothing reads it: neither divergence nor needles runs"):
+    with pytest.raises(UserError, match="--data: has no effect: neither divergence nor needles runs"):
         load_evaluate_config(None, [], options)
 
 
@@ -167,7 +167,7 @@ def test_what_does_not_exist_is_told_before_anything_is_loaded(tmp_path: Path) -
 
 def test_a_runs_results_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "run.json").touch()
-    line = f"output_path: {str(tmp_path)!r} holds a run, whose results.json would be lost; name another folder, such as"
+    line = f"output_path: {str(tmp_path)!r} contains a run, whose results.json would be overwritten; name another "
     assert readiness_line(output_path=str(tmp_path)).startswith(line)
 
 
