@@ -1,10 +1,10 @@
 """Whole numbers of 1 to 64 bits, packed without gaps, and back.
 
-Two layouts, those of the published formats: a stream of bytes in which every number follows the one before it, its
-most significant bit first; and int64 words that each hold as many whole numbers as fit, the first lowest.
+The published formats have two layouts. One is a stream of bytes in which the numbers follow one another, most
+significant bit first. The other is int64 words, each with as many numbers as fit, the first in the lowest bits.
 
-Bits are never expanded. Numbers of `bits` bits meet byte boundaries in the same way again after at most 8 of them, so
-a row is a list of equal groups, and one shift serves the same place of every group of every row at once.
+Bits are never expanded. Numbers of `bits` bits meet byte boundaries in the same way again after at most 8 numbers. So a
+row is a list of equal groups, and one shift handles the same place of every group of every row at once.
 """
 
 import math
@@ -96,7 +96,7 @@ def unpack_words(packed: Int64[Tensor, "rows words"], bits: int, count: int) -> 
 def _group(bits: int) -> tuple[int, int]:
     """The fewest numbers that fill whole bytes, and how many bytes."""
     if not 1 <= bits <= 64:
-        raise ValueError(f"1 to 64 bits to a number, not {bits}")
+        raise ValueError(f"a number has 1 to 64 bits, not {bits}")
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
 
@@ -105,7 +105,7 @@ def _byte(values: Tensor, shift: int, bits: int) -> UInt8[Tensor, "rows groups"]
     """The byte that begins `shift` bits above the number's lowest (below it where negative)."""
     if shift < 0:
         return (values << -shift).to(torch.uint8)
-    # What lies above the number's own bits belongs to its neighbour and is cut off.
+    # Bits above the number's own belong to its neighbour and are cut off.
     above = shift + 8 - bits
     shifted = (values >> shift).to(torch.uint8)
     return shifted.bitwise_and_(0xFF >> above) if above > 0 else shifted

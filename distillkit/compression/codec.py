@@ -1,68 +1,119 @@
-"""What a codec is, and the one that a name and a configuration stand for."""
+"""A codec: how the k likeliest tokens at each position are stored, and read back."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from distillkit.compression.legacy import LegacyLogitCompressor
-from distillkit.compression.plain import Plain
-from distillkit.compression.published import LogprobCompressor
-from distillkit.config.compression import LegacyLogitCompressionConfig, LogprobCompressorConfig, PlainConfig
-from distillkit.config.errors import UserError, one_of
+from distillkit.compression.rows import likeliest
+from distillkit.config.errors import UserError
 from distillkit.config.section import Section
-from distillkit.distribution import SparseDistribution
+from distillkit.distribution import SparseDistribution, at_least_float32
+
+Columns = dict[str, Tensor]
+Column = tuple[int, torch.dtype]
+"""Width and type of a column: [tokens, width]."""
+
+# Tokens that are encoded or decoded at once: what is computed from them stays in the processor's cache.
+CPU_TOKENS = 1024
+# On a GPU as many as need some hundred MB.
+GPU_TOKENS = 2**16
 
 
-class Codec(Protocol):
-    """A way to store the k likeliest tokens of each row.
+class Codec(ABC):
+    """A way to store the k likeliest tokens of each position.
 
-    `columns` are the names that a dataset stores them under. Shapes may have more leading dimensions than one.
+    Args:
+        config: the section of the YAML.
+        k: tokens that are stored per position.
+        vocabulary_size: columns of the teacher's head.
+        stored: the columns of the dataset, by name.
+        decoded_dtype: of the log-probabilities that are read back.
     """
 
-    @property
-    def kind(self) -> str: ...
-    @property
-    def config(self) -> Section: ...
-    @property
-    def columns(self) -> tuple[str, ...]: ...
-    @property
-    def k(self) -> int: ...
-    @property
-    def vocabulary_size(self) -> int: ...
-    @property
-    def bytes_per_token(self) -> int: ...
+    kind: ClassVar[str]
+    """The name of the section in the YAML."""
+    columns: ClassVar[tuple[str, ...]]
+    """Names of the dataset's columns."""
 
-    def encode(self, distribution: SparseDistribution) -> dict[str, Tensor]:
-        """Columns [tokens, width], each of the type that is stored."""
-        ...
+    def __init__(
+        self, config: Section, k: int, vocabulary_size: int, stored: Mapping[str, Column], decoded_dtype: torch.dtype
+    ) -> None:
+        self.config = config
+        self.k = k
+        self.vocabulary_size = vocabulary_size
+        self.bytes_per_token = sum(width * dtype.itemsize for width, dtype in stored.values())
+        self._stored = stored
+        self._decoded_dtype = decoded_dtype
+
+    def encode(self, distribution: SparseDistribution) -> Columns:
+        """Columns [*leading, width] of the types that are stored, from a distribution [*leading, at least k].
+
+        Raises UserError for fewer than k tokens and for an id outside the vocabulary, ValueError for NaN.
+        """
+        ids, logprobs = distribution.ids, distribution.logprobs
+        if ids.shape[-1] < self.k:
+            given = ids.shape[-1]
+            raise UserError(
+                "k", f"{self.k} log-probabilities per token are to be stored, but the teacher gives {given}"
+            )
+        strange = ids[(ids < 0) | (ids >= self.vocabulary_size)]
+        if len(strange):
+            raise UserError(
+                None, f"the teacher gives token {strange[0]}, but the vocabulary has {self.vocabulary_size} tokens"
+            )
+        leading = ids.shape[:-1]
+        ids, logprobs = ids.flatten(0, -2), logprobs.flatten(0, -2)
+        stored = {
+            name: torch.empty(len(ids), width, dtype=dtype, device=ids.device)
+            for name, (width, dtype) in self._stored.items()
+        }
+        for chunk in _chunks(len(ids), ids.device):
+            columns = self._encode(*likeliest(ids[chunk], at_least_float32(logprobs[chunk]), self.k))
+            for name, values in columns.items():
+                stored[name][chunk] = values
+        return {name: values.unflatten(0, leading) for name, values in stored.items()}
 
     def decode(self, columns: Mapping[str, Tensor]) -> SparseDistribution:
-        """What the columns say, on their device, likeliest token first."""
-        ...
+        """The stored distribution [*leading, k], likeliest token first, on the columns' device.
+
+        Raises UserError where a column is missing or its rows are of another width than the configuration makes.
+        """
+        for name, (width, _) in self._stored.items():
+            if name not in columns:
+                raise UserError(None, f"the dataset has no column {name!r}; it was captured in another format")
+            if columns[name].shape[-1] != width:
+                raise UserError(
+                    None,
+                    f"the rows of column {name!r} hold {columns[name].shape[-1]} numbers, but this configuration makes "
+                    f"{width}: give the one that the dataset was captured with",
+                )
+        first = columns[self.columns[0]]
+        leading, device = first.shape[:-1], first.device
+        flat = {name: columns[name].flatten(0, -2) for name in self._stored}
+        tokens = leading.numel()
+        ids = torch.empty(tokens, self.k, dtype=torch.int64, device=device)
+        logprobs = torch.empty(tokens, self.k, dtype=self._decoded_dtype, device=device)
+        for chunk in _chunks(tokens, device):
+            ids[chunk], logprobs[chunk] = self._decode(
+                {name: flat[name][chunk].to(dtype) for name, (_, dtype) in self._stored.items()}
+            )
+        return SparseDistribution(ids.unflatten(0, leading), logprobs.unflatten(0, leading))
+
+    @abstractmethod
+    def _encode(self, ids: Int[Tensor, "tokens k"], logprobs: Float[Tensor, "tokens k"]) -> Columns:
+        """The columns of a chunk of tokens; log-probabilities fall along a row and are finite or -inf."""
+
+    @abstractmethod
+    def _decode(self, columns: Columns) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+        """Ids and log-probabilities of a chunk of tokens."""
 
 
-_KINDS: dict[str, tuple[type[Section], Callable[[Any], Codec]]] = {
-    "logprob_compressor": (LogprobCompressorConfig, LogprobCompressor),
-    "legacy_logit_compression": (LegacyLogitCompressionConfig, LegacyLogitCompressor),
-    "plain": (PlainConfig, Plain),
-}
-
-SIGNAL_COLUMNS = frozenset(LogprobCompressor.columns + LegacyLogitCompressor.columns + Plain.columns)
-"""The names that a token's signal is known by, in any format."""
-
-
-def build_codec(kind: str, config: Mapping[str, Any] | Section) -> Codec:
-    """The codec that the YAML calls `kind`, with its section as it is there or parsed.
-
-    Raises UserError for an unknown kind and for what the section may not say.
-    """
-    if kind not in _KINDS:
-        raise UserError("compression", one_of(kind, list(_KINDS)))
-    section, codec = _KINDS[kind]
-    if isinstance(config, section):
-        return codec(config)
-    try:
-        return codec(section.parse(config.model_dump() if isinstance(config, Section) else dict(config)))
-    except UserError as error:
-        raise error.under(kind) from None
+def _chunks(tokens: int, device: torch.device) -> list[slice]:
+    size = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

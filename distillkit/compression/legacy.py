@@ -1,57 +1,48 @@
 """`legacy_logit_compression`: float16 head, a polynomial for the rest, ids in int64 words.
 
-t runs from 1 to k - exact_k; the polynomial's terms are its powers, or with `invert_polynomial` those of 1/t, and √t
-after them. Published datasets in this format hold logits less their mean where ours hold log-probabilities; their rows
-sum to far more than 1 and mean something only normalised, which losses with `missing_probability_handling: zero` do.
+t runs from 1 to k - exact_k. The polynomial's terms are powers of t, or of 1/t with `invert_polynomial`, and then √t.
+Published datasets in this format hold logits minus their mean, where ours hold log-probabilities. Their rows sum to far
+more than 1, so they have to be normalised, as losses do with `missing_probability_handling: zero`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from distillkit.compression.bits import pack_words, packed_words, unpack_words
+from distillkit.compression.codec import Codec, Columns
 from distillkit.compression.polynomial import Curve
-from distillkit.compression.rows import DTYPES, Columns, absent_filled, decode_in_chunks, encode_in_chunks, id_bits
+from distillkit.compression.rows import DTYPES, absent_filled, id_bits
 from distillkit.config.compression import LegacyLogitCompressionConfig
-from distillkit.distribution import SparseDistribution
 
 
-class LegacyLogitCompressor:
+class LegacyLogitCompressor(Codec):
     """Codec of the older published format. Absent entries are stored as `LogprobCompressor` stores them.
 
-    Coefficients of type bfloat16 are given as float32, as parquet has no such type.
+    Coefficients of type bfloat16 are stored as float32, because parquet has no bfloat16. Decoded log-probabilities are
+    float64 where the coefficients are, else float32.
     """
 
     kind = "legacy_logit_compression"
     columns = ("packed_indices", "exact_values", "coeffs")
 
+    config: LegacyLogitCompressionConfig
+
     def __init__(self, config: LegacyLogitCompressionConfig) -> None:
-        self.config = config
-        self.k = config.k
-        self.vocabulary_size = config.vocab_size
         self._id_bits = id_bits(config.vocab_size)
         self._term_dtype = DTYPES[config.term_dtype]
         self._curve = _curve(config, self._term_dtype) if config.exact_k < config.k else None
         stored_terms = torch.float32 if self._term_dtype == torch.bfloat16 else self._term_dtype
-        self._shapes = {
+        stored = {
             "packed_indices": (packed_words(config.k, self._id_bits), torch.int64),
             "exact_values": (config.exact_k, torch.float16),
             "coeffs": (0 if self._curve is None else len(self._curve), stored_terms),
         }
-        self._decoded_dtype = torch.promote_types(self._term_dtype, torch.float32)
-        self.bytes_per_token = sum(width * dtype.itemsize for width, dtype in self._shapes.values())
-
-    def encode(self, distribution: SparseDistribution) -> Columns:
-        """Columns [tokens, width]. Raises UserError where the teacher's rows do not fit the configuration."""
-        return encode_in_chunks(distribution, self.k, self.vocabulary_size, self._shapes, self._encode)
-
-    def decode(self, columns: Mapping[str, Tensor]) -> SparseDistribution:
-        """What the columns say, on their device; float64 where the coefficients are, else float32."""
-        return decode_in_chunks(columns, self.k, self._decoded_dtype, self._shapes, self._decode)
+        super().__init__(
+            config, config.k, config.vocab_size, stored, torch.promote_types(self._term_dtype, torch.float32)
+        )
 
     def _encode(self, ids: Int[Tensor, "tokens k"], logprobs: Float[Tensor, "tokens k"]) -> Columns:
         exact_k = self.config.exact_k

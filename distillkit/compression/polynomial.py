@@ -1,12 +1,12 @@
 """The curve through the log-probabilities that are not stored one by one: Σ cᵢ · termᵢ(t).
 
-The points t are the same for every token, so fitting is a product with one fixed matrix, and evaluating is a few
-multiplications and additions, of whole chunks of tokens.
+The points t are the same for every token. So fitting is a product with one fixed matrix, and evaluating is a few
+multiplications and additions of whole chunks of tokens.
 
-The published encoder fits in float32. Where that is enough the same is done here, so that what hangs on the last
-digits (which way a residual is rounded) comes out as there. Powers up to t⁴ at a hundred points are beyond float32:
-that fit misses the values by several nats, differently on each machine and number of threads. There the fit is one in
-float64; its coefficients are read by the same decoder.
+The published encoder fits in float32. Where that is precise enough the same is done here, so that results which depend
+on the last digits (which way a residual is rounded) are the same. Powers up to t⁴ at a hundred points need more than
+float32: that fit misses the values by several nats, differently on each machine and number of threads. There the fit is
+done in float64; the same decoder reads its coefficients.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Term = int | str
 
 
 class _Constant:
-    """A tensor that is copied to a device once, as each copy waits until the device has done all before it."""
+    """A tensor that is copied to a device once: each copy would wait until the device has finished its work."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -67,7 +67,7 @@ class Curve:
         if self._single is not None and values.is_cpu and values.dtype == torch.float32:
             left, inverse, right = self._single
             with torch.autocast("cpu", enabled=False):
-                # A product per token, as the published encoder has it, where one of all tokens would round otherwise.
+                # A product per token, as in the published encoder: one product of all tokens would round differently.
                 coefficients = (right @ (inverse * (left @ values.unsqueeze(-1)))).squeeze(-1).double()
         else:
             coefficients = values.double() @ self._double.on(values.device)
@@ -76,11 +76,11 @@ class Curve:
     def residual(
         self, values: Float[Tensor, "tokens points"], coefficients: Float[Tensor, "tokens terms"]
     ) -> Float[Tensor, "tokens points"]:
-        """What the curve misses, to the published encoder: it computes terms in float32 and rounds them afterwards."""
+        """What the curve misses, as the published encoder computes it: terms in float32, rounded afterwards."""
         return values - _sum_of_products(coefficients, self._written.on(coefficients.device))
 
     def evaluate(self, coefficients: Float[Tensor, "tokens terms"]) -> Float[Tensor, "tokens points"]:
-        """What the decoder makes of the coefficients."""
+        """The values that the decoder computes from the coefficients."""
         terms = self._read.on(coefficients.device)
         return _sum_of_products(coefficients.to(terms.dtype), terms)
 
@@ -103,8 +103,8 @@ def _sum_of_products(
 ) -> Float[Tensor, "tokens points"]:
     """Σ cᵢ · termᵢ, products and result of the terms' type, sums of at least float32.
 
-    The order of the additions is the published decoder's: where terms are large and cancel each other, another order
-    differs in the third decimal. No matrix product: those round as the settings of the moment have it.
+    The order of the additions is the published decoder's: where large terms cancel each other, another order changes
+    the third decimal. No matrix product is used, because its rounding depends on global settings.
     """
     accumulator = torch.promote_types(terms.dtype, torch.float32)
 
@@ -127,9 +127,9 @@ def _partial_sums(terms: int) -> list[list[int]]:
     return [each for each in sums if each]
 
 
-# Singular values up to this are taken for 0, as published.
+# Singular values up to this count as 0, as in the published encoder.
 _CUT = 1e-5
-# How far the float32 fit of a unit vector may be from the exact one.
+# Largest distance of the float32 fit of a unit vector from the exact one.
 _ENOUGH = 1e-3
 
 

@@ -9,80 +9,54 @@ A token's log-probabilities are sorted and stored as bytes, floating point numbe
 and its ids, in the same order, packed at ceil(log2 d) bits. With `delta_encoding` a row's values are, from the second
 on, differences to the value before.
 
-What is read is what is stored: a curve may lie above what it approximates, so the probabilities of a row may sum to
-more than 1. Whoever uses them as a distribution normalises such a row, as the losses do.
+A curve may lie above the values that it approximates, so the decoded probabilities of a row may sum to more than 1.
+Such a row has to be normalised before it is used as a distribution, as the losses do.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from distillkit.compression.bits import pack_bytes, packed_bytes, unpack_bytes
+from distillkit.compression.codec import Codec, Columns
 from distillkit.compression.polynomial import curve_of
 from distillkit.compression.quantize import dequantize, quantize, quantize_diffusing
-from distillkit.compression.rows import (
-    DTYPES,
-    LEAST_LOGPROB,
-    Columns,
-    absent_filled,
-    decode_in_chunks,
-    encode_in_chunks,
-    id_bits,
-)
+from distillkit.compression.rows import DTYPES, LEAST_LOGPROB, absent_filled, id_bits
 from distillkit.config.compression import LogprobCompressorConfig
-from distillkit.distribution import SparseDistribution
 
 
-class LogprobCompressor:
+class LogprobCompressor(Codec):
     """Codec of the published format.
 
-    An absent entry (log-probability -inf) among the exact ones stays absent, and under `delta_encoding` so do all
-    behind it. Elsewhere the format has no word for it: such entries of a row are stored as 1e-6 of probability
-    together, which the curve follows as far as it can.
+    An absent entry (log-probability -inf) among the exact ones stays absent, and with `delta_encoding` so do all after
+    it. Elsewhere the format cannot store an absent entry: those of a row are stored as a probability of 1e-6 together,
+    which the curve follows as far as it can.
+
+    Decoded log-probabilities are float64 where exact values or coefficients are, else float32.
     """
 
     kind = "logprob_compressor"
     columns = ("bytepacked_indices", "compressed_logprobs")
 
+    config: LogprobCompressorConfig
+
     def __init__(self, config: LogprobCompressorConfig) -> None:
-        self.config = config
-        self.k = config.k
-        self.vocabulary_size = config.d
         self._id_bits = id_bits(config.d)
         self._exact_dtype = DTYPES[config.exact_dtype]
         self._term_dtype = DTYPES[config.term_dtype]
-        self._approximated = config.k - config.exact_k
-        terms = config.polynomial_terms
-        self._curve = (
-            curve_of(terms, self._approximated, self._term_dtype, normalize_t=config.normalize_t) if terms else None
-        )
-        self._shapes = {
+        points, terms = config.k - config.exact_k, config.polynomial_terms or ()
+        self._curve = curve_of(terms, points, self._term_dtype, normalize_t=config.normalize_t) if terms else None
+        logprob_bytes = config.exact_k * self._exact_dtype.itemsize + len(terms) * self._term_dtype.itemsize
+        for each in config.residual_bins:
+            logprob_bytes += DTYPES[each.scale_dtype].itemsize + packed_bytes(each.num_elements, each.element_bits)
+        stored = {
             "bytepacked_indices": (packed_bytes(config.k, self._id_bits), torch.uint8),
-            "compressed_logprobs": (self._logprob_bytes(), torch.uint8),
+            "compressed_logprobs": (logprob_bytes, torch.uint8),
         }
         wide = torch.float64 in (self._exact_dtype, self._term_dtype)
-        self._decoded_dtype = torch.float64 if wide else torch.float32
-        self.bytes_per_token = sum(width for width, _ in self._shapes.values())
-
-    def encode(self, distribution: SparseDistribution) -> Columns:
-        """Columns of bytes [tokens, width]. Raises UserError where the teacher's rows do not fit the configuration."""
-        return encode_in_chunks(distribution, self.k, self.vocabulary_size, self._shapes, self._encode)
-
-    def decode(self, columns: Mapping[str, Tensor]) -> SparseDistribution:
-        """What the bytes say, on their device; float64 where exact values or coefficients are, else float32."""
-        return decode_in_chunks(columns, self.k, self._decoded_dtype, self._shapes, self._decode)
-
-    def _logprob_bytes(self) -> int:
-        config = self.config
-        size = config.exact_k * self._exact_dtype.itemsize
-        size += len(config.polynomial_terms or ()) * self._term_dtype.itemsize
-        for each in config.residual_bins:
-            size += DTYPES[each.scale_dtype].itemsize + packed_bytes(each.num_elements, each.element_bits)
-        return size
+        super().__init__(config, config.k, config.d, stored, torch.float64 if wide else torch.float32)
 
     def _encode(self, ids: Int[Tensor, "tokens k"], logprobs: Float[Tensor, "tokens k"]) -> Columns:
         exact_k = self.config.exact_k
@@ -144,7 +118,7 @@ class LogprobCompressor:
 
 
 class _Reader:
-    """Takes a row's bytes off one after the other."""
+    """Reads the bytes of all rows, from the first to the last."""
 
     def __init__(self, stored: UInt8[Tensor, "tokens bytes"]) -> None:
         self._stored = stored
@@ -155,7 +129,7 @@ class _Reader:
         return self._stored[:, start : self._position]
 
     def floats(self, count: int, dtype: torch.dtype) -> Float[Tensor, "tokens count"]:
-        # A copy, as bytes in the midst of a row need not begin where such a number may.
+        # A copy, because bytes in the middle of a row need not be aligned for the type.
         packed = self.bytes(count * dtype.itemsize).clone(memory_format=torch.contiguous_format)
         return packed.view(dtype) if packed.numel() else packed.new_empty(len(packed), count, dtype=dtype)
 
@@ -165,7 +139,7 @@ def _as_bytes(values: Float[Tensor, "tokens n"]) -> UInt8[Tensor, "tokens bytes"
 
 
 def _differences(logprobs: Float[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
-    """To the value before. Where values end in absent ones, the first difference is -inf and all after it are 0."""
+    """To the value before. Where a row ends in absent values, the first difference is -inf and all after it are 0."""
     differences = torch.cat([logprobs[:, :1], logprobs[:, 1:] - logprobs[:, :-1]], dim=-1)
     absent = logprobs < LEAST_LOGPROB
     if not absent.any():

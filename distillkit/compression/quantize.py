@@ -1,7 +1,7 @@
 """Residual bins: what the curve misses, as whole numbers of a few bits and one scale per token and bin.
 
-A bin's step is its largest residual / 2^(bits-1). Numbers are stored from 0 upwards. With one bit the published
-encoder stores 1 for what is above half the step, and its decoder makes ±1 of 1 and 0; both are followed here.
+A bin's step is its largest residual / 2^(bits-1). Numbers are stored from 0 upwards. With one bit the published encoder
+stores 1 for residuals above half the step, and its decoder reads 1 and 0 as ±1; so it is done here.
 """
 
 import torch
@@ -23,9 +23,9 @@ def quantize_diffusing(
     scale_dtype: torch.dtype,
     carried: Float[Tensor, " tokens"] | None,
 ) -> tuple[Float[Tensor, "tokens 1"], Int64[Tensor, "tokens elements"], Float[Tensor, " tokens"]]:
-    """(step, numbers, error carried on): each element takes over what rounding left of the one before it.
+    """(step, numbers, error carried on): the rounding error of each element is added to the next.
 
-    `carried` is counted in steps, also from one bin into the next, as the published encoder has it.
+    `carried` is in units of a step, also from one bin into the next, as in the published encoder.
     """
     step = _step(values, bits, scale_dtype)
     columns = (values / step.to(values.dtype)).T.contiguous()

@@ -226,9 +226,9 @@ def test_more_tokens_than_a_chunk_and_none_at_all():
 def test_what_does_not_fit_is_said():
     codec = build_codec("logprob_compressor", RECOMMENDED | {"delta_encoding": False})
     given_rows = rows(codec)
-    with pytest.raises(UserError, match="names token 300, but its vocabulary is said to have 300"):
+    with pytest.raises(UserError, match="gives token 300, but the vocabulary has 300 tokens"):
         codec.encode(SparseDistribution(given_rows.ids + 300 - given_rows.ids.max(), given_rows.logprobs))
-    with pytest.raises(UserError, match="names token -1, but its vocabulary is said to have 300"):
+    with pytest.raises(UserError, match="gives token -1, but the vocabulary has 300 tokens"):
         codec.encode(SparseDistribution(given_rows.ids - given_rows.ids.min() - 1, given_rows.logprobs))
     with pytest.raises(UserError, match="k: 40 log-probabilities per token are to be stored, but the teacher gives 39"):
         codec.encode(SparseDistribution(given_rows.ids[:, :39], given_rows.logprobs[:, :39]))
