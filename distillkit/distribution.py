@@ -1,7 +1,7 @@
-"""What a teacher says about the next token: a whole row of logits, or its likeliest tokens alone.
+"""Teacher distributions over the next token: logits of the whole vocabulary, or the likeliest tokens only.
 
-Everything that gives a teacher's word (a live model, a captured dataset) ends in one of these two classes, and every
-loss starts from one of them. Rows are tokens in both; a row never knows which sequence it came from.
+Every teacher (a live model, a captured dataset) returns one of these two classes, and every loss takes one of them.
+Rows are tokens in both; a row does not know which sequence it belongs to.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]
 class SparseDistribution:
     """The teacher's k likeliest tokens and their log-probabilities (natural log, at temperature 1).
 
-    The log-probabilities are those of the whole vocabulary: what they leave of 1 is the mass of all other tokens.
-    An entry of log-probability -inf is absent, so rows may say less than k tokens. `background` is a log-distribution
-    over the vocabulary that the missing mass may be taken to follow (`missing_probability_handling: background`).
+    The log-probabilities are normalised over the whole vocabulary: 1 minus their probabilities is that of all other
+    tokens. An entry of log-probability -inf is absent, so rows may have fewer than k tokens. `background` is a
+    log-distribution over the vocabulary for the missing probability (`missing_probability_handling: background`).
     """
 
     ids: Int[Tensor, "tokens k"]
@@ -41,7 +41,7 @@ class SparseDistribution:
         logprobs = at_least_float32(self.logprobs)
         mass = logprobs.exp()
         outside_mass = mass.masked_fill(inside, 0).sum(-1, keepdim=True)
-        # A lossy codec may give more than 1 in all; what is inside is at least what is listed there.
+        # A lossy codec may give more than 1 in total; the inside has at least the probability of its entries.
         inside_mass = torch.maximum(1 - outside_mass, mass.masked_fill(~inside, 0).sum(-1, keepdim=True))
         background = None if self.background is None else self.background[:vocabulary_size]
         return SparseDistribution(
@@ -51,14 +51,14 @@ class SparseDistribution:
         )
 
     def top_k(self, k: int) -> SparseDistribution:
-        """The k likeliest of the tokens that are there (all of them where there are fewer)."""
+        """The k likeliest of the stored tokens (all of them where there are fewer)."""
         logprobs, columns = self.logprobs.topk(min(k, self.logprobs.shape[-1]), dim=-1)
         return SparseDistribution(self.ids.gather(-1, columns), logprobs, self.background)
 
 
 @dataclass(frozen=True)
 class DenseDistribution:
-    """The teacher's logits over the whole vocabulary, of any constant offset."""
+    """The teacher's logits over the whole vocabulary, with any constant offset."""
 
     logits: Float[Tensor, "tokens vocab"]
 

@@ -3,6 +3,11 @@
 GIB = 2**30
 
 
+def number_text(value: float | None, form: str) -> str:
+    """A number by a format specification such as `.4f`; a dash where it is unknown."""
+    return "-" if value is None else format(value, form)
+
+
 def token_text(count: int) -> str:
     """Tokens as `config.tokens.parse_tokens` reads them, in three digits at most: `300M`, `1.5B`, `20k`, `999`."""
     size, unit = next(

@@ -1,4 +1,4 @@
-"""What a capture asks of whatever runs the teacher."""
+"""The interface of whatever runs the teacher in a capture."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from torch import Tensor
 from distillkit.distribution import SparseDistribution
 
 Row = Mapping[str, Any]
-"""As `distillkit.data.build_dataset` makes them: `input_ids`, and `seq_lengths` of the documents that they are of."""
+"""A row of `distillkit.data.build_dataset`: `input_ids`, and `seq_lengths` of its documents."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The teacher's word on some of the rows that it was asked about."""
+class TopKBatch:
+    """The teacher's k likeliest next tokens at every position of some of the given rows."""
 
     rows: list[int]
-    """Their places among the rows asked about."""
+    """Indices among the given rows."""
     distribution: SparseDistribution
-    """All tokens of the first of these rows, then those of the second, and so on: as many as they have `input_ids`.
+    """[tokens, k]: all positions of the first of these rows, then those of the second, and so on.
 
-    An entry is the teacher's word on the token that follows; the last token of each document has one too. On the
-    device where the teacher ran, in order of falling log-probability.
+    An entry is the distribution over the token after that position; the last position of a document has one too. It is
+    on the device where the teacher ran, sorted by falling log-probability.
     """
 
 
 class Engine(Protocol):
-    """Whoever runs a teacher. `TransformersEngine` and `VLLMEngine` are the two there are."""
+    """Runs a teacher. There are two engines, `TransformersEngine` and `VLLMEngine`."""
 
     vocabulary_size: int
-    """Columns of the teacher's head, which may be more than its tokenizer has tokens."""
+    """Columns of the teacher's head, which may be more than the tokens of its tokenizer."""
     device: torch.device
-    """Where its answers are."""
+    """Where distributions are returned."""
 
-    def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[Answer]:
-        """The k likeliest tokens after each token, with log-probabilities over the whole vocabulary.
+    def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[TopKBatch]:
+        """The k likeliest tokens after each position, with log-probabilities over the whole vocabulary.
 
-        Documents of a row do not see each other. Each row is in exactly one answer; which rows an answer holds, and
-        what it says, depends on the rows asked about alone, so that a shard made again is the same shard.
+        Documents of a row do not attend to each other. Each row is in exactly one batch. Batches and distributions
+        depend on the given rows alone, so that a shard that is made again has the same bytes.
 
         outside: the probabilities of all tokens outside the top k, summed over all positions, are added to it. Raises
             ValueError where the engine does not know them.

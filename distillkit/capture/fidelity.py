@@ -1,4 +1,4 @@
-"""How much of a teacher's word is left in what was stored of it."""
+"""How much of a teacher distribution is lost where only its likeliest tokens are stored, by a lossy codec."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Fidelity:
 
     tokens: int
     top_k_mass: float
-    """The teacher's probability of the tokens that are stored."""
+    """Probability that the teacher gives to the stored tokens."""
     kl_uniform: float
-    """KL(teacher ‖ stored), what the stored tokens leave of 1 spread evenly over the others."""
+    """KL(teacher ‖ stored) in nats, the remaining probability spread uniformly over the tokens that are not stored."""
     kl_background: float | None
-    """The same, spread as the background distribution says; None where there is none."""
+    """The same, with the remaining probability spread like the background distribution; None where there is none."""
 
 
 class FidelityMeter:
-    """Adds up tokens, a chunk at a time.
+    """Sums over tokens, a chunk at a time.
 
     Args:
-        background: log-distribution over the vocabulary that the missing mass may follow.
+        background: log-distribution over the vocabulary for the probability outside the stored tokens.
     """
 
     def __init__(self, background: Float[Tensor, " vocab"] | None) -> None:
@@ -39,7 +39,7 @@ class FidelityMeter:
 
     @torch.no_grad()
     def add(self, teacher: DenseDistribution, stored: SparseDistribution) -> None:
-        """The teacher's distributions at some tokens, and what was stored of them."""
+        """Add some tokens: the teacher's distributions, and the stored ones."""
         logprobs = at_least_float32(teacher.logits).log_softmax(-1)
         mass = logprobs.gather(-1, stored.ids).exp().masked_fill(~stored.present, 0).sum(-1)
         flat = logprobs.new_zeros(logprobs.shape[-1])
@@ -60,7 +60,7 @@ class FidelityMeter:
 def _divergence(
     log_p: Float[Tensor, "tokens vocab"], stored: SparseDistribution, background: Float[Tensor, " vocab"]
 ) -> Float[Tensor, " tokens"]:
-    """KL(teacher ‖ stored) as the loss has it, with the stored distribution in the student's place."""
+    """KL(teacher ‖ stored) as the loss computes it, with the stored distribution as the student's."""
     log_q = over_vocabulary(replace(stored, background=background)).log_softmax(-1)
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)

@@ -1,4 +1,4 @@
-"""`distillkit inspect`: what a captured dataset is, whether it is whole, what the teacher said, how much of it is kept.
+"""`distillkit inspect`: what a captured dataset holds, whether it is complete, and how much of the teacher is lost.
 
 Only the manifest and the first rows are read, unless every byte is to be verified.
 """
@@ -31,11 +31,12 @@ from distillkit.distribution import SparseDistribution
 from distillkit.models.decoder import check_head
 from distillkit.models.loading import WHERE, load_model, load_tokenizer, where
 from distillkit.shards import Manifest, read_background, read_manifest, signal_tensor, verify_shards
+from distillkit.shards.names import MANIFEST, PLAN, SHARD
 from distillkit.teacher.captured_tokenizer import read_tokenizer
 
 ALTERNATIVES = 5
 TOKENS_COMPARED = 4096
-"""With a live teacher."""
+"""Number of tokens on which a live teacher is compared with the dataset."""
 
 Lines = list[tuple[str, str]]
 
@@ -59,24 +60,22 @@ def inspect_dataset(
     console: Console | None = None,
     **teacher_kwargs: Any,
 ) -> bool:
-    """Print what a captured dataset is; False where `verify` finds that it is not whole.
+    """Print what a captured dataset holds; returns False where `verify` finds damage.
 
     Args:
-        verify: read every shard and hold it to the manifest.
-        tokens: how many tokens are shown with what the teacher expected there.
-        teacher: a live teacher (a folder, a hub id or a .gguf file) that the stored distributions are compared with.
-        teacher_kwargs: keyword arguments of `from_pretrained` for it, such as `gguf_file`. Without them the captured
-            teacher is loaded as it was then, any other in the dtype of its checkpoint.
+        verify: check every byte of every shard against the manifest.
+        tokens: number of tokens that are shown with the teacher's predictions.
+        teacher: a live teacher (a folder, a hub id or a .gguf file), with which the stored distributions are compared.
+        teacher_kwargs: keyword arguments of `from_pretrained` for it, such as `gguf_file`. By default the captured
+            teacher is loaded as for the capture, any other in the dtype of its checkpoint.
 
     Raises:
-        UserError: the folder holds no captured dataset, or the teacher is not the one that was captured.
+        UserError: the folder holds no captured dataset, or the teacher is not the captured one.
     """
     console = console or Console()
     manifest = _manifest(folder)
     if manifest is None and (verify or teacher is not None):
-        raise UserError(
-            "DATASET", f"{folder} has no manifest.json that it could be held to; inspect it without options"
-        )
+        raise UserError("DATASET", f"{folder} has no {MANIFEST} to compare it with; inspect it without options")
     if manifest is None:
         _print_pairs(console, describe_published(folder))
         return True
@@ -86,7 +85,7 @@ def inspect_dataset(
     for line in problems:
         print_line(console, line)
     if verify and not problems:
-        print_line(console, "\nevery shard is what was captured")
+        print_line(console, "\nevery shard is as it was captured")
     if problems:
         return False
     teacher_kwargs = _as_captured(manifest, teacher) | {
@@ -105,10 +104,10 @@ def inspect_dataset(
 
 
 def describe(manifest: Manifest, codec: Codec) -> Lines:
-    """What the manifest says, for people."""
+    """Label and value of each line that is printed about a manifest."""
     options = ", ".join(f"{name} {_short(value)}" for name, value in manifest.codec_config.items())
     on_disk = manifest.bytes / max(manifest.tokens, 1)
-    packed = "no: a row is a document, or a piece of one" if manifest.packed_to is None else None
+    packed = "no: a row is one document, or a piece of one" if manifest.packed_to is None else None
     return [
         ("teacher", str(manifest.teacher.get("path", "unknown"))),
         ("codec", f"{manifest.codec_kind} ({options})"),
@@ -125,7 +124,7 @@ def describe(manifest: Manifest, codec: Codec) -> Lines:
 
 
 def describe_published(folder: Path) -> Lines:
-    """What the parquet files of a folder without a manifest say of themselves."""
+    """Label and value of each line that is printed about a dataset without a manifest."""
     files = sorted(folder.rglob("*.parquet"))
     try:
         rows = parquet.dataset(files)
@@ -138,7 +137,7 @@ def describe_published(folder: Path) -> Lines:
     except (OSError, pa.ArrowException) as error:
         raise UserError("DATASET", f"{folder} cannot be read: {error}") from error
     return [
-        ("codec", "not known, as there is no manifest; the YAML of a distillation has to name it"),
+        ("codec", "unknown, because there is no manifest; the YAML of a distillation has to name it"),
         ("columns", ", ".join(columns)),
         ("rows", f"{counted:,}"),
         ("tokens", "none: there is no column input_ids" if tokens is None else f"{tokens:,}"),
@@ -156,21 +155,23 @@ def stored_rows(folder: Path, manifest: Manifest, codec: Codec) -> Iterator[Stor
                 for batch in file.iter_batches(batch_size=1, columns=names):
                     yield _decoded(pa.table(batch), codec)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(record.file, f"cannot be read; inspect --verify tells what is wrong ({error})") from error
+            raise UserError(
+                record.file, f"cannot be read ({error}); distillkit inspect --verify names all damaged shards"
+            ) from error
 
 
 def compare(folder: Path, manifest: Manifest, codec: Codec, engine: TransformersEngine) -> Fidelity:
-    """How much of what a live teacher says is in what was stored, from the last shard backwards.
+    """How much of a live teacher's distributions is stored, from the last shard backwards.
 
-    The background is fitted on the first one, where it would look better than it is.
+    The background was fitted on the first shard, where it would look better than elsewhere.
 
     Raises `UserError` where the teacher has another vocabulary.
     """
     if engine.vocabulary_size != manifest.vocabulary_size:
         raise UserError(
             "--teacher",
-            f"its head has {engine.vocabulary_size} columns, that of the captured one "
-            f"{manifest.vocabulary_size}; it is another model",
+            f"its head has {engine.vocabulary_size} columns, but that of the captured teacher "
+            f"{manifest.vocabulary_size}; name the captured teacher",
         )
     meter = FidelityMeter(read_background(folder, manifest))
     compared = 0
@@ -196,20 +197,20 @@ def _manifest(folder: Path) -> Manifest | None:
     manifest = read_manifest(folder)
     if manifest is not None:
         return manifest
-    shards = len(list(folder.glob("shard-*.json")))
-    if (folder / "plan.json").is_file():
+    shards = len(list(folder.glob(f"{SHARD}*.json")))
+    if (folder / PLAN).is_file():
         raise UserError(
             "DATASET",
-            f"{folder} is a capture that has not ended ({shards} shards are there); start it again with the "
+            f"{folder} holds a capture that is not complete ({shards} shards so far); start it again with the "
             "same configuration",
         )
     if next(folder.rglob("*.parquet"), None) is None:
-        raise UserError("DATASET", f"{folder} is no captured dataset: it has no manifest.json and no parquet files")
+        raise UserError("DATASET", f"{folder} is not a captured dataset: it has no {MANIFEST} and no parquet files")
     return None
 
 
 def _as_captured(manifest: Manifest, teacher: str | None) -> dict[str, Any]:
-    """What to load the teacher with, where it is the captured one."""
+    """The keyword arguments that the captured teacher was loaded with; none for another teacher."""
     captured = str(manifest.teacher.get("path", ""))
     if teacher is None or os.path.abspath(teacher) != os.path.abspath(captured):
         return {}
@@ -225,31 +226,33 @@ def _decoded(table: pa.Table, codec: Codec) -> StoredRow:
 def _tokenizer(
     folder: Path, manifest: Manifest, teacher: str | None, options: dict[str, Any]
 ) -> PreTrainedTokenizerBase | None:
-    """The live teacher's, or the one that was captured."""
+    """The live teacher's tokenizer, or the captured one."""
     if teacher is None:
         return read_tokenizer(folder, manifest)
     found = load_tokenizer(teacher, key="--teacher", **options)
     if manifest.tokenizer_sha256 not in (None, tokenizer_hash(found)):
-        raise UserError("--teacher", "its tokenizer is not the one that the dataset was captured with")
+        raise UserError(
+            "--teacher", "its tokenizer is not the one that the dataset was captured with; name the captured teacher"
+        )
     return found
 
 
 def _print_tokens(console: Console, row: StoredRow, tokens: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Some consecutive tokens of a row's first document, and what the teacher expected after each."""
+    """Some consecutive tokens of a row's first document, and the teacher's predictions after each."""
 
     def text(token: int) -> str:
         return str(token) if tokenizer is None else repr(tokenizer.decode([token]))
 
     length = row.seq_lengths[0]
-    first = min(max(length - tokens, 0), tokens)  # not the very first, of which little can be expected
-    header = ("after", "came", "kept", "the teacher expected")
+    first = min(max(length - tokens, 0), tokens)  # not the very first, which have too little context
+    header = ("token", "next token", "stored", "teacher's likeliest next tokens")
     lines = []
     for position in range(first, min(first + tokens, length)):
         ids, probabilities = row.distribution.ids[position], row.distribution.logprobs[position].exp()
         pairs = zip(ids.tolist(), probabilities.tolist(), strict=True)
-        expected = "  ".join(f"{text(token)} {p:.1%}" for token, p in list(pairs)[:ALTERNATIVES] if p > 0)
-        came = text(row.input_ids[position + 1]) if position + 1 < length else ""
-        lines.append((text(row.input_ids[position]), came, f"{probabilities.sum():.2%}", expected))
+        likeliest = "  ".join(f"{text(token)} {p:.1%}" for token, p in list(pairs)[:ALTERNATIVES] if p > 0)
+        following = text(row.input_ids[position + 1]) if position + 1 < length else ""
+        lines.append((text(row.input_ids[position]), following, f"{probabilities.sum():.2%}", likeliest))
     print_line(console, "")
     if console.is_terminal:
         table = Table(*header)
@@ -266,9 +269,9 @@ def _fidelity_lines(fidelity: Fidelity) -> Lines:
     background = "no background is stored" if fidelity.kl_background is None else f"{fidelity.kl_background:.6f}"
     return [
         ("tokens compared", f"{fidelity.tokens:,}"),
-        ("teacher's mass kept", f"{fidelity.top_k_mass:.4%}"),
+        ("teacher's probability stored", f"{fidelity.top_k_mass:.4%}"),
         ("KL(teacher‖stored), rest uniform", f"{fidelity.kl_uniform:.6f} nats per token"),
-        ("KL(teacher‖stored), rest as background", background),
+        ("KL(teacher‖stored), rest like background", background),
     ]
 
 

@@ -1,9 +1,9 @@
-"""`distillkit pack`: captured rows to rows of a fixed length, each token beside what the teacher said there.
+"""`distillkit pack`: captured rows to rows of a fixed length, each token with the teacher's outputs for it.
 
-First only the lengths are looked at: they tell where documents are split, and which consecutive pieces make a shard.
-Then each shard is read from the memory-mapped source, packed by itself, and written. So memory holds one shard, the
-source is read once, and a killed run goes on with the first shard that is missing, for the same lengths give the same
-shards. Rows that are not full are one or two to a shard.
+First only the lengths are read: they decide where documents are split, and which consecutive pieces make a shard. Then
+each shard is read from the memory-mapped source, packed by itself, and written. So memory holds one shard, the source
+is read once, and a killed run continues with the first missing shard, because the same lengths give the same shards.
+One or two rows per shard are not full.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from distillkit.data.prepared import file_states
 from distillkit.data.rows import running_sums
 from distillkit.data.signals import aligned_rows, list_lengths
 from distillkit.data.sources import load_source
-from distillkit.runs.writing import remove_leftovers, sha256, write_whole
+from distillkit.runs.writing import read_json, remove_leftovers, sha256, write_whole
 from distillkit.shards import (
     Manifest,
     ShardRecord,
@@ -43,24 +43,24 @@ from distillkit.shards import (
     write_manifest,
     write_shard,
 )
-from distillkit.shards.manifest import CARD
+from distillkit.shards.names import CARD, PLAN
 from distillkit.teacher.captured_tokenizer import copy_tokenizer
 
 TOKENS_PER_SHARD = 2**19
 ROWS_PER_SHARD = 64
-"""At least, so that rows left unfilled do not count; unless that is more than `BYTES_PER_SHARD`, uncompressed."""
+"""At least, so that unfilled rows do not matter; fewer where these are more than `BYTES_PER_SHARD`, uncompressed."""
 BYTES_PER_SHARD = 2**29
 
-_NOTE = ".packed_from.json"
+_RECORD = ".packed_from.json"
 _KEY = "DATASET"
 
 
 def pack(source: DatasetSource, out: Path, sequence_length: int, console: Console | None = None) -> None:
     """Fill rows of `sequence_length` tokens with documents, best fit first; longer documents are split.
 
-    Of a captured dataset, or a published one, comes another such in the folder `out`, which is there whole or not at
-    all. Labels and columns with a list of numbers per token move with their tokens; others are left out. What a
-    manifest says of the source is carried over. Of what was packed before, only what is lost or damaged is made again.
+    A captured or published dataset becomes another one in the folder `out`, which is complete or absent. Labels and
+    columns with a list of numbers per token move with their tokens; other columns are left out. The manifest is carried
+    over. Where `out` is there already, only missing or damaged shards are made again.
 
     Raises `UserError` where the source cannot be read or is damaged, or `out` holds something else.
     """
@@ -71,11 +71,11 @@ def pack(source: DatasetSource, out: Path, sequence_length: int, console: Consol
     if out.exists():
         damaged = _damaged(out, made_from)
         if not damaged:
-            print_line(console, f"{out}: is packed already, nothing is left to do")
+            print_line(console, f"{out}: is packed already")
             return
-        print_line(console, f"{out}: {', '.join(damaged)}: lost or damaged, to be made again")
+        print_line(console, f"{out}: {', '.join(damaged)}: missing or damaged, made again")
         _take_apart(out, partial, damaged)
-    rows = _carried(load_source(source, _KEY), console)
+    rows = _packable(load_source(source, _KEY), console)
     documents, rows_start = _documents(rows)
     pieces = piece_lengths(documents, sequence_length)
     if len(pieces) == 0:
@@ -102,8 +102,10 @@ def pack(source: DatasetSource, out: Path, sequence_length: int, console: Consol
 def _checked_manifest(source: DatasetSource) -> Manifest | None:
     folder = _folder(source)
     manifest = read_manifest(folder) if folder.is_dir() else None
-    if manifest is None and (folder / "plan.json").is_file():
-        raise UserError(_KEY, f"{folder} is a capture that has not ended; start it again with the same configuration")
+    if manifest is None and (folder / PLAN).is_file():
+        raise UserError(
+            _KEY, f"{folder} holds a capture that is not complete; start it again with the same configuration"
+        )
     problems = [] if manifest is None else verify_shards(folder, manifest)
     if problems:
         more = f" (and {len(problems) - 1} more; distillkit inspect --verify names them)" if len(problems) > 1 else ""
@@ -116,7 +118,7 @@ def _folder(source: DatasetSource) -> Path:
 
 
 def _made_from(source: DatasetSource, manifest: Manifest | None, sequence_length: int) -> dict[str, Any]:
-    """What the rows that come out depend on, as JSON gives it back."""
+    """Everything that the packed rows depend on, as it is after a round trip through JSON."""
     files: list[Any] = [] if source.disk_path is None else file_states(source.disk_path)
     if manifest is not None:
         files = [(record.file, record.sha256) for record in manifest.shards]
@@ -126,36 +128,34 @@ def _made_from(source: DatasetSource, manifest: Manifest | None, sequence_length
 
 
 def _damaged(out: Path, made_from: dict[str, Any]) -> list[str]:
-    """Files of a finished folder that are no longer there, or not as they were written."""
-    note, written = _read_note(out)
-    if note != made_from:
-        raise UserError("OUT", f"{out} exists already and is something else; name a new folder")
+    """Files of a complete folder that are missing or have changed."""
+    record, written = _read_made_from(out)
+    if record != made_from:
+        raise UserError("OUT", f"{out} exists already and holds something else; name a new folder")
     return [name for name, digest in written.items() if not (out / name).is_file() or sha256(out / name) != digest]
 
 
 def _take_apart(out: Path, partial: Path, damaged: Sequence[str]) -> None:
-    """Make of a finished folder the one that a killed run would have left."""
+    """Turn a complete folder into one that a killed run would have left."""
     for name in damaged:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     out.rename(partial)
 
 
-def _read_note(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a folder is packed from, and once it is finished the SHA-256 of its files; both empty for another folder."""
-    if not (folder / _NOTE).is_file():
-        return {}, {}
-    note: dict[str, Any] = json.loads((folder / _NOTE).read_text())
-    return note, note.pop("written", {})
+def _read_made_from(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a folder was packed from, and the SHA-256 of its files once complete; both empty for any other folder."""
+    record = read_json(folder / _RECORD)
+    return record, record.pop("written", {})
 
 
 def _open(partial: Path, made_from: dict[str, Any]) -> None:
-    """The folder to write into: as a killed run left it, or empty where that one packed something else."""
-    if partial.exists() and _read_note(partial)[0] != made_from:
+    """The folder to write into: as a killed run left it, or empty where that run packed something else."""
+    if partial.exists() and _read_made_from(partial)[0] != made_from:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     remove_leftovers(partial)
-    write_whole(partial / _NOTE, json.dumps(made_from, indent=2).encode())
+    write_whole(partial / _RECORD, json.dumps(made_from, indent=2).encode())
 
 
 def _finish(
@@ -165,7 +165,7 @@ def _finish(
     records: Sequence[ShardRecord],
     made_from: dict[str, Any],
 ) -> None:
-    """All but the shards. What was published has no manifest, and beside its shards nothing that is no data."""
+    """Write everything but the shards. A published dataset has no manifest, and only parquet files."""
     if manifest is None:
         for record in records:
             (partial / record.file).with_suffix(".json").unlink()
@@ -178,22 +178,23 @@ def _finish(
     written = {record.file: record.sha256 for record in records}
     for path in sorted(path for path in partial.rglob("*") if path.is_file()):
         name = path.relative_to(partial).as_posix()
-        if name not in (_NOTE, CARD, *written):  # a card may be rewritten by hand
+        if name not in (_RECORD, CARD, *written):  # a user may edit the card
             written[name] = sha256(path)
-    write_whole(partial / _NOTE, json.dumps({**made_from, "written": written}, indent=2).encode())
+    write_whole(partial / _RECORD, json.dumps({**made_from, "written": written}, indent=2).encode())
 
 
-def _carried(rows: Dataset, console: Console) -> Dataset:
-    """Tokens, labels, document boundaries and what is said of each token: in each column an entry for every token."""
+def _packable(rows: Dataset, console: Console) -> Dataset:
+    """Columns that can be packed: tokens, labels, document boundaries, and those with an entry per token."""
     if "input_ids" not in rows.column_names:
         raise UserError(_KEY, f"has no column input_ids; it holds {', '.join(rows.column_names)}")
     signals = [field.name for field in rows.features.arrow_schema if _holds_numbers_per_token(field.type)]
     fitting = _fitting(rows, [name for name in signals if name not in SIGNAL_COLUMNS])
-    carried = aligned_rows(rows, [name for name in signals if name in SIGNAL_COLUMNS or name in fitting], _KEY)
-    left_out = [name for name in rows.column_names if name not in ("attention_mask", *carried.column_names)]
+    packable = aligned_rows(rows, [name for name in signals if name in SIGNAL_COLUMNS or name in fitting], _KEY)
+    left_out = [name for name in rows.column_names if name not in ("attention_mask", *packable.column_names)]
     if left_out:
-        print_line(console, f"left out, for want of a list of numbers for each token: {', '.join(left_out)}")
-    return carried
+        names = ", ".join(left_out)
+        print_line(console, f"columns left out, because they do not hold a list of numbers per token: {names}")
+    return packable
 
 
 def _holds_numbers_per_token(kind: pa.DataType) -> bool:
@@ -205,7 +206,7 @@ def _holds_numbers_per_token(kind: pa.DataType) -> bool:
 
 
 def _fitting(rows: Dataset, names: Sequence[str]) -> set[str]:
-    """Columns that in every row have an entry for each token, or for all but the last."""
+    """Columns that have an entry for each token of every row, or for all but the last."""
     fitting = set(names)
     for table in rows.select_columns(["input_ids", *names]).with_format("arrow").iter(batch_size=1000):
         tokens = list_lengths(table["input_ids"])
@@ -256,14 +257,14 @@ def _packed(rows: Dataset, rows_start: np.ndarray, pieces: np.ndarray, start: in
             columns[name] = pa.ListArray.from_arrays(
                 bounds, pa.concat_arrays(entries.slice(skipped, stop - start).chunks)
             )
-    documents = Dataset(pa.table(columns), fingerprint=f"pieces-{start}")  # else all numbers are hashed for one
+    documents = Dataset(pa.table(columns), fingerprint=f"pieces-{start}")  # otherwise all numbers are hashed
     with _without_progress_bars():
         return pack_dataset(documents, sequence_length, "bfd_split", {"batch_size": None}).with_format("arrow")[:]
 
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Of the datasets library, which has one for each shard."""
+    """The datasets library has one for each shard."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

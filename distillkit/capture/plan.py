@@ -1,7 +1,7 @@
-"""What is to be captured, decided before anything is: `plan.json`.
+"""`plan.json`: what a capture will store, decided before it begins.
 
-The plan fixes what each shard will hold, so that processes which never talk to each other, and those that are started
-after a kill, make parts of one dataset. A folder belongs to its plan; another capture is refused there.
+The plan fixes what each shard will hold, so that processes without communication, and those that are started after a
+kill, make parts of one dataset. A folder belongs to its plan; another capture is refused there.
 """
 
 from __future__ import annotations
@@ -28,28 +28,27 @@ from distillkit.data import tokenizer_hash
 from distillkit.losses.labels import IGNORED_LABEL
 from distillkit.runs.writing import sha256, write_first
 from distillkit.shards import Manifest, ShardRecord
-
-PLAN = "plan.json"
+from distillkit.shards.names import PLAN
 
 FORMAT = 1
-"""Of the file; to be counted up when what it says changes its meaning."""
+"""Version of the file, increased when its meaning changes."""
 
-WITHOUT_BEARING: Any = {
+NOT_IN_CAPTURE: Any = {
     "teacher": True,
     "compression": True,
     "output_path": True,
     "dataset": {"prepared_dataset_path", "dataset_num_proc"},
 }
-"""Keys that are in other places of the plan, or that do not change what is captured."""
+"""Keys that are elsewhere in the plan, or that do not change what is captured."""
 
 NOT_BINDING = ("tokens_per_batch", "trust_remote_code", "dataset.train_dataset.disk_path")
-"""Keys that may change while a capture goes on: the digest of the rows tells whether they are the same. Batches of
-another size may differ in the last bits."""
+"""Keys that may change before a capture is complete. The digest of the rows shows whether the text is the same; another
+batch size may change the last bits."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what the files of a dataset hold; as JSON gives it back."""
+    """Everything that decides the files of a dataset, as it is after a round trip through JSON."""
 
     teacher: dict[str, Any]
     codec: dict[str, Any]
@@ -58,24 +57,24 @@ class Plan:
     vocabulary_size: int
     rows_sha256: str
     labels: bool
-    """Whether labels are stored: where they say more than the tokens do."""
+    """Whether labels are stored: only where they do not follow from the tokens."""
     background: bool
     shards: list[list[int]]
     """First and last (exclusive) row of each."""
     tokens: list[int]
-    """Of each shard."""
+    """Tokens of each shard."""
     versions: dict[str, str]
     format: int = FORMAT
 
     @cached_property
     def sha256(self) -> str:
-        """Of what binds: captures of one thing have it in common, though begun in other places or versions."""
+        """SHA-256 of what must not change: the same for the same capture in another place or by another version."""
         text = [self.tokenizer_sha256, self.rows_sha256, self.shards]
         content = [self.format, _binding(self), self.vocabulary_size, *text]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def manifest(self, records: list[ShardRecord], background: Path | None) -> Manifest:
-        """The manifest of the dataset once all shards are there."""
+        """The manifest of the complete dataset."""
         capture = {**self.capture, "rows_sha256": self.rows_sha256}
         return Manifest(
             codec_kind=self.codec["kind"],
@@ -101,11 +100,11 @@ def make_plan(
     rows: Dataset,
     vocabulary_size: int,
 ) -> Plan:
-    """The plan of a capture of `rows`, a pass over which this takes.
+    """The plan of a capture of `rows`, which are read once.
 
-    weights: digest of those of a local teacher, which may be overwritten under the same name.
+    weights: SHA-256 of a local teacher's weights, which may be overwritten under the same name.
     """
-    digest, labels, lengths = _read_through(rows)
+    digest, labels, lengths = _scan(rows)
     starts = range(0, len(rows), config.rows_per_shard)
     plan = Plan(
         teacher={
@@ -115,7 +114,7 @@ def make_plan(
             "weights_sha256": weights,
         },
         codec={"kind": codec.kind, "config": codec.config.model_dump(mode="json")},
-        capture=config.model_dump(mode="json", exclude=WITHOUT_BEARING),
+        capture=config.model_dump(mode="json", exclude=NOT_IN_CAPTURE),
         tokenizer_sha256=tokenizer_hash(tokenizer),
         vocabulary_size=vocabulary_size,
         rows_sha256=digest,
@@ -129,23 +128,23 @@ def make_plan(
 
 
 def settle_plan(folder: Path, plan: Plan) -> Plan:
-    """The plan that the folder has, or has from now on.
+    """The plan in the folder; `plan` is written there if there is none.
 
-    Raises `UserError` where that is another one, or where the folder holds what is not of a capture.
+    Raises `UserError` where the folder has a plan of another capture, or files that belong to no capture.
     """
     path = folder / PLAN
     if not path.exists():
         patterns = ("*.parquet", "*.safetensors", "*.json")
         foreign = sorted({each.name for pattern in patterns for each in folder.glob(pattern)} - {PLAN})
-        if foreign and not path.exists():  # what is there may be of a process that has settled the plan meanwhile
+        if foreign and not path.exists():  # another process may have written the plan meanwhile
             raise UserError("output_path", f"{str(folder)!r} holds {foreign[0]}, but no capture; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(plan), indent=2, ensure_ascii=False, sort_keys=True)
         write_first(path, (text + "\n").encode())
     settled = _read(path)
     for key, problem in _differences(plan, settled):
-        remedy = "go on with that, or choose another output_path"
-        raise UserError(key, f"{problem} when the capture in {str(folder)!r} was begun; {remedy}")
+        remedy = "restore it, or choose another output_path"
+        raise UserError(key, f"{problem} when the capture in {str(folder)!r} began; {remedy}")
     return settled
 
 
@@ -157,16 +156,16 @@ def _read(path: Path) -> Plan:
     if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
         raise UserError(
             "output_path",
-            f"{path} is of format {content['format']}, this version of distillkit knows {FORMAT}; go on "
-            "with the version that began it, or choose another folder",
+            f"{path} has format {content['format']}, but this version of distillkit reads format {FORMAT}; continue "
+            "with the version that began the capture, or choose another folder",
         )
     if not isinstance(content, dict) or set(content) != {field.name for field in fields(Plan)}:
-        raise UserError("output_path", f"{path} is no plan of a capture; choose another folder")
+        raise UserError("output_path", f"{path} is not the plan of a capture; choose another folder")
     return Plan(**content)
 
 
 def _differences(now: Plan, then: Plan) -> Iterator[tuple[str, str]]:
-    """Key and difference for each part of a plan that has changed, as far as it bears on what is captured."""
+    """Key and difference of each part of a plan that must not change and has changed."""
     present, past = _binding(now), _binding(then)
     before, after = (keys.pop("teacher.weights_sha256") for keys in (past, present))
     for key in [*present, *(key for key in past if key not in present)]:
@@ -190,7 +189,7 @@ def _binding(plan: Plan) -> dict[str, Any]:
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """`teacher.kwargs.dtype` and its value, for every value that is no section."""
+    """Dotted keys, such as `teacher.kwargs.dtype`, and their values."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{path}.{key}" if path else key)
@@ -198,10 +197,10 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _read_through(rows: Dataset) -> tuple[str, bool, list[int]]:
-    """SHA-256 of all tokens, labels and boundaries; whether labels say more than the tokens; tokens of each row."""
+def _scan(rows: Dataset) -> tuple[str, bool, list[int]]:
+    """SHA-256 of tokens, labels and boundaries; whether labels do not follow from tokens; tokens of each row."""
     digest = hashlib.sha256()
-    labels_say_more = False
+    labels_needed = False
     row_lengths: list[int] = []
     for table in rows.with_format("arrow").iter(batch_size=1000):
         columns = {name: _flat_list(table[name]) for name in ("input_ids", "labels", "seq_lengths")}
@@ -212,12 +211,12 @@ def _read_through(rows: Dataset) -> tuple[str, bool, list[int]]:
         row_lengths += columns["input_ids"][0].tolist()
         expected = input_ids.copy()
         expected[np.cumsum(documents) - documents] = IGNORED_LABEL
-        labels_say_more = labels_say_more or not np.array_equal(labels, expected)
-    return digest.hexdigest(), labels_say_more, row_lengths
+        labels_needed = labels_needed or not np.array_equal(labels, expected)
+    return digest.hexdigest(), labels_needed, row_lengths
 
 
 def _flat_list(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of the lists, and their values one after another."""
+    """Lengths of the lists, and the values of all lists."""
     lengths = pc.list_value_length(column).to_numpy()
     return lengths.astype(np.int32), pc.list_flatten(column).to_numpy().astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""From a configuration to a capture that can begin: checked against the teacher, rows prepared, plan settled."""
+"""From a configuration to a capture that can begin: checked against the teacher, rows prepared, plan written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Capture:
-    """A capture that can begin: what, where, of which rows, and how it is stored."""
+    """A capture that can begin: plan, folder, rows and codec."""
 
     config: CaptureConfig
     folder: Path
@@ -37,17 +37,17 @@ class Capture:
 
     @property
     def fitted_rows(self) -> int:
-        """Rows, from the first, that the background is fitted on: those of the first shard, or half of the only one.
+        """Number of rows, from the first, that the background is fitted on: the first shard, or half of the only one.
 
-        The others can tell what it is worth.
+        Its quality is measured on the other rows.
         """
         first = self.plan.shards[0][1]
         return first if len(self.plan.shards) > 1 else (first + 1) // 2
 
     def record(self, shard: int) -> ShardRecord | None:
-        """Of a shard that is there; the first one is only together with the background, which is made with it.
+        """The record of a complete shard. The first one also needs the background, which is made with it.
 
-        Raises `UserError` for one of another capture, which is never replaced.
+        Raises `UserError` for a shard of another capture, which is never replaced.
         """
         if shard == 0 and self.plan.background and not background_is_of(self.folder, self.plan.sha256):
             return None
@@ -55,13 +55,13 @@ class Capture:
         if found is not None and (found.plan, found.rows) != (self.plan.sha256, rows):
             raise UserError(
                 "output_path",
-                f"{self.folder / found.file} is of another capture; take it and its .json away, and "
-                "the same command goes on",
+                f"{self.folder / found.file} belongs to another capture; remove it and its .json, and "
+                "run the same command again",
             )
         return found
 
     def records(self) -> dict[int, ShardRecord]:
-        """Of all shards that are there, in order."""
+        """The records of all complete shards, in order."""
         records = {shard: self.record(shard) for shard in range(len(self.plan.shards))}
         return {shard: record for shard, record in records.items() if record is not None}
 
@@ -73,7 +73,7 @@ class Capture:
 
 
 def prepare(config: CaptureConfig) -> Capture:
-    """Raises `UserError` for what cannot be captured, or not into `output_path`."""
+    """Check, tokenise and plan. Raises `UserError` where the capture is not possible, or not in `output_path`."""
     codec = build_codec(config.compression.kind, config.compression.config)
     check_shard_size(config, codec.bytes_per_token)
     teacher = config.teacher
@@ -91,12 +91,11 @@ def prepare(config: CaptureConfig) -> Capture:
     settled = settle_plan(folder, plan)
     if settled.versions != plan.versions:
         then = ", ".join(f"{name} {number}" for name, number in settled.versions.items())
-        logger.warning("%s was begun with %s; what is added now may differ in the last bits", folder, then)
+        logger.warning("the capture in %s began with %s; new shards may differ in the last bits", folder, then)
     begun_with = settled.capture["tokens_per_batch"]
     if begun_with != config.tokens_per_batch:
         logger.warning(
-            "tokens_per_batch: is %d, but was %d when the capture in %s was begun; what is added now may differ in the "
-            "last bits",
+            "tokens_per_batch: is %d, but was %d when the capture in %s began; new shards may differ in the last bits",
             config.tokens_per_batch,
             begun_with,
             folder,
@@ -105,37 +104,37 @@ def prepare(config: CaptureConfig) -> Capture:
 
 
 def remove_prepared(config: CaptureConfig) -> None:
-    """Delete the prepared rows of a capture that has ended, unless they were asked for."""
+    """Delete the prepared rows of a complete capture, unless the configuration names a folder for them."""
     folder = _prepared_beside(config)
     if config.dataset.prepared_dataset_path is None and folder.exists():
-        with FileLock(folder / ".train.lock"):  # whoever is loading them has them then
+        with FileLock(folder / ".train.lock"):  # another process may be loading them
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prepared_beside(config: CaptureConfig) -> Path:
-    """Where the rows are kept until the capture has ended, so that text is tokenised once."""
+    """Folder of the prepared rows until the capture is complete, so that text is tokenised once."""
     folder = Path(config.output_path).resolve()
     return folder.with_name(f"{folder.name}.prepared")
 
 
 def check_vocabulary(config: CaptureConfig, width: int) -> None:
-    """Raises `UserError` where the codec is not for a head of that width."""
+    """Raises `UserError` where the codec's vocabulary is not as wide as the teacher's head."""
     compression = config.compression
     given = getattr(compression.config, compression.vocabulary_key)
     if given != width:
         key = f"compression.{compression.kind}.{compression.vocabulary_key}"
         raise UserError(
             key,
-            f"is {given}, but the teacher's head has {width} columns, and all of them are captured, also those "
-            f"that the tokenizer does not know; give {width}",
+            f"is {given}, but the teacher's head has {width} columns, and all of them are captured, including those "
+            f"without a token in the tokenizer; give {width}",
         )
 
 
 def _warn_of_long_rows(config: CaptureConfig, teacher: PreTrainedConfig) -> None:
-    longest = getattr(teacher, "max_position_embeddings", None)  # absent where positions are unlimited
+    longest = getattr(teacher, "max_position_embeddings", None)  # missing where positions are unlimited
     if longest is not None and config.sequence_length > longest:
         logger.warning(
-            "sequence_length: is %d, but the teacher was made for %d tokens; it says little of worth beyond them",
+            "sequence_length: is %d, but the teacher was trained on at most %d tokens; its outputs beyond are poor",
             config.sequence_length,
             longest,
         )

@@ -1,18 +1,15 @@
-"""What a capture says while it runs: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a capture."""
 
 from __future__ import annotations
 
-import time
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from distillkit.console import clock, print_line
-
-_SECONDS_BETWEEN_LINES = 10.0
+from distillkit.progress import ProgressReporter
 
 
-class CaptureProgress:
+class CaptureProgress(ProgressReporter):
     """Tokens, tokens per second and time left.
 
     Args:
@@ -20,45 +17,17 @@ class CaptureProgress:
     """
 
     def __init__(self, console: Console, total: int) -> None:
-        self._console = console
-        self._total = total
-        self._start = self._last_line = time.perf_counter()
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        super().__init__(console, total, seconds_between_lines=10)
         self.tokens = 0
 
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self._start
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / max(self.seconds, 1e-9)
-
-    def __enter__(self) -> CaptureProgress:
-        self._start = self._last_line = time.perf_counter()
-        if self._console.is_terminal:
-            columns = TextColumn("capturing"), BarColumn(bar_width=20), TextColumn("{task.description}")
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
-            self._task = self._bar.add_task(self._figures(), total=self._total)
-            self._bar.start()
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.advance(0)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
     def advance(self, tokens: int) -> None:
-        """So many more tokens have been captured."""
+        """Count captured tokens."""
         self.tokens += tokens
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.tokens, description=self._figures())
-        elif time.perf_counter() - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._last_line = time.perf_counter()
-            left = clock((self._total - self.tokens) / self.rate)
-            print_line(self._console, f"captured {self._figures()}  left {left}")
-
-    def _figures(self) -> str:
-        return f"{self.tokens:,}/{self._total:,} tokens  {self.rate:,.0f} tokens/s"
+        rate = self.tokens / max(self.seconds, 1e-9)
+        figures = f"{self.tokens:,}/{self._total:,} tokens  {rate:,.0f} tokens/s  {self.time_left(self.tokens)}"
+        self.update(self.tokens, "capturing", figures, f"captured {figures}")

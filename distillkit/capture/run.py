@@ -1,18 +1,19 @@
 """`distillkit capture CONFIG.yaml`: a teacher's outputs on a text, stored once.
 
-Rows are prepared and planned (`plan.json`), then each shard is made by itself: teacher → top k → bytes → file. Which
-process makes a shard, and when, does not change it. Whoever finds all shards there writes the manifest. So a capture
-may be killed at any moment, shared among machines, and started again until it is done; it ends in the same files.
+Rows are prepared and divided into shards (`plan.json`). Each shard is made by itself: teacher → top k → bytes → file.
+It does not depend on which process makes it, or when. A process that finds all shards complete writes the manifest. So
+a capture may be killed at any moment, shared among machines, and started again; it always ends in the same files.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -30,46 +31,53 @@ from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError
+from distillkit.config.yaml_files import as_section
 from distillkit.console import INTERRUPTED, print_line
 from distillkit.models.decoder import check_head
 from distillkit.models.loading import load_model
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.runs.writing import remove_leftovers
 from distillkit.shards import fitted_background, signal_table, write_background, write_manifest, write_shard
-from distillkit.shards.background import BACKGROUND
+from distillkit.shards.names import BACKGROUND
 from distillkit.teacher.captured_tokenizer import write_tokenizer
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def capture(config: CaptureConfig, share: str | None = None, console: Console | None = None) -> CaptureSummary:
-    """Capture what is missing of a dataset, all of it or one share, into `output_path`.
+def capture(
+    config: CaptureConfig | Mapping[str, Any] | str | os.PathLike[str],
+    shard: str | None = None,
+    console: Console | None = None,
+) -> CaptureSummary:
+    """Capture the missing shards of a dataset, all of them or one share, into `output_path`.
 
-    share: `i/n`, the i-th of n processes that share the shards; by default torchrun's, or all shards.
+    config: the path of a YAML file, its content as a mapping, or a configuration.
+    shard: `i/n`, the i-th of n processes that share the shards; by default torchrun's, or all shards.
 
     Raises:
-        UserError: something in the configuration cannot be, or there is no room; the line says what helps.
+        UserError: the configuration is wrong, or the disk or memory is full; the line names key and remedy.
         SystemExit: with code 130, after Ctrl-C.
     """
-    ours = find_share(share)
-    if config.engine == "vllm" and share is None and ours.count > 1:
+    config = as_section(CaptureConfig, config)
+    share = find_share(shard)
+    if config.engine == "vllm" and shard is None and share.count > 1:
         raise UserError(
             "engine",
-            "vllm runs on GPUs of its own choice, so torchrun's processes would meet on them; start one with "
+            "vllm chooses GPUs by itself, so torchrun's processes would use the same ones; start one process with "
             "teacher.kwargs.tensor_parallel_size, or several with CUDA_VISIBLE_DEVICES and --shard i/n",
         )
     console = console or Console()
-    console.quiet = share is None and ours.index > 0  # of torchrun's processes the first one tells how far they are
+    console.quiet = shard is None and share.index > 0  # of torchrun's processes only the first one prints
     transformers.utils.logging.disable_progress_bar()
     if not console.is_terminal:
         datasets.disable_progress_bars()
-    with _told_of_no_room(config):
+    with _errors_of_preparation(config):
         planned = prepare(config)
-    with _told_how_to_go_on(planned, console):
+    with _errors_of_capture(planned, console):
         remove_leftovers(planned.folder)
         done = planned.records()
-        missing = [shard for shard in range(len(planned.plan.shards)) if ours.has(shard) and shard not in done]
-        _say_what_is_left(planned, ours, len(done), len(missing), console)
+        missing = [index for index in range(len(planned.plan.shards)) if share.has(index) and index not in done]
+        _print_plan(planned, share, len(done), len(missing), console)
         engine = load_engine(planned) if missing else None
         tokens, seconds = (0, 0.0) if engine is None else _make_shards(planned, engine, missing, console)
         summary = _finish(planned, engine, tokens, seconds)
@@ -79,7 +87,7 @@ def capture(config: CaptureConfig, share: str | None = None, console: Console | 
 
 
 def load_engine(planned: Capture) -> Engine:
-    """What runs the teacher. Raises `UserError` where the teacher is not as its configuration says."""
+    """The engine with the teacher loaded. Raises `UserError` where the teacher does not fit the configuration."""
     config = planned.config
     if config.engine == "vllm":
         from distillkit.capture.vllm_engine import VLLMEngine
@@ -109,21 +117,21 @@ def shard_table(
     outside: Tensor | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> pa.Table:
-    """The rows, and what the teacher says about them as the codec stores it.
+    """The rows, and the teacher's distributions for them as the codec stores them.
 
-    labels: whether to keep their labels, too.
+    labels: whether to store labels too.
     outside: the teacher's probability outside the top k is added to it, per token of the vocabulary.
-    advance: told how many more tokens are done.
+    advance: called with the number of tokens after each batch.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     encoded: dict[int, dict[str, Tensor]] = {}
-    for answer in engine.top_k(rows, codec.k, outside):
-        columns = {name: values.cpu() for name, values in codec.encode(answer.distribution).items()}
-        of_the_answer = [lengths[index] for index in answer.rows]
-        split = {name: values.split(of_the_answer) for name, values in columns.items()}
-        for place, index in enumerate(answer.rows):
+    for batch in engine.top_k(rows, codec.k, outside):
+        columns = {name: values.cpu() for name, values in codec.encode(batch.distribution).items()}
+        batch_lengths = [lengths[index] for index in batch.rows]
+        split = {name: values.split(batch_lengths) for name, values in columns.items()}
+        for place, index in enumerate(batch.rows):
             encoded[index] = {name: values[place] for name, values in split.items()}
-        advance(sum(of_the_answer))
+        advance(sum(batch_lengths))
     signal = {name: torch.cat([encoded[index][name] for index in range(len(rows))]) for name in codec.columns}
     kept = ("input_ids", "labels", "seq_lengths") if labels else ("input_ids", "seq_lengths")
     plain = {name: pa.array([row[name] for row in rows], pa.list_(pa.int32())) for name in kept}
@@ -132,9 +140,9 @@ def shard_table(
 
 
 def _make_shards(planned: Capture, engine: Engine, missing: Sequence[int], console: Console) -> tuple[int, float]:
-    """The missing shards that others have not made meanwhile; tokens and seconds that they took.
+    """Make the missing shards, unless other processes have made them meanwhile; returns tokens and seconds.
 
-    While the teacher reads for a shard, the one before is compressed and written; what that raises is raised here.
+    While the teacher runs on one shard, the one before is compressed and written; errors of that are raised here.
     """
     total = sum(planned.plan.tokens[shard] for shard in missing)
     with CaptureProgress(console, total) as progress, ThreadPoolExecutor(1) as writer:
@@ -151,7 +159,7 @@ def _make_shards(planned: Capture, engine: Engine, missing: Sequence[int], conso
 
 
 def _make_shard(planned: Capture, engine: Engine, shard: int, advance: Callable[[int], None]) -> Callable[[], None]:
-    """What the teacher says on a shard's rows; the answer writes it, and before the first shard the background."""
+    """Run the teacher on a shard's rows; returns the function that writes the shard, the first with the background."""
     outside = None
     if shard == 0 and planned.plan.background:
         outside = torch.zeros(engine.vocabulary_size, dtype=torch.float64, device=engine.device)
@@ -172,7 +180,7 @@ def _make_shard(planned: Capture, engine: Engine, shard: int, advance: Callable[
 
 
 def _finish(planned: Capture, engine: Engine | None, tokens: int, seconds: float) -> CaptureSummary:
-    """Write the tokenizer and the manifest if all shards are there, and take stock."""
+    """Write the tokenizer and the manifest if all shards are complete, and summarise."""
     records, fidelity = planned.records(), None
     if len(records) == len(planned.plan.shards):
         background = planned.folder / BACKGROUND if planned.plan.background else None
@@ -195,18 +203,18 @@ def _finish(planned: Capture, engine: Engine | None, tokens: int, seconds: float
     )
 
 
-def _say_what_is_left(planned: Capture, ours: Share, done: int, missing: int, console: Console) -> None:
+def _print_plan(planned: Capture, share: Share, done: int, missing: int, console: Console) -> None:
     line = f"{len(planned.rows):,} rows, {sum(planned.plan.tokens):,} tokens, {len(planned.plan.shards)} shards"
     if done:
-        line += f"; {done} are there already"
-    if ours.count > 1:
-        line += f"; this is share {ours.index + 1} of {ours.count}"
+        line += f"; {done} are complete already"
+    if share.count > 1:
+        line += f"; this is share {share.index + 1} of {share.count}"
     print_line(console, f"{line}; {missing} to make" if missing else f"{line}; nothing to make")
 
 
 @contextmanager
-def _told_of_no_room(config: CaptureConfig) -> Iterator[None]:
-    """A disk that is full before the first shard."""
+def _errors_of_preparation(config: CaptureConfig) -> Iterator[None]:
+    """A full disk is a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -214,32 +222,32 @@ def _told_of_no_room(config: CaptureConfig) -> Iterator[None]:
             raise
         raise UserError(
             "output_path",
-            f"no room left beside {config.output_path!r} for the prepared rows; make room, or name "
-            "another dataset.prepared_dataset_path",
+            f"the disk is full beside {config.output_path!r}, where the prepared rows are written; free some space, or "
+            "name another dataset.prepared_dataset_path",
         ) from error
 
 
 @contextmanager
-def _told_how_to_go_on(planned: Capture, console: Console) -> Iterator[None]:
-    """A full disk and Ctrl-C end a capture with a line that says how far it is, and what to do."""
+def _errors_of_capture(planned: Capture, console: Console) -> Iterator[None]:
+    """A full disk or memory is a `UserError`, Ctrl-C a `SystemExit`; the line counts shards and names the remedy."""
 
     def so_far() -> str:
-        return f"{len(planned.records())} of {len(planned.plan.shards)} shards are there"
+        return f"{len(planned.records())} of {len(planned.plan.shards)} shards are complete"
 
     try:
         yield
     except KeyboardInterrupt:
-        print_line(console, f"interrupted: {so_far()}; the same command goes on with the others")
+        print_line(console, f"interrupted: {so_far()}; the same command makes the others")
         raise SystemExit(INTERRUPTED) from None
     except torch.OutOfMemoryError as error:
         tokens = planned.config.tokens_per_batch
         raise UserError(
             "tokens_per_batch",
             f"the device has no memory for the teacher and {tokens} tokens at a time: {so_far()}; "
-            "give less, and the same command goes on with the others",
+            "give less, and run the same command again for the others",
         ) from error
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        room = "make room, and the same command goes on with the others"
-        raise UserError("output_path", f"no room left in {str(planned.folder)!r}: {so_far()}; {room}") from error
+        remedy = "free some space, and run the same command again for the others"
+        raise UserError("output_path", f"the disk is full at {str(planned.folder)!r}: {so_far()}; {remedy}") from error

@@ -1,4 +1,4 @@
-"""How several processes share the shards of a capture without talking to each other."""
+"""How several processes divide the shards of a capture among themselves, without communication."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Share:
 
 
 def find_share(option: str | None, environment: Mapping[str, str] = os.environ) -> Share:
-    """The share that `--shard i/n` names, or that torchrun's RANK and WORLD_SIZE give; all shards by default.
+    """The share of `--shard i/n`, or of torchrun's RANK and WORLD_SIZE; all shards by default.
 
-    Raises `UserError` for an option that names no share, and for both.
+    Raises `UserError` for an invalid option, and where both are given.
     """
     count = int(environment.get("WORLD_SIZE", "1"))
     if option is None:
         return Share(int(environment.get("RANK", "0")), count)
     if count > 1:
-        raise UserError("--shard", "torchrun's processes share the shards already; give one of the two")
+        raise UserError("--shard", "torchrun's processes share the shards already; use torchrun or --shard, not both")
     found = re.fullmatch(r"(\d+)/(\d+)", option)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise UserError("--shard", f"must be i/n with i from 1 to n, such as 1/4, got {shown(option)}")

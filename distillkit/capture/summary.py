@@ -1,4 +1,4 @@
-"""How a capture ended: sizes and speed, and what is left of the teacher's word in what was stored."""
+"""The summary of a capture: sizes, speed, and how much of the teacher distribution was lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLE_TOKENS = 2048
 
 @dataclass(frozen=True)
 class CaptureSummary:
-    """What is in the folder now, and what this process did for it."""
+    """The content of the folder now, and what this process added."""
 
     folder: Path
     shards: int
@@ -34,7 +34,7 @@ class CaptureSummary:
     """By this process, in `seconds`."""
     seconds: float
     fidelity: Fidelity | None
-    """Of the finished dataset; None where it is not finished, or no teacher is at hand that knows all probabilities."""
+    """Of the complete dataset; None for an incomplete one, or where transformers did not run the teacher here."""
 
     @property
     def complete(self) -> bool:
@@ -42,7 +42,7 @@ class CaptureSummary:
 
 
 def measure_fidelity(planned: Capture, engine: TransformersEngine) -> Fidelity:
-    """On rows of the last shard, as they are read back from disk; the background was fitted on others, if there are."""
+    """On rows of the last shard, read back from disk; the background was fitted on other rows, where there are any."""
     shard = len(planned.plan.shards) - 1
     skipped = planned.fitted_rows if shard == 0 and len(planned.rows) > 1 else 0
     meter = FidelityMeter(read_background(planned.folder, read_manifest(planned.folder)))
@@ -62,7 +62,7 @@ def measure_fidelity(planned: Capture, engine: TransformersEngine) -> Fidelity:
 
 
 def print_summary(console: Console, summary: CaptureSummary) -> None:
-    """In a few lines."""
+    """Print it in a few lines."""
     if summary.captured_tokens:
         rate = summary.captured_tokens / max(summary.seconds, 1e-9)
         print_line(
@@ -71,8 +71,8 @@ def print_summary(console: Console, summary: CaptureSummary) -> None:
     if not summary.complete:
         print_line(
             console,
-            f"{summary.folder}: {summary.shards} of {summary.shards_planned} shards are there; the process that makes "
-            "the last one, or one started after it, completes the dataset",
+            f"{summary.folder}: {summary.shards} of {summary.shards_planned} shards are complete; the process that "
+            "makes the last one, or one that is started later, writes the manifest",
         )
         return
     print_line(
@@ -81,17 +81,17 @@ def print_summary(console: Console, summary: CaptureSummary) -> None:
         f"{summary.bytes / 1e6:,.1f} MB, {summary.bytes / max(summary.tokens, 1):,.1f} bytes per token on disk",
     )
     if summary.fidelity is not None:
-        print_line(console, _told(summary.fidelity, fitted_on=summary.rows == 1))
+        print_line(console, _fidelity_line(summary.fidelity, same_rows=summary.rows == 1))
 
 
-def _told(fidelity: Fidelity, *, fitted_on: bool) -> str:
+def _fidelity_line(fidelity: Fidelity, *, same_rows: bool) -> str:
     line = (
-        f"of the teacher's probability {100 * fidelity.top_k_mass:.2f} % is on stored tokens; KL(teacher ‖ stored) is "
-        f"{fidelity.kl_uniform:.5f} with the rest spread evenly"
+        f"the stored tokens hold {100 * fidelity.top_k_mass:.2f} % of the teacher's probability; KL(teacher ‖ stored) "
+        f"is {fidelity.kl_uniform:.5f} with the rest spread uniformly"
     )
     if fidelity.kl_background is not None:
-        line += f", {fidelity.kl_background:.5f} as the background has it"
-        line += ", which was fitted on these" if fitted_on else ""
+        line += f", {fidelity.kl_background:.5f} with the rest like the background"
+        line += ", which was fitted on the same rows" if same_rows else ""
     return f"{line} ({fidelity.tokens:,} tokens)"
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distillkit.capture.engines import Answer, Row
+from distillkit.capture.engines import Row, TopKBatch
 from distillkit.data import collate
 from distillkit.distribution import DenseDistribution, SparseDistribution, at_least_float32
 from distillkit.models.decoder import head
@@ -17,11 +17,11 @@ from distillkit.teacher.live import LiveTeacher
 
 CHUNK_BYTES = {"cpu": 2**26}
 CHUNK_BYTES_ELSEWHERE = 2**29
-"""Of float32 logits that are held at a time. Larger chunks are no faster."""
+"""Memory for the float32 logits of a chunk. Larger chunks are not faster."""
 
 
 class TransformersEngine:
-    """Runs batches of rows of about the same length, and the head on a chunk of their tokens at a time.
+    """Runs batches of rows of similar length, and the head on a chunk of their tokens at a time.
 
     Args:
         model: the teacher, on its device.
@@ -35,8 +35,8 @@ class TransformersEngine:
         self.vocabulary_size: int = weight.shape[0]
         self.device = weight.device
 
-    def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[Answer]:
-        """As `Engine` has it."""
+    def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[TopKBatch]:
+        """See `Engine`."""
         for batch in batches(rows, self._tokens_per_batch):
             parts = []
             for dense in self.whole([rows[index] for index in batch]):
@@ -45,7 +45,7 @@ class TransformersEngine:
                     outside += _outside(dense, part).to(outside)
                 parts.append(part)
             ids, logprobs = (torch.cat(each) for each in zip(*((p.ids, p.logprobs) for p in parts), strict=True))
-            yield Answer(batch, SparseDistribution(ids, logprobs))
+            yield TopKBatch(batch, SparseDistribution(ids, logprobs))
 
     @torch.no_grad()
     def whole(self, rows: Sequence[Row]) -> Iterator[DenseDistribution]:
@@ -64,7 +64,7 @@ class TransformersEngine:
 
 
 def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices of rows, longest first, so many at a time as fit when padded to the longest of them."""
+    """Batches of indices of rows, longest row first, as large as fits into `tokens_per_batch` with padding."""
     lengths = [len(row["input_ids"]) for row in rows]
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda index: (-lengths[index], index)):

@@ -1,8 +1,8 @@
-"""A teacher run by vLLM: what it answers about a prompt, as the distributions that a capture stores.
+"""A teacher run by vLLM: its log-probabilities of a prompt, as the distributions that a capture stores.
 
-A document is a request of its own; vLLM batches them. Asked for `prompt_logprobs`, it answers for each token of the
-prompt how likely it, and the k likeliest tokens, were after the tokens before it. The answer at a token is therefore
-the teacher's word at the token before, and the word at the last token is that about the one token it is made to write.
+Each document is a request; vLLM batches them. With `prompt_logprobs` it returns, for each token of the prompt, the
+log-probability of that token and of the k likeliest ones, given the tokens before it. So the entries at a token are the
+teacher distribution of the position before, and those of the one generated token are that of the last position.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distillkit.capture.engines import Answer, Row
+from distillkit.capture.engines import Row, TopKBatch
 from distillkit.config import HFTeacherConfig, UserError
 from distillkit.distribution import SparseDistribution
 from distillkit.models.loading import load_pretrained_config
 
 TOKENS_AT_ONCE = 2**15
-"""Of requests handed to vLLM together: its answers are Python numbers, some 100 bytes for each of k per token."""
+"""Tokens of the requests in one call of vLLM: it returns Python numbers, about 100 bytes for each of k per token."""
 
 Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Of some positions, one after another: how many entries each has; token ids and log-probabilities of the entries."""
+"""Number of entries of each position; then token ids and log-probabilities of all entries, position after position."""
 
 
 class VLLMEngine:
     """Runs the teacher by vLLM, on its GPUs.
 
     Args:
-        teacher: its `kwargs` are vLLM's, those of `vllm.LLM`: `dtype`, `tensor_parallel_size`, `revision`, ...
-        k: log-probabilities that will be asked for per token; vLLM wants to know when it starts.
+        teacher: its `kwargs` are those of `vllm.LLM`: `dtype`, `tensor_parallel_size`, `revision`, ...
+        k: log-probabilities per token, which vLLM has to know when it starts.
         sequence_length: tokens of the longest document.
 
     Raises:
@@ -53,11 +53,11 @@ class VLLMEngine:
         kwargs = {"dtype" if name == "torch_dtype" else name: value for name, value in teacher.kwargs.items()}
         where = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
         config = load_pretrained_config(teacher.path, key="teacher.path", trust_remote_code=trust_remote_code, **where)
-        longest = kwargs.pop("max_model_len", sequence_length + 1)  # and the token that it is made to write
+        longest = kwargs.pop("max_model_len", sequence_length + 1)  # and the token that is generated
         if longest <= sequence_length:
             raise UserError(
                 "teacher.kwargs.max_model_len",
-                f"is {longest}, but vLLM writes a token after each row of "
+                f"is {longest}, but vLLM generates a token after each row of "
                 f"{sequence_length}; give at least {sequence_length + 1}, or remove it",
             )
         self.device = torch.device("cpu")
@@ -68,8 +68,8 @@ class VLLMEngine:
                 trust_remote_code=trust_remote_code,
                 max_model_len=longest,
                 max_logprobs=k,
-                logprobs_mode="raw_logprobs",  # of the logits as they are: temperature 1, no penalties
-                enable_prefix_caching=False,  # what is cached of a prompt's beginning has no log-probabilities
+                logprobs_mode="raw_logprobs",  # of the raw logits: temperature 1, no penalties
+                enable_prefix_caching=False,  # a cached prefix has no log-probabilities
                 **kwargs,
             )
         except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -81,47 +81,47 @@ class VLLMEngine:
             max_tokens=1, temperature=0.0, prompt_logprobs=k, logprobs=k, flat_logprobs=True, detokenize=False
         )
 
-    def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[Answer]:
-        """See `Engine`; `k` is the one that the engine was made for."""
+    def top_k(self, rows: Sequence[Row], k: int, outside: Float[Tensor, " vocab"] | None = None) -> Iterator[TopKBatch]:
+        """See `Engine`; `k` is that of the constructor."""
         if outside is not None:
-            raise ValueError("vLLM says nothing of what is outside the top k")
-        for together in _rows_together(rows):
-            prompts = [{"prompt_token_ids": document} for index in together for document in _documents(rows[index])]
+            raise ValueError("vLLM does not return the probabilities outside the top k")
+        for batch in _batches(rows):
+            prompts = [{"prompt_token_ids": document} for index in batch for document in _documents(rows[index])]
             outputs = self._llm.generate(prompts, self._params, use_tqdm=False)
-            said = [sparse_distribution(output, k) for output in outputs]
+            found = [sparse_distribution(output, k) for output in outputs]
             distribution = SparseDistribution(
-                torch.cat([each.ids for each in said]), torch.cat([each.logprobs for each in said])
+                torch.cat([each.ids for each in found]), torch.cat([each.logprobs for each in found])
             )
-            yield Answer(together, distribution)
+            yield TopKBatch(batch, distribution)
 
 
 def sparse_distribution(output: Any, k: int) -> SparseDistribution:
-    """The teacher's word at each token of a prompt, from vLLM's `RequestOutput`.
+    """The teacher distribution at each token of a prompt [tokens, k], from vLLM's `RequestOutput`.
 
-    vLLM answers with k or k + 1 entries per token: the k likeliest, and the token of the prompt wherever it stands.
-    The rows have the k likeliest, by descending log-probability.
+    vLLM returns k or k + 1 entries per token: the k likeliest, and the prompt's own token whatever its rank. Only the k
+    likeliest are kept, sorted by falling log-probability.
 
     output: of a request with `prompt_logprobs=k`, `logprobs=k` and `max_tokens=1`. Both are either lists of
         dictionaries {token id: Logprob} with None for the prompt's first token, or `FlatLogprobs`.
     """
-    # Of the prompt's first token nothing is said: nothing precedes it.
-    about_prompt, about_next = _entries(output.prompt_logprobs), _entries(output.outputs[0].logprobs)
-    counts, ids, logprobs = (np.concatenate(both) for both in zip(about_prompt, about_next, strict=True))
+    # The prompt's first token has no entries, because no token precedes it.
+    prompt, generated = _entries(output.prompt_logprobs), _entries(output.outputs[0].logprobs)
+    counts, ids, logprobs = (np.concatenate(both) for both in zip(prompt, generated, strict=True))
     return _likeliest((counts[1:], ids, logprobs), k)
 
 
-def _rows_together(rows: Sequence[Row]) -> Iterator[list[int]]:
-    """Places of rows that are asked about in one go, in order."""
-    together: list[int] = []
+def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Indices of the rows of each call of vLLM, in order."""
+    batch: list[int] = []
     tokens = 0
     for index, row in enumerate(rows):
-        if together and tokens + len(row["input_ids"]) > TOKENS_AT_ONCE:
-            yield together
-            together, tokens = [], 0
-        together.append(index)
+        if batch and tokens + len(row["input_ids"]) > TOKENS_AT_ONCE:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(index)
         tokens += len(row["input_ids"])
-    if together:
-        yield together
+    if batch:
+        yield batch
 
 
 def _documents(row: Row) -> Iterator[list[int]]:
@@ -131,19 +131,19 @@ def _documents(row: Row) -> Iterator[list[int]]:
         start += length
 
 
-def _entries(answers: Any) -> Entries:
-    if not isinstance(answers, list):  # FlatLogprobs
-        counts = np.subtract(answers.end_indices, answers.start_indices)
-        return counts, np.array(answers.token_ids, np.int64), np.array(answers.logprobs, np.float32)
-    dictionaries = [answer or {} for answer in answers]
+def _entries(positions: Any) -> Entries:
+    if not isinstance(positions, list):  # FlatLogprobs
+        counts = np.subtract(positions.end_indices, positions.start_indices)
+        return counts, np.array(positions.token_ids, np.int64), np.array(positions.logprobs, np.float32)
+    dictionaries = [position or {} for position in positions]
     ids = np.fromiter(chain.from_iterable(dictionaries), np.int64)
-    logprobs = chain.from_iterable(answer.values() for answer in dictionaries)
-    counts = np.array([len(answer) for answer in dictionaries], np.int64)
+    logprobs = chain.from_iterable(position.values() for position in dictionaries)
+    counts = np.array([len(position) for position in dictionaries], np.int64)
     return counts, ids, np.fromiter((entry.logprob for entry in logprobs), np.float32, len(ids))
 
 
 def _likeliest(entries: Entries, k: int) -> SparseDistribution:
-    """A position's first entry is the prompt's own token. It may come again, as one of the likeliest."""
+    """A position's first entry is the prompt's own token, which may occur again as one of the likeliest."""
     counts, ids, logprobs = entries
     width = max(k, int(counts.max()))
     row = np.repeat(np.arange(len(counts)), counts)

@@ -2,16 +2,19 @@
 
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from distillkit.config.data import move_dataset_keys
 from distillkit.config.errors import UserError, did_you_mean, shown
 from distillkit.config.merging import merged
+from distillkit.config.section import Section
 from distillkit.config.tokens import BUDGETS, without_budget
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -86,6 +89,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(path, f"must hold keys and values (key: value), but is a {type(data).__name__}")
     return data
+
+
+def as_section(kind: type[AnySection], given: AnySection | Mapping[str, Any] | str | os.PathLike[str]) -> AnySection:
+    """A configuration in any form: parsed, the content of a YAML file, or its path. Raises `UserError`."""
+    if isinstance(given, kind):
+        return given
+    data = read_yaml(Path(given)) if isinstance(given, str | os.PathLike) else given
+    return kind.parse(data)
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

@@ -1,9 +1,9 @@
-"""Which tokens of a conversation the assistant says: what `dataset.assistant_only_loss` lets count.
+"""Which tokens of a conversation are the assistant's: those that count with `dataset.assistant_only_loss`.
 
-A chat template tells it by {% generation %} marks; for many models whose template has none, TRL has one with marks. Of
-any other template the text is compared turn by turn: what a turn of the assistant adds to the text before it, behind
-what prompts the model for it, is what the assistant says. The token that ends its turn is part of that, since the
-model must learn to stop; white space behind that token, which the model never has to write, is not.
+A chat template marks them by {% generation %}; for many models whose template has no marks, TRL has one that does. With
+any other template the text is compared turn by turn: the assistant's text is what its turn adds to the text before,
+after the header that prompts the model. The token that ends the turn belongs to it, because the model must learn to
+stop. White space after that token does not: the model never has to write it.
 """
 
 import logging
@@ -24,33 +24,34 @@ logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
 Encoder = Callable[[Messages, dict[str, Any]], tuple[list[int], list[bool]]]
-"""From messages, and options of the chat template (`tools` among them), to token ids and which the assistant says."""
+"""From messages and options of the chat template, such as `tools`, to token ids and the mask of the assistant's."""
 
 _QUESTION = [{"role": "user", "content": "?"}]
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template to use: the tokenizer's own (None), or one of TRL's that does the same and has marks."""
+    """The chat template to use: None for the tokenizer's own, or TRL's equivalent with marks."""
     if has_generation_markers(tokenizer.chat_template):
         return None
     try:
         template: str | None = get_training_chat_template(tokenizer)
-    except ValueError:  # TRL knows no other
+    except ValueError:  # TRL has no equivalent
         return None
     return template
 
 
 def assistant_encoder(tokenizer: PreTrainedTokenizerBase, template: str | None) -> Encoder:
-    """Encodes conversations with `template`, or the tokenizer's own; says which tokens the assistant says.
+    """Encodes conversations with `template`, or the tokenizer's own, and masks the assistant's tokens.
 
-    The encoder raises UserError for a template that does not tell, and what the template itself raises.
+    The encoder raises UserError for a template that does not separate the assistant's turns, and any error of the
+    template itself.
     """
 
     def by_marks(messages: Messages, options: dict[str, Any]) -> tuple[list[int], list[bool]]:
         encoded = tokenizer.apply_chat_template(
             messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True, **options
         )
-        return encoded["input_ids"], [bool(said) for said in encoded["assistant_masks"]]
+        return encoded["input_ids"], [bool(mask) for mask in encoded["assistant_masks"]]
 
     def by_turns(messages: Messages, options: dict[str, Any]) -> tuple[list[int], list[bool]]:
         def render(turns: Messages, **more: Any) -> str:
@@ -59,16 +60,16 @@ def assistant_encoder(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 
         text, spans = _spans_by_turns(messages, render, tuple(tokenizer.get_added_vocab()))
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        places = encoded["offset_mapping"]
-        said = [any(first < stop and start < end for first, end in spans) for start, stop in places]
-        return encoded["input_ids"], said
+        offsets = encoded["offset_mapping"]
+        mask = [any(first < stop and start < end for first, end in spans) for start, stop in offsets]
+        return encoded["input_ids"], mask
 
     if not has_generation_markers(tokenizer.chat_template if template is None else template):
         return by_turns
     if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
         logger.warning(
-            "dataset.assistant_only_loss: by the marks of the chat template, the token that ends a turn is not the "
-            "assistant's; the student may not learn to stop"
+            "dataset.assistant_only_loss: the chat template does not mark the end of a turn as the assistant's, "
+            "so the student may not learn to stop"
         )
     return by_marks
 
@@ -76,7 +77,7 @@ def assistant_encoder(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 def _spans_by_turns(
     messages: Messages, render: Callable[..., str], special_tokens: tuple[str, ...]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The whole text, and where in it (first character, end) the assistant speaks."""
+    """The whole text, and the spans (first character, end) of the assistant's text in it."""
     whole = render(messages)
     prompt = _header(render)
     spans = []
@@ -85,7 +86,7 @@ def _spans_by_turns(
             continue
         before = render(messages[:turn]) if turn else ""
         through = render(messages[: turn + 1])
-        # Before a first turn there may be a system prompt that the template brings itself.
+        # Before a first turn the template may insert a system prompt of its own.
         start = through.find(prompt, len(before))
         if (
             not whole.startswith(through)
@@ -95,20 +96,20 @@ def _spans_by_turns(
         ):
             raise UserError(
                 "dataset.assistant_only_loss",
-                "the tokenizer's chat template does not tell the assistant's words from "
-                "the others; give it a chat template with {% generation %} marks, or remove assistant_only_loss",
+                "the tokenizer's chat template does not separate the assistant's text from "
+                "the rest; give it a chat template with {% generation %} marks, or remove assistant_only_loss",
             )
-        said = through.rstrip()
-        spans.append((start + len(prompt), len(said if said.endswith(special_tokens) else through)))
+        stripped = through.rstrip()
+        spans.append((start + len(prompt), len(stripped if stripped.endswith(special_tokens) else through)))
     return whole, spans
 
 
 def _header(render: Callable[..., str]) -> str:
-    """What stands between a question and the assistant's words: what prompts the model for them."""
+    """The text between a question and the assistant's answer, which prompts the model."""
     question = render(_QUESTION)
     prompt = render(_QUESTION, add_generation_prompt=True).removeprefix(question)
     if prompt:
         return prompt
-    # Some templates take no notice of add_generation_prompt: there it is what all answers begin with.
+    # Some templates ignore add_generation_prompt: there the header is the common beginning of all answers.
     answers = [render([*_QUESTION, {"role": "assistant", "content": content}]) for content in ("A", "B")]
     return answers[0][: common_prefix_length(*answers)].removeprefix(question)

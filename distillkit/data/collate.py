@@ -1,6 +1,6 @@
-"""Rows to batches. Document boundaries travel in `position_ids` alone, which start from 0 at each document.
+"""Rows to batches. Document boundaries are in `position_ids` alone, which start from 0 at each document.
 
-transformers' attention masks and the layers of this package both find documents there. The padding at the end of a row
+Both transformers' attention masks and the layers of this package find documents there. The padding at the end of a row
 is a document of its own, so that no attention mask is needed, packed or not.
 """
 
@@ -24,7 +24,7 @@ def collate(
     """`input_ids`, `labels` and `position_ids` [batch, tokens] of rows as `build_dataset` makes them.
 
     sequence_length: tokens per row of the batch; by default those of its longest row.
-    signal_columns: columns of one list of numbers per token, to become [batch, tokens, width]; 0 in the padding.
+    signal_columns: columns with a list of numbers per token, which become [batch, tokens, width], with 0 as padding.
     """
     tokens = sequence_length or max(len(row["input_ids"]) for row in rows)
     shape = (len(rows), tokens)
@@ -36,7 +36,7 @@ def collate(
         input_ids[index, :length] = torch.as_tensor(row["input_ids"])
         labels[index, :length] = torch.as_tensor(row["labels"])
         documents = [*row["seq_lengths"], tokens - length]
-        position_ids[index] = torch.cat([torch.arange(documented) for documented in documents])
+        position_ids[index] = torch.cat([torch.arange(length) for length in documents])
     signals = {name: _padded([torch.as_tensor(row[name]) for row in rows], tokens) for name in signal_columns}
     return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, **signals}
 

@@ -1,4 +1,4 @@
-"""From `dataset` in the YAML to rows of tokens: read, shuffle, choose, tokenise, pack, keep."""
+"""From `dataset` in the YAML to rows of tokens: read, shuffle, select, tokenise, pack, keep."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ from distillkit.data.sources import load_source
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
-"""Of what is kept on disk; to be counted up when the same configuration gives other rows than before."""
+"""Version of the rows on disk, increased when the same configuration gives other rows than before."""
 
 _HELD_OUT_SEED = 42
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Everything but the source and the tokenizer that decides which rows come out."""
+    """Everything that decides the rows, besides source and tokenizer."""
 
     sequence_length: int
     seed: int | None
@@ -68,17 +68,17 @@ def build_dataset(
     - those of `signal_columns`, each a list of numbers per token.
 
     seed: of the order of documents and rows; None keeps that of the source (rows, by decreasing document length).
-    num_samples: so many rows of the source, after shuffling; all of them by default.
+    num_samples: number of rows of the source, after shuffling; all by default.
     packing: fill rows with several documents. Either way a document longer than a row is split, and none is lost.
     prepacked: rows are packed already (`input_ids`, perhaps `labels` and `seq_lengths`) and are kept as they are.
     eos_label_token_ids: token ids that become the EOS token in labels.
-    assistant_only_loss: rows are conversations, and only what the assistant says counts.
-    signal_columns: columns of tokenised rows with what a captured teacher says at each token.
+    assistant_only_loss: rows are conversations, and only the assistant's tokens count.
+    signal_columns: columns of tokenised rows with a captured teacher's outputs at each token.
     num_proc: processes that tokenise.
-    prepared_path: folder that keeps the rows; they are made anew when anything they depend on has changed.
+    prepared_path: folder that keeps the rows; they are prepared again when anything they depend on has changed.
     key: the key of the YAML that holds the source, for error messages.
 
-    Raises `UserError` for whatever is wrong with the source, its rows or the tokenizer.
+    Raises `UserError` for any problem with the source, its rows or the tokenizer.
     """
     row_format = RowFormat(text_field, completion_only_loss, tuple(eos_label_token_ids or ()), assistant_only_loss)
     preparation = Preparation(sequence_length, seed, num_samples, packing, prepacked, row_format, signal_columns)
@@ -106,20 +106,20 @@ def build_datasets(
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows, and held-out rows if there is a dataset of them.
 
-    evaluation_source: `evaluation.dataset`, which goes before `dataset.eval_dataset`.
-    signal_columns, eval_signal_columns: what a captured teacher says, in training and in held-out rows.
+    evaluation_source: `evaluation.dataset`, which takes precedence over `dataset.eval_dataset`.
+    signal_columns, eval_signal_columns: columns of a captured teacher's outputs in training and in held-out rows.
     """
     eval_key = "dataset.eval_dataset" if evaluation_source is None else "evaluation.dataset"
     eval_source = evaluation_source or config.eval_dataset
     # Phases and runs of other seeds are measured on the same rows.
     eval_seed = None if config.seed is None else _HELD_OUT_SEED
 
-    def talks(source: DatasetSource, key: str) -> bool:
-        """A student of conversations may be measured on texts, of which all counts."""
+    def is_conversational(source: DatasetSource, key: str) -> bool:
+        """A student of conversations may be measured on texts, in which every token counts."""
         return holds_conversations(load_source(source, key), config.dataset_text_field, key)
 
     def is_tokenised(source: DatasetSource, key: str) -> bool:
-        """A student of packed rows may be measured on texts, which get packed."""
+        """A student of packed rows may be measured on texts, which are packed here."""
         return "input_ids" in load_source(source, key).column_names
 
     def build(source: DatasetSource, num_samples: int | None, name: str, key: str) -> Dataset:
@@ -135,7 +135,7 @@ def build_datasets(
             text_field=config.dataset_text_field,
             completion_only_loss=config.completion_only_loss,
             eos_label_token_ids=config.eos_label_token_ids,
-            assistant_only_loss=config.assistant_only_loss and (name == "train" or talks(source, key)),
+            assistant_only_loss=config.assistant_only_loss and (name == "train" or is_conversational(source, key)),
             signal_columns=signal_columns if name == "train" else eval_signal_columns,
             num_proc=config.dataset_num_proc,
             prepared_path=folder,
@@ -158,10 +158,10 @@ def _prepare(
     rows = load_source(source, key)
     seed, sequence_length, signals = preparation.seed, preparation.sequence_length, list(preparation.signal_columns)
     with _temporary_files():
-        # A captured teacher's word is large: it is chosen from last of all, when that no longer copies it.
-        rows = aligned_rows(rows, signals, key) if signals else _chosen(rows, preparation)
+        # A captured teacher's outputs are large: rows are selected last of all, when that no longer copies them.
+        rows = aligned_rows(rows, signals, key) if signals else _selected(rows, preparation)
         if preparation.prepacked and "input_ids" not in rows.column_names:
-            raise UserError(key, "has no column input_ids; remove prepacked, and rows are tokenised and packed")
+            raise UserError(key, "has no column input_ids; remove prepacked, so that rows are tokenised and packed")
         documents = tokenize_rows(rows, tokenizer, preparation.row_format, num_proc=num_proc, key=key)
         if len(documents) == 0:
             raise UserError(key, "has only empty rows")
@@ -170,16 +170,16 @@ def _prepare(
         if preparation.prepacked:
             boundaries = rows.select_columns("seq_lengths") if "seq_lengths" in rows.column_names else None
             kept = keep_rows(documents, boundaries, sequence_length, key)
-            return _chosen(kept, preparation) if signals else kept
+            return _selected(kept, preparation) if signals else kept
         refuse_packed_rows(rows, key)
         if signals:
-            documents = _chosen(documents, preparation)
+            documents = _selected(documents, preparation)
         packed = (pack_documents if preparation.packing else split_documents)(documents, sequence_length)
-        # Packing sorts by length; the first rows must be as good a sample as any.
+        # Packing sorts by length; without a shuffle the first rows would be no fair sample.
         return packed if seed is None else packed.shuffle(seed=seed)
 
 
-def _chosen(rows: Dataset, preparation: Preparation) -> Dataset:
+def _selected(rows: Dataset, preparation: Preparation) -> Dataset:
     if preparation.seed is not None:
         rows = rows.shuffle(seed=preparation.seed)
     if preparation.num_samples is not None:
@@ -189,9 +189,9 @@ def _chosen(rows: Dataset, preparation: Preparation) -> Dataset:
 
 @contextmanager
 def _temporary_files() -> Iterator[None]:
-    """Within it, the datasets library keeps what it computes in temporary files.
+    """Inside, the datasets library caches in temporary files.
 
-    Otherwise it writes next to the files that a dataset was read from, which is the user's folder.
+    Otherwise it would write into the user's folder, next to the files of a dataset.
     """
     enabled = datasets.is_caching_enabled()
     datasets.disable_caching()
@@ -203,7 +203,7 @@ def _temporary_files() -> Iterator[None]:
 
 
 def _made_from(source: DatasetSource, tokenizer: PreTrainedTokenizerBase, preparation: Preparation) -> dict[str, Any]:
-    """What rows depend on, as JSON gives it back."""
+    """Everything that rows depend on, as it is after a round trip through JSON."""
     made_from = {
         "version": _VERSION,
         "source": source.model_dump(),
@@ -216,18 +216,18 @@ def _made_from(source: DatasetSource, tokenizer: PreTrainedTokenizerBase, prepar
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of which token each id is: equal where what one tokenizer made means the same to the other.
+    """SHA-256 of the mapping from tokens to ids: equal for tokenizers whose ids mean the same tokens.
 
-    How a text is cut into tokens, and the chat template, do not matter to ids that are there already.
+    How a text is split into tokens, and the chat template, do not matter for ids that exist already.
     """
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _text_to_ids_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of everything about a tokenizer that tells which ids a text gets."""
+    """SHA-256 of everything in a tokenizer that decides the ids of a text."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}  # what the last call left
+        state |= {"truncation": None, "padding": None}  # the state of the last call
     else:
         state = sorted(tokenizer.get_vocab().items())
     state = json.dumps([state, tokenizer.chat_template, tokenizer.eos_token_id])

@@ -2,10 +2,10 @@
 
 Packing is TRL's best-fit decreasing (Ding et al., Fewer Truncations Improve Language Modeling, 2024, arXiv 2404.10830),
 with documents longer than a row split into pieces. The first token of a document, or piece of one, has no context in
-its row, so it is nobody's target: its label is -100. What remains are exactly the tokens that are predicted.
+its row, so it is not predicted: its label is -100. All other tokens are predicted.
 
-Documents may have further columns of one list entry per token (a captured teacher's word on it). They go wherever
-their tokens go, and are moved as buffers of Arrow, for they are a hundred times as large as the tokens.
+Documents may have further columns with one list entry per token (a captured teacher's outputs). They move with their
+tokens, as buffers of Arrow, because they are a hundred times as large as the tokens.
 """
 
 import numpy as np
@@ -22,12 +22,12 @@ ROW_FEATURES = Features({**DOCUMENT_FEATURES, "seq_lengths": List(Value("int32")
 
 _TOKENS_PACKED_AT_ONCE = 2**24
 _VALUES_MOVED_AT_ONCE = 2**28
-_MOST_VALUES = 2**31 - 1  # of one column in one batch, for its lists are counted by 32-bit integers
+_MOST_VALUES = 2**31 - 1  # of a column in a batch: 32-bit integers count its lists
 
 
 def pack_documents(documents: Dataset, sequence_length: int) -> Dataset:
     """Several documents per row, in columns `input_ids`, `labels`, `seq_lengths` and any further ones."""
-    at_once = max(_TOKENS_PACKED_AT_ONCE, 64 * sequence_length)  # so many that a few rows left unfilled do not count
+    at_once = max(_TOKENS_PACKED_AT_ONCE, 64 * sequence_length)  # enough that a few unfilled rows do not matter
     if (width := _values_per_token(documents)) > 1:
         at_once = max(_VALUES_MOVED_AT_ONCE // width, 64 * sequence_length)
     map_kwargs = {"batch_size": _batch_size(documents, at_once), "desc": "packing"}
@@ -84,7 +84,7 @@ def keep_rows(rows: Dataset, boundaries: Dataset | None, sequence_length: int, k
 
 
 def refuse_packed_rows(rows: Dataset, key: str) -> None:
-    """Raises `UserError` where a row of tokens holds several documents, which would be taken for one."""
+    """Raises `UserError` where a row of tokens holds several documents, which would be read as one."""
     if not {"input_ids", "seq_lengths"} <= set(rows.column_names):
         return
     start = 0
@@ -93,7 +93,7 @@ def refuse_packed_rows(rows: Dataset, key: str) -> None:
         if len(several):
             raise UserError(
                 key,
-                f"row {start + int(several[0])} holds several documents; set dataset.prepacked: true, and rows "
+                f"row {start + int(several[0])} holds several documents; set dataset.prepacked: true, so that rows "
                 "stay as they are",
             )
         start += len(batch)
@@ -106,7 +106,7 @@ def count_tokens(rows: Dataset) -> int:
 
 
 def piece_lengths(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Of documents that are split: each piece is as long as a row, but for the last of each document."""
+    """Lengths of the pieces of documents: each is as long as a row, except the last of each document."""
     pieces = -(-lengths // sequence_length)
     split = np.full(pieces.sum(), sequence_length)
     split[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * sequence_length
@@ -132,7 +132,7 @@ def _single_documents(lengths: np.ndarray) -> pa.ListArray:
 
 
 def _values_per_token(documents: Dataset) -> int:
-    """Of the column with the most of them; 1 where a token is all there is."""
+    """Values per token of the widest further column; 1 where there are only tokens."""
     further = documents.remove_columns(list(DOCUMENT_FEATURES))
     if not further.column_names:
         return 1
@@ -141,7 +141,7 @@ def _values_per_token(documents: Dataset) -> int:
 
 
 def _batch_size(documents: Dataset, tokens: int) -> int:
-    """Documents that have about so many tokens; with further columns, surely no more values than a batch can hold."""
+    """Number of documents with about `tokens` tokens; with further columns, never more values than a batch can hold."""
     wanted = max(1, len(documents) * tokens // count_tokens(documents))
     width = _values_per_token(documents)
     if width == 1:
@@ -152,7 +152,7 @@ def _batch_size(documents: Dataset, tokens: int) -> int:
 
 
 def _mask_first_tokens(rows: Dataset) -> Dataset:
-    """The label of each document's first token becomes -100. The other columns are not touched, nor copied."""
+    """The label of each document's first token becomes -100. The other columns are not copied."""
 
     def mask(table: pa.Table) -> pa.Table:
         lengths = pa.concat_arrays(table["seq_lengths"].chunks).flatten().to_numpy()

@@ -1,8 +1,8 @@
 """Rows of text, conversations or tokens become documents: `input_ids`, and `labels` that are -100 where no loss counts.
 
 The formats and their handling are those of TRL's SFT trainer: chat templates are applied by TRL's functions, a text
-ends with one EOS token, of prompt and completion only the completion counts. `data.assistant` tells the assistant's
-part of a conversation. Rows of tokens are read as buffers of Arrow, for there may be billions of them.
+ends with one EOS token, and of prompt and completion only the completion counts. `data.assistant` finds the assistant's
+part of a conversation. Rows of tokens are read as buffers of Arrow, because there may be billions of them.
 """
 
 import json
@@ -44,7 +44,7 @@ Batch = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows are read: the parts of the configuration of a dataset that bear on single rows."""
+    """How a row is read: the part of a dataset's configuration that concerns single rows."""
 
     text_field: str = "text"
     completion_only_loss: bool | None = None
@@ -55,16 +55,16 @@ class RowFormat:
 def tokenize_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, *, num_proc: int | None, key: str
 ) -> Dataset:
-    """One document per row, whole however long it is, in columns `input_ids` and `labels`; empty ones are left out.
+    """One document per row, of any length, in columns `input_ids` and `labels`; empty ones are dropped.
 
-    Raises `UserError` for columns that are none of those accepted, and for rows that do not fit their column.
+    Raises `UserError` where no column is an accepted one, and for rows that do not fit their column.
     """
     column = _content_column(rows.column_names, row_format.text_field, key)
     if row_format.assistant_only_loss and not holds_conversations(rows, row_format.text_field, key):
         raise UserError(
             key,
-            f"column {column} holds no conversations, so dataset.assistant_only_loss cannot tell the "
-            "assistant's part of it; remove assistant_only_loss, or name conversations",
+            f"column {column} holds no conversations, so dataset.assistant_only_loss has no effect on it; "
+            "remove assistant_only_loss, or name a dataset of conversations",
         )
     if row_format.completion_only_loss and column != "prompt":
         logger.warning("%s: has no prompt and completion; dataset.completion_only_loss has no effect on it", key)
@@ -97,19 +97,19 @@ def tokenize_rows(
         desc="tokenising",
     )
     if row_format.assistant_only_loss and len(documents) < len(rows):
-        _tell_of_silence(len(rows) - len(documents), len(rows), key)
+        _warn_of_silent_assistant(len(rows) - len(documents), len(rows), key)
     return documents.with_format(None)
 
 
-def _tell_of_silence(silent: int, rows: int, key: str) -> None:
-    """What `assistant_only_loss` leaves out. Raises `UserError` where that is everything."""
+def _warn_of_silent_assistant(silent: int, rows: int, key: str) -> None:
+    """Warns of conversations without a token of the assistant's. Raises `UserError` where there are no others."""
     if silent == rows:
         raise UserError(
             key,
-            "in none of its conversations the assistant says anything, so nothing would count; name others, "
+            "no conversation has text of the assistant, so no token would count; name another dataset, "
             "or remove dataset.assistant_only_loss",
         )
-    logger.warning("%s: %d of %d conversations are left out: the assistant says nothing in them", key, silent, rows)
+    logger.warning("%s: %d of %d conversations are left out: they have no text of the assistant", key, silent, rows)
 
 
 def _check_eos_labels(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -117,7 +117,7 @@ def _check_eos_labels(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBa
         if not 0 <= token_id < len(tokenizer):
             raise UserError(
                 f"dataset.eos_label_token_ids[{position}]",
-                f"there is no token {token_id}; the tokenizer has {len(tokenizer)}, counted from 0",
+                f"there is no token {token_id}; the tokenizer's ids are 0 to {len(tokenizer) - 1}",
             )
 
 
@@ -131,11 +131,11 @@ Document = tuple[list[int], list[int]]
 """`input_ids` and `labels`."""
 Reader = Callable[[Batch], list[Document]]
 Flat = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Where each of several documents starts and the last ends, then the `input_ids` and `labels` of all of them."""
+"""Offsets at which documents start and the last one ends, then the `input_ids` and `labels` of all of them."""
 
 
 def _content_column(columns: Sequence[str], text_field: str, key: str) -> str:
-    """The column that holds the documents; tokens before text, text before conversations."""
+    """The column that holds the documents; tokens take precedence over text, text over conversations."""
     for name in ("input_ids", text_field, "messages", "conversations"):
         if name in columns:
             return name
@@ -181,7 +181,7 @@ def _read_documents(reader: Reader, batch: Batch) -> Flat:
 
 
 def _read_tokens(table: pa.Table, vocabulary: int, key: str) -> Flat:
-    """Tokens as they are, without padding; a row without labels has its tokens for labels."""
+    """Tokens as they are, without padding; where a row has no labels, its tokens are the labels."""
     lengths, values = list_entries(table["input_ids"])
     input_ids = labels = _checked_tokens(values, "input_ids", 0, vocabulary, key)
     offsets = running_sums(lengths)
@@ -191,7 +191,7 @@ def _read_tokens(table: pa.Table, vocabulary: int, key: str) -> Flat:
         wrong = np.flatnonzero((counts != 0) & (counts != lengths))
         if len(wrong):
             found = f"{lengths[wrong[0]]} input_ids and {counts[wrong[0]]} labels"
-            raise UserError(key, f"a row has {found}; they must be as many")
+            raise UserError(key, f"a row has {found}; both must have the same length")
         labels = input_ids.copy()
         labels[np.repeat(counts != 0, lengths)] = given
     if "attention_mask" in table.column_names:
@@ -209,14 +209,14 @@ def _read_tokens(table: pa.Table, vocabulary: int, key: str) -> Flat:
 
 
 def list_entries(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """Lengths of all lists of a column, 0 where there is none, and their entries one after the other."""
+    """Lengths of all lists of a column, 0 for a missing one, and the entries of all lists."""
     lists = pa.concat_arrays(column.chunks)
     lists = lists.cast(pa.list_(pa.int32())) if pa.types.is_null(lists.type) else lists
     return pc.list_value_length(lists).fill_null(0).to_numpy(), lists.flatten()
 
 
 def running_sums(numbers: np.ndarray) -> np.ndarray:
-    """Of the first none, one, two ... and all of the numbers; of lengths, where each list starts and the last ends."""
+    """Sums of the first 0, 1, 2 ... and all numbers; of lengths, the offsets where lists start and the last ends."""
     return np.concatenate([[0], np.cumsum(numbers)])
 
 
@@ -226,7 +226,7 @@ def _checked_tokens(values: pa.Array, name: str, lowest: int, vocabulary: int, k
     if len(strange):
         raise UserError(
             key,
-            f"{name} holds token {strange[0]}, but the tokenizer has {vocabulary}; "
+            f"{name} holds token {strange[0]}, but the tokenizer has {vocabulary} tokens; "
             "the rows were made with another tokenizer",
         )
     return values.cast(pa.int32()).to_numpy()
@@ -235,7 +235,7 @@ def _checked_tokens(values: pa.Array, name: str, lowest: int, vocabulary: int, k
 def _read_completions(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, completion_only: bool, key: str
 ) -> list[Document]:
-    """Prompts followed by their completions; a prompt ends where its own tokens and those of the whole differ."""
+    """Prompts and completions. A prompt ends where its tokens, encoded alone, differ from those of the whole."""
     if not rows:
         return []
     conversational = is_conversational(rows[0])
@@ -255,25 +255,25 @@ def _read_completions(
 
 
 def _assistant_reader(column: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool, key: str) -> Reader:
-    """Only what the assistant says counts; of prompt and completion only what it says in the completion.
+    """Only the assistant's tokens count; of prompt and completion only those in the completion.
 
-    A conversation in which it says nothing is an empty document.
+    A conversation without any is an empty document.
     """
     _require_chat_template(tokenizer, key)
     template = training_template(tokenizer)
     encode = assistant_encoder(tokenizer, template)
 
     def read(row: dict[str, Any]) -> Document:
-        with _told_of_conversations(key):
+        with _template_errors(key):
             row, tools = _conversation(row)
             options = {"tools": tools or None, **row.get("chat_template_kwargs", {})}
             messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-            input_ids, said = encode(messages, options)
+            input_ids, mask = encode(messages, options)
             start = 0
             if "prompt" in row and completion_only:
                 prompt = apply_chat_template(row, tokenizer, tools, chat_template=template)["prompt"]
                 start = common_prefix_length(tokenizer(prompt, add_special_tokens=False).input_ids, input_ids)
-        counted = [index >= start and each for index, each in enumerate(said)]
+        counted = [index >= start and each for index, each in enumerate(mask)]
         if not any(counted):
             return [], []
         return input_ids, [token if each else IGNORED_LABEL for token, each in zip(input_ids, counted, strict=True)]
@@ -287,7 +287,7 @@ def _assistant_reader(column: str, tokenizer: PreTrainedTokenizerBase, completio
 def _render(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -> dict[str, str]:
     """A conversation as text: `text`, or `prompt` and `completion`."""
     _require_chat_template(tokenizer, key)
-    with _told_of_conversations(key):
+    with _template_errors(key):
         row, tools = _conversation(row)
         rendered: dict[str, str] = apply_chat_template(row, tokenizer, tools)
     return rendered
@@ -296,12 +296,14 @@ def _render(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -
 def _require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
-            key, "holds conversations but the tokenizer has no chat template; use a model that has one, or texts"
+            key,
+            "holds conversations, but the tokenizer has no chat template; use a model that has one, or texts",
         )
 
 
 @contextmanager
-def _told_of_conversations(key: str) -> Iterator[None]:
+def _template_errors(key: str) -> Iterator[None]:
+    """Raises `UserError` for whatever a chat template or TRL's functions raise."""
     try:
         yield
     except UserError:
@@ -322,13 +324,13 @@ def _conversation(row: dict[str, Any]) -> tuple[dict[str, Any], list[Any] | None
 
 
 def _clean_message(message: dict[str, Any]) -> dict[str, Any]:
-    """Roles by their usual names, without the empty fields that a table adds because other rows have them."""
+    """Usual names of roles, without the empty fields that a table adds because other rows have them."""
     message = {name: value for name, value in message.items() if value is not None}
     return {**message, "role": _ROLES.get(message["role"], message["role"])}
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, key: str, *, complete: bool) -> list[list[int]]:
-    """Token ids. A complete document gets the tokenizer's special tokens and ends with EOS, once."""
+    """Token ids. A complete document gets the tokenizer's special tokens and ends with one EOS."""
     if not texts:
         return []
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=complete, verbose=False).input_ids

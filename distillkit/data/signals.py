@@ -1,7 +1,7 @@
-"""Rows that carry a captured teacher's word: in each of a codec's columns, one list of numbers per token.
+"""Rows with a captured teacher's outputs: in each of a codec's columns, one list of numbers per token.
 
-There are hundreds of bytes of it per token, so it is looked at, repaired and read as buffers of Arrow; as Python
-numbers a single batch would take seconds.
+These are hundreds of bytes per token, so they are checked, repaired and read as buffers of Arrow; as Python numbers a
+single batch would take seconds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,18 +23,18 @@ _PER_TOKEN = ("input_ids", "labels", "attention_mask")
 
 
 def aligned_rows(rows: Dataset, columns: Sequence[str], key: str) -> Dataset:
-    """Rows with as many entries in each of `columns` as tokens, without padding and without empty rows.
+    """Rows with one entry per token in each of `columns`, without padding and without empty rows.
 
-    The last token of a row may lack its entry, as in datasets published by others: it is a word about a token that is
-    not there. Rows that need no repair are not copied.
+    The last token of a row may lack its entry, as in datasets published by others: it would predict a token that is not
+    in the row. Rows that need no repair are not copied.
 
-    Raises `UserError` for a column that is not there, and for a row whose columns differ in length.
+    Raises `UserError` for a missing column, and for a row whose columns differ in length.
     """
     missing = [name for name in ("input_ids", *columns) if name not in rows.column_names]
     if missing:
         raise UserError(
             key,
-            f"has no column {' or '.join(missing)}, needed to learn from a captured teacher; "
+            f"has no column {' or '.join(missing)}, which a captured teacher needs; "
             f"its columns are {', '.join(rows.column_names)}",
         )
     present = [name for name in (*_PER_TOKEN, "seq_lengths") if name in rows.column_names]
@@ -75,7 +75,7 @@ class TensorRows(TorchDataset[dict[str, Any]]):
 
 
 def _is_whole(table: pa.Table, columns: Sequence[str], start: int, key: str) -> bool:
-    """Whether nothing is to be repaired. Raises `UserError` for what cannot be."""
+    """Whether no row needs repair. Raises `UserError` for a row that cannot be repaired."""
     lengths = list_lengths(table["input_ids"])
     whole = bool(lengths.all())
     for name in (name for name in table.column_names if name not in ("input_ids", "seq_lengths")):
@@ -86,14 +86,14 @@ def _is_whole(table: pa.Table, columns: Sequence[str], start: int, key: str) -> 
             raise UserError(
                 key,
                 f"row {start + row} has {lengths[row]} input_ids and {entries[row]} entries in {name}; "
-                "they must be as many",
+                "both must have the same number",
             )
         whole = whole and bool((entries == lengths).all())
     return whole and ("attention_mask" not in table.column_names or bool(_numbers(table["attention_mask"]).all()))
 
 
 def _repaired(table: pa.Table, widths: Mapping[str, int]) -> pa.Table:
-    """The tokens that `attention_mask` shows, each with an entry; what is missing is filled with zeros."""
+    """The tokens that `attention_mask` shows, each with an entry; missing entries are zeros."""
     lengths = list_lengths(table["input_ids"])
     row = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -119,12 +119,12 @@ def _repaired(table: pa.Table, widths: Mapping[str, int]) -> pa.Table:
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Of all lists, 0 where there is none; what is in them is not touched."""
+    """Lengths of all lists of a column, 0 for a missing one; their entries are not read."""
     return pc.list_value_length(column).fill_null(0).to_numpy()
 
 
 def _width(column: pa.ChunkedArray) -> int:
-    """Numbers per token; 0 where there is no token to tell."""
+    """Numbers per token; 0 where the column has no token."""
     return next((len(chunk.flatten()[0]) for chunk in column.chunks if len(chunk.flatten())), 0)
 
 

@@ -1,7 +1,7 @@
-"""Rows as they come: a dataset of the hub, a folder of `save_to_disk`, or files. Which columns they have is seen later.
+"""Rows as they are stored: a dataset of the hub, a folder of `save_to_disk`, or files. Columns are checked later.
 
-Splits and parts of splits (`train[:1000]`) work alike for all of them. Nothing is written beside the user's files; what
-the datasets library converts goes into its own cache.
+Splits and parts of splits (`train[:1000]`) work for all of them. Nothing is written beside the user's files; the
+datasets library converts files in its own cache.
 """
 
 import glob
@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetsError
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError
 from distillkit.shards import read_manifest
+from distillkit.shards.names import PLAN, SHARD
 
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
@@ -24,19 +25,19 @@ def load_source(source: DatasetSource, key: str = "dataset") -> Dataset:
 
     key: the key of the YAML that holds the source, for error messages.
 
-    Raises `UserError` where there is nothing to read, or no such split.
+    Raises `UserError` for a source without rows, and for an unknown split.
     """
     named = source.disk_path or source.repo_id or ""
     local = source.disk_path is not None or os.path.exists(named)
     where = f"{key}.{'disk_path' if source.disk_path is not None else 'repo_id'}: cannot read {named!r}"
     try:
         splits = _local_splits(named, where) if local else _hub_splits(source)
-    except (StopIteration, IndexError) as error:  # how the datasets library meets files and folders without rows
+    except (StopIteration, IndexError) as error:  # what the datasets library raises for files without rows
         raise UserError(where, "it has no rows") from error
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(where, f"{reason}") from error
+        raise UserError(where, reason) from error
     rows = _choose_split(splits, source.split, named, f"{key}.split")
     if len(rows) == 0:
         raise UserError(where, "it has no rows")
@@ -44,7 +45,7 @@ def load_source(source: DatasetSource, key: str = "dataset") -> Dataset:
 
 
 def local_files(path: str) -> list[str]:
-    """The data files behind `disk_path`, sorted: itself, what is in the folder, or what matches the pattern."""
+    """The data files of `disk_path`, sorted: the file itself, those in the folder, or those that match the pattern."""
     if os.path.isdir(path):
         found = glob.iglob(os.path.join(glob.escape(path), "**"), recursive=True)
         return sorted(name for name in found if os.path.isfile(name))
@@ -65,8 +66,8 @@ def _local_splits(path: str, where: str) -> DatasetDict:
     if os.path.isdir(path) and (manifest := read_manifest(Path(path))) is not None:  # a captured dataset
         shards = [os.path.join(path, shard.file) for shard in manifest.shards]
         return datasets.load_dataset("parquet", data_files={"train": shards})
-    if os.path.isfile(os.path.join(path, "plan.json")) and glob.glob(os.path.join(glob.escape(path), "shard-*")):
-        raise UserError(where, "its capture is not finished; the same distillkit capture goes on with it")
+    if os.path.isfile(os.path.join(path, PLAN)) and glob.glob(os.path.join(glob.escape(path), f"{SHARD}*")):
+        raise UserError(where, "its capture is not finished; run the same distillkit capture again to complete it")
     files = local_files(path)
     if not files:
         raise UserError(where, "there is no such file or folder, or it is empty")
@@ -77,7 +78,7 @@ def _local_splits(path: str, where: str) -> DatasetDict:
     if len(kinds) > 1:
         raise UserError(where, f"it holds {' and '.join(kinds)} files; name one kind by a pattern such as {path}/*.txt")
     options = {"sample_by": "document"} if kinds == ["text"] else {}  # a file is a document, not each of its lines
-    if os.path.isdir(path):  # file names tell the splits, as in a dataset of the hub
+    if os.path.isdir(path):  # splits by file names, as in a dataset of the hub
         return datasets.load_dataset(path, **options)
     return datasets.load_dataset(kinds[0], data_files={"train": data_files}, **options)
 

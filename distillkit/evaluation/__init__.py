@@ -1,4 +1,4 @@
-"""How far a student is from its teacher, what each of them can do and at what price, and what a student writes."""
+"""Divergence of a student from its teacher, benchmarks, long-context retrieval, speed, and samples of text."""
 
 from distillkit.evaluation.divergence import Divergence as Divergence
 from distillkit.evaluation.divergence import measure_divergence as measure_divergence

@@ -1,7 +1,7 @@
-"""Tasks of the LM Evaluation Harness, through its Python API: the scores are those of its own command.
+"""Tasks of the LM Evaluation Harness, by its Python API; the scores equal those of its own command.
 
-lm-eval is an optional dependency. A task is found by its name among lm-eval's own and in folders that the user names;
-a local one needs no network.
+lm-eval is an optional dependency. A task is looked up by name among lm-eval's own and in folders that the user names; a
+local one needs no network.
 """
 
 import io
@@ -26,14 +26,14 @@ def run_benchmark(
     *,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of a task, or of each task of a group and of the group where it has scores of its own.
+    """Scores of a task, or of each task of a group and, where it has scores of its own, of the group.
 
     Args:
         task: name of a task, a group or a tag, or the path of a task's YAML.
         limit: samples of each task; all by default.
 
-    Returns: by name, `metrics` (by name, and filter where there are several: `value`, `standard_error` or None),
-        `samples`, `version`, and `higher_is_better` by the same names as `metrics` (None where the task does not say).
+    Returns: by name of the task, `metrics` (by name, and filter where there are several: `value`, `standard_error` or
+        None), `samples`, `version`, and `higher_is_better` by the same names as `metrics` (None where it is unknown).
 
     Raises:
         UserError: lm-eval is not installed, a folder of `include_path` does not exist, or there is no such task.
@@ -69,21 +69,21 @@ def run_benchmark(
 
 
 def _without_bars() -> AbstractContextManager[object]:
-    """On a terminal the evaluation has a bar of its own, which lm-eval's, written to stderr, would tear apart."""
+    """lm-eval writes progress bars to stderr, which on a terminal would break the bar of the evaluation."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return redirect_stderr(io.StringIO()) if sys.stderr.isatty() else nullcontext()
 
 
 @cache
 def _known_tasks(include_path: tuple[str, ...]) -> Any:
-    """lm-eval's tasks and those in the folders; its index of some 15,000 takes seconds to make."""
+    """lm-eval's tasks and those in the folders. Indexing its 15,000 tasks takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(include_path))
 
 
 def _scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of lm-eval's results what a report needs, for everything that has a score."""
+    """The part of lm-eval's results that a report needs, for everything that has a score."""
     scores = {}
     for name, row in results["results"].items():
         metrics, better = {}, {}
@@ -92,12 +92,12 @@ def _scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
             if not separator or metric.endswith("_stderr"):
                 continue
             error = row.get(f"{metric}_stderr,{filtered}")
-            shown = metric if filtered == "none" else key
-            metrics[shown] = {
+            label = metric if filtered == "none" else key
+            metrics[label] = {
                 "value": float(value),
                 "standard_error": None if error is None or isinstance(error, str) else float(error),
             }
-            better[shown] = results["higher_is_better"].get(name, {}).get(metric)
+            better[label] = results["higher_is_better"].get(name, {}).get(metric)
         if metrics:
             scores[name] = {
                 "metrics": metrics,

@@ -1,8 +1,8 @@
 """A student's and its teacher's distributions over the same tokens, a chunk of tokens at a time.
 
-Logits of both exist for one chunk, so neither the length of the sequences nor the size of the vocabulary matters. The
-tokens are those that training would count: every token of a document but its first. Every measure of divergence
-reads its numbers from these chunks.
+Logits of both exist for one chunk only, so memory does not depend on the length of the sequences. The tokens are those
+that training would count: every token of a document but its first. Every measure of divergence is computed from these
+chunks.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A student and its teacher; without a teacher the student alone is measured.
+    """A student and its teacher; without a teacher only the student is measured.
 
-    vocabulary_size: columns that both models' heads are cut to, where they are padded differently.
+    vocabulary_size: columns to which both models' logits are cut, where the heads are padded differently.
     student_autocast: dtype of the student's matrix products, where its parameters are float32 masters.
     chunk_tokens: tokens whose logits exist at once; by default as many as fit in 256 MiB.
     layers: indices of the hidden states that are compared, the last one before the final norm.
@@ -55,11 +55,11 @@ class ModelPair:
 
     @property
     def device(self) -> torch.device:
-        """Where batches are read."""
+        """Device of the batches."""
         return next(self.student.parameters()).device
 
     def outputs(self, batch: Mapping[str, Tensor], rows: Int[Tensor, " rows"]) -> PairOutputs:
-        """Of both models, at the given rows of the flattened batch, which is on `device`."""
+        """Outputs of both models at `rows` of the flattened batch, which is on `device`."""
         signal = None
         if self.teacher is not None:
             signal = self.teacher.signal(batch, SignalRequest(hidden_states=self.layers, final_norm=False))
@@ -99,9 +99,9 @@ class ModelPair:
 
 @dataclass(frozen=True)
 class PairOutputs:
-    """The chunks of a batch's rows, and for each layer the student's and the teacher's hidden states there.
+    """Chunks of the distributions at some rows of a batch, and for each layer both models' hidden states there.
 
-    Both are computed as they are read.
+    Both are computed while they are iterated over.
     """
 
     chunks: Iterator[Chunk]
@@ -111,7 +111,7 @@ class PairOutputs:
 def counted_batches(
     batches: Iterable[Mapping[str, Tensor]], num_tokens: int, device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], Int[Tensor, " rows"]]]:
-    """Batches on the device, and the rows of each that count, until there are `num_tokens` of these."""
+    """Batches on the device with the indices of their counted rows, until there are `num_tokens` of these."""
     left = num_tokens
     for batch in batches:
         rows = counted_rows(batch["labels"])[:left]

@@ -1,9 +1,9 @@
-"""How far a student is from its teacher on held-out text, as a run measures it: cheap, and of any kind of teacher.
+"""The divergence of a student from its teacher on held-out text, as a run measures it: cheap, and for any teacher.
 
-`distillkit evaluate` measures more of it (`evaluation.comparison`), from the same chunks.
+`distillkit evaluate` measures more (`evaluation.comparison`), from the same chunks.
 
-Of a captured teacher only what was stored is known. The divergence from it is over the stored tokens and one column
-for all others together, which is never more than the divergence from the whole; the teacher's perplexity is not known.
+A captured teacher has only its stored tokens. Its divergence is computed over these and one column for all other tokens
+together, and is never more than that from the whole distribution. Its perplexity is unknown.
 """
 
 import math
@@ -20,15 +20,16 @@ from transformers import PreTrainedModel
 from distillkit.config import UserError
 from distillkit.distribution import DenseDistribution, Distribution, at_least_float32
 from distillkit.evaluation.chunks import ModelPair, counted_batches
+from distillkit.formatting import number_text
 from distillkit.losses.divergences import kl
 from distillkit.teacher import Teacher
 
-NOTHING_TO_MEASURE = "no token to measure on: the held-out text is empty, or every document in it has one token"
+NOTHING_TO_MEASURE = "the held-out text has no token to measure: it is empty, or every document in it has one token"
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Averages over `tokens` predicted tokens, at temperature 1; None where the teacher's word on them is not known."""
+    """Means over `tokens` predicted tokens, at temperature 1; None where the teacher's distribution is unknown."""
 
     kl: float | None
     """KL(teacher ‖ student), nats per token."""
@@ -39,7 +40,7 @@ class Divergence:
     tokens: int
 
     def as_metrics(self) -> dict[str, float]:
-        """The numbers that are known, by name, for trackers."""
+        """The known numbers by name, for trackers."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -57,11 +58,11 @@ def measure_divergence(
     """Measure the student against the teacher on the first `num_tokens` counted tokens of `batches`.
 
     Args:
-        teacher: where it is captured, the batches have its columns; None: only the student's perplexity is measured.
-        student: a causal language model, in whatever dtype it is.
+        teacher: for a captured one, batches have its columns; None: only the student's perplexity is measured.
+        student: a causal language model of any dtype.
         batches: with `input_ids`, `position_ids` (starting again at each document) and `labels` (-100: not counted,
             among them each document's first token), each [batch, tokens].
-        vocabulary_size: columns that both models' heads are cut to, where they are padded differently.
+        vocabulary_size: columns to which both models' logits are cut, where the heads are padded differently.
         student_autocast: dtype of the student's matrix products, where its parameters are float32 masters.
         chunk_tokens: tokens whose logits exist at once; by default as many as fit in 256 MiB.
 
@@ -104,7 +105,7 @@ def _chunk_totals(
     else:
         likeliest = teacher.top_k(1).ids.squeeze(-1)
     agree = (likeliest == logits.argmax(-1)).to(per_token.dtype)
-    # Of logits that are no numbers, argmax names one and the same column.
+    # For NaN logits argmax returns the same column for both models.
     return {**totals, "kl": per_token.sum(), "agreement": agree.masked_fill(per_token.isnan(), torch.nan).sum()}
 
 
@@ -120,16 +121,11 @@ def divergence_table(columns: dict[str, Divergence]) -> Table:
 
 
 def _rows(measured: Sequence[Divergence]) -> Iterator[tuple[str, list[str]]]:
-    yield "KL(teacher‖student), nats per token", [shown(each.kl, ".4f") for each in measured]
-    yield "same likeliest token", [shown(each.agreement, ".1%") for each in measured]
-    yield "perplexity, student", [shown(each.student_perplexity, ".2f") for each in measured]
-    yield "perplexity, teacher", [shown(each.teacher_perplexity, ".2f") for each in measured]
+    yield "KL(teacher‖student), nats per token", [number_text(each.kl, ".4f") for each in measured]
+    yield "same likeliest token", [number_text(each.agreement, ".1%") for each in measured]
+    yield "perplexity, student", [number_text(each.student_perplexity, ".2f") for each in measured]
+    yield "perplexity, teacher", [number_text(each.teacher_perplexity, ".2f") for each in measured]
     yield "tokens measured", [f"{each.tokens:,}" for each in measured]
-
-
-def shown(value: float | None, form: str) -> str:
-    """A number in a table; a dash where it is not known."""
-    return "-" if value is None else format(value, form)
 
 
 def _perplexity(nll: float) -> float:

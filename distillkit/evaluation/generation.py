@@ -1,11 +1,11 @@
-"""Prompts of any length read in pieces, and what follows them token by token, with the model's own cache.
+"""Prefill of prompts of any length in pieces, and greedy decoding, with the model's own cache.
 
-`generate` of transformers does both, too; here the two can be timed apart, and whoever reads the tokens may stop at any
-one. No logits but those of the last token of a piece are ever made.
+transformers' `generate` does both too. Here the two can be timed separately, and the caller may stop after any token.
+Logits are computed for the last token of a piece only.
 
-Rows of unequal length are padded on the left, so that each one's next token comes after the last column. Padding is
-told twice: the mask keeps it out of attention and states, and positions are counted from a row's first real token. Rows
-that are equally long need no mask, and run on the faster kernels that know none.
+Rows of unequal length are padded on the left, so that the next token of each comes after the last column. The mask
+keeps padding out of attention and states, and positions are counted from a row's first real token. Rows of equal length
+need no mask, so faster kernels without masks can run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 def left_padded(
     rows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"] | None]:
-    """The rows as one batch, and its attention mask (0 where a row is padded); None where nothing is."""
+    """The rows as one batch, and its attention mask (0 where a row is padded), None without padding."""
     longest = max(len(row) for row in rows)
     if all(len(row) == longest for row in rows):
         return torch.tensor(rows, device=device), None
@@ -37,10 +37,10 @@ def prefill(
     piece: int,
     attention_mask: Int[Tensor, "batch tokens"] | None = None,
 ) -> tuple[Float[Tensor, "batch vocab"], Cache]:
-    """Logits of the next token and the cache after `input_ids`, read `piece` tokens of each row at a time.
+    """Logits of the next token and the cache after `input_ids`, `piece` tokens of each row at a time.
 
     Args:
-        attention_mask: 0 where a row is padded, on the left; not given where none is.
+        attention_mask: 0 where a row is padded, on the left; None without padding.
     """
     logits, cache, start = None, None, 0
     for tokens in input_ids.split(piece, dim=1):
@@ -58,10 +58,10 @@ def decode_greedily(
     cache: Cache,
     attention_mask: Int[Tensor, "batch tokens"] | None = None,
 ) -> Iterator[Int[Tensor, " batch"]]:
-    """The likeliest token, what is likeliest after it, and so on without end; `cache` grows along.
+    """The likeliest token, then the likeliest after it, and so on without end; `cache` grows.
 
     Args:
-        attention_mask: that of the prompt, where `prefill` had one.
+        attention_mask: the prompt's, if `prefill` had one.
     """
     padding: dict[str, Tensor] = {}
     while True:
@@ -77,13 +77,13 @@ def decode_greedily(
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
-    """Tokens that end what the model writes."""
+    """Tokens at which the model stops."""
     config = model.config if model.generation_config is None else model.generation_config
     ends = config.eos_token_id
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 def _padding(attention_mask: Int[Tensor, "batch seen"], tokens: int) -> dict[str, Tensor]:
-    """What the last `tokens` of all columns seen are to be read with."""
+    """Mask and positions for the last `tokens` columns."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     return {"attention_mask": attention_mask, "position_ids": positions[:, -tokens:]}

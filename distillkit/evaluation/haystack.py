@@ -1,14 +1,14 @@
 """Needles in a haystack as RULER has them (Hsieh et al. 2024, arXiv 2404.06654): the prompts of eight tasks.
 
-A needle is a sentence that gives a key its value; the prompt ends by asking for the values of one key or of several,
-and with the beginning of the answer, so that a base model goes on with them. Sentences and questions are worded as
-RULER words them, for the wording is the benchmark. What differs:
+A needle is a sentence that gives the value of a key. The prompt ends with a question for the values of one or several
+keys, and with the beginning of the answer, so that a base model continues with them. Sentences and questions are worded
+as in RULER, because the wording is the benchmark. Differences:
 
 - The nominal length is the length of the whole prompt, which is never longer and, from 256 tokens on, at most 2 %
   shorter. RULER takes the 128 tokens of the answer off it.
-- The needle that is asked for lies at a given depth, the share of the context's characters before it; all others lie
-  anywhere. RULER draws the places of all.
-- The essays may be any text. It starts at a random sentence, and starts again where it ends.
+- The queried needle is at a given depth, the share of the context's characters before it; all others are at random
+  places. RULER draws the places of all.
+- The essays may be any text. It starts at a random sentence, and is repeated where it ends.
 - A haystack made of needles is filled with noise where another needle would be too long.
 
 The same seed gives the same prompts. No key and no value is in a prompt twice.
@@ -44,12 +44,12 @@ SEVERAL_ANSWERS = (
     "The special magic {kind}s for {keys} mentioned in the provided text are"
 )
 LONGEST_SENTENCE = 40
-"""Words; a longer stretch without a full stop (a table, a listing) is cut, or needles could not lie at every depth."""
+"""Words. Longer text without a full stop (a table, a listing) is cut, so that needles can be at every depth."""
 
 
 @dataclass(frozen=True)
 class TaskDefinition:
-    """What the haystack is made of, what keys and values are, and how many needles there are of which kind."""
+    """What the haystack is made of, the kinds of keys and values, and the number of needles."""
 
     haystack: Literal["noise", "essay", "needles"]
     key: Literal["word", "uuid"] = "word"
@@ -58,7 +58,7 @@ class TaskDefinition:
     values: int = 1
     """Values of each key."""
     queries: int = 1
-    """Keys that are asked for."""
+    """Number of keys in the question."""
 
 
 TASKS = {
@@ -75,7 +75,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its tokens, the needle at the wanted depth, and the values that an answer should contain."""
+    """A prompt, its tokens, the needle at the given depth, and the values that an answer should contain."""
 
     text: str
     token_ids: list[int]
@@ -84,7 +84,7 @@ class Prompt:
 
 
 class Essay:
-    """Any text as a haystack: its sentences, whatever white space lay between them."""
+    """Any text as a haystack: its sentences, without the white space between them."""
 
     def __init__(self, text: str) -> None:
         self.text = " ".join(text.split())
@@ -92,7 +92,7 @@ class Essay:
         self.sentences = [part for sentence in sentences for part in _cut_long(sentence.split())]
 
     def lines(self, start: int, words: int) -> list[str]:
-        """So many words from sentence `start` on, around the end of the text if need be."""
+        """`words` words from sentence `start` on, from the beginning again after the end of the text."""
         lines = []
         for sentence in islice(cycle(self.sentences), start, None):
             if words <= 0:
@@ -110,41 +110,41 @@ def build_prompt(
     seed: str,
     essay: Essay | None = None,
 ) -> Prompt:
-    """The prompt of `length` tokens with its needle at `depth` (0: before all else, 1: after it).
+    """The prompt of at most `length` tokens with its needle at `depth` (0: before the haystack, 1: after it).
 
-    Special tokens are those that the tokenizer adds by itself; a chat template is not applied.
+    Special tokens are those that the tokenizer adds by itself; no chat template is applied.
 
     Raises:
-        UserError: `length` has no room for needles and question, or the task wants an essay and there is none.
+        UserError: `length` is too short for needles and question, or the task needs an essay and there is none.
     """
     generator = random.Random(seed)
     if task.haystack == "essay" and (essay is None or not essay.sentences):
         raise UserError("needles.haystack", "is missing: this task hides its needles in text; name a file or dataset")
     names = _Names(task, generator, essay.text if essay is not None and task.haystack == "essay" else "")
     needles = {names.key(): [names.value() for _ in range(task.values)] for _ in range(task.keys)}
-    asked = generator.sample(list(needles), task.queries)
+    queried = generator.sample(list(needles), task.queries)
     sentences = [names.needle(key, value) for key, values in needles.items() for value in values]
-    aimed = names.needle(asked[0], needles[asked[0]][0])
-    sentences.remove(aimed)
+    needle = names.needle(queried[0], needles[queried[0]][0])
+    sentences.remove(needle)
     places = [generator.random() for _ in sentences]
     haystack = _haystack(task, generator, names, essay)
     separator = " " if task.haystack == "essay" else "\n"
-    wanted = tuple(value for key in asked for value in needles[key])
+    wanted = tuple(value for key in queried for value in needles[key])
     template = ONE_ANSWER if len(wanted) == 1 else SEVERAL_ANSWERS
 
     def compose(size: int, filling: int) -> str:
         lines = haystack(size) + _noise(filling)
         for place, sentence in sorted(zip(places, sentences, strict=True), reverse=True):
             lines.insert(round(place * len(lines)), sentence)
-        lines.insert(_line_at(depth, lines), aimed)
-        return template.format(kind=task.value, context=separator.join(lines), keys=_enumerated(asked))
+        lines.insert(_line_at(depth, lines), needle)
+        return template.format(kind=task.value, context=separator.join(lines), keys=_enumerated(queried))
 
     text, token_ids = _longest_that_fits(compose, tokenizer, length, fill=task.haystack == "needles")
-    return Prompt(text, token_ids, aimed, wanted)
+    return Prompt(text, token_ids, needle, wanted)
 
 
 class _Names:
-    """Draws keys and values that were neither drawn before nor occur in the essay."""
+    """Draws keys and values that are new and do not occur in the essay."""
 
     def __init__(self, task: TaskDefinition, generator: random.Random, essay: str) -> None:
         self.task, self.generator, self.essay = task, generator, essay
@@ -219,9 +219,9 @@ def _line_at(depth: float, lines: list[str]) -> int:
 def _longest_that_fits(
     compose: Callable[[int, int], str], tokenizer: PreTrainedTokenizerBase, length: int, *, fill: bool
 ) -> tuple[str, list[int]]:
-    """The text with the most haystack whose tokens are no more than `length`, to half a percent, and its tokens.
+    """The longest text of at most `length` tokens, to half a percent, and its tokens.
 
-    compose: the text from the size of its haystack and a number of sentences of noise to fill it up.
+    compose: makes the text from the size of its haystack and a number of sentences of noise that fill it up.
     """
 
     def tokenized(size: int, filling: int = 0) -> tuple[str, list[int]]:
@@ -232,12 +232,12 @@ def _longest_that_fits(
     low, best = 0, tokenized(0)
     if len(best[1]) > length:
         raise UserError(
-            "needles.lengths", f"{length} tokens are too few; without a haystack it is {len(best[1])} already"
+            "needles.lengths", f"{length} tokens are too few; needles and question alone have {len(best[1])}"
         )
     guesses = _Guesses(length, len(best[1]))
     while len(best[1]) < close_enough and (size := guesses.next()) is not None:
         candidate = tokenized(size)
-        guesses.tell(size, len(candidate[1]))
+        guesses.add(size, len(candidate[1]))
         if len(candidate[1]) <= length:
             low, best = size, candidate
     filling = 1
@@ -247,9 +247,9 @@ def _longest_that_fits(
 
 
 class _Guesses:
-    """Searches the largest size whose tokens are no more than `length`, knowing that both grow nearly alike.
+    """Searches the largest size of at most `length` tokens, given that tokens grow nearly in proportion to the size.
 
-    A long text is tokenised three or four times so, where bisection would take sixteen.
+    A long text is tokenised three or four times, where bisection would need sixteen.
     """
 
     def __init__(self, length: int, tokens_without: int) -> None:
@@ -260,7 +260,7 @@ class _Guesses:
         self.made = 0
 
     def next(self) -> int | None:
-        """A size to try; None once no size is left between what fits and what does not."""
+        """A size to try; None when no size is left between one that fits and one that does not."""
         self.made += 1
         missing = self.length - self.low_tokens
         if self.high is None:
@@ -270,12 +270,13 @@ class _Guesses:
         between = self.high - self.low
         if between == 1:
             return None
-        if self.made > 8:  # what is left is finer than the likeness of both
+        if self.made > 8:  # the rest is too small for the proportion to hold
             return self.low + between // 2
         share = (missing - self.length // 400) / (self.high_tokens - self.low_tokens)
         return self.low + min(max(int(share * between), 1), between - 1)
 
-    def tell(self, size: int, tokens: int) -> None:
+    def add(self, size: int, tokens: int) -> None:
+        """The number of tokens of a size that was tried."""
         if tokens <= self.length:
             self.low, self.low_tokens = size, tokens
         else:

@@ -1,4 +1,4 @@
-"""Held-out text as rows of tokens, and these in batches."""
+"""Held-out text as rows of tokens, and in batches."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +18,11 @@ KEY = "divergence.dataset"
 def held_out_rows(
     settings: DivergenceConfig, tokenizer: PreTrainedTokenizerBase, prepared_path: Path | None = None
 ) -> Dataset:
-    """The text of an evaluation, shuffled and packed as a run's would be; rows that are packed already stay so.
+    """The text of an evaluation, shuffled and packed as in a run; rows that are packed already are kept.
 
     prepared_path: folder that keeps the rows.
 
-    Raises `UserError` for whatever is wrong with the text.
+    Raises `UserError` for any problem with the text.
     """
     packed_already = {"input_ids", "seq_lengths"} <= set(load_source(settings.dataset, KEY).column_names)
     return build_dataset(
@@ -40,7 +40,7 @@ def held_out_rows(
 def held_out_batches(
     rows: Dataset, batch_size: int = 1, signal_columns: Sequence[str] = ()
 ) -> Iterator[dict[str, Tensor]]:
-    """The rows in their order, in batches."""
+    """Batches of the rows, in their order."""
     read = TensorRows(rows, signal_columns)
     for start in range(0, len(rows), batch_size):
         chosen = read.__getitems__(list(range(start, min(start + batch_size, len(rows)))))

@@ -1,9 +1,8 @@
-"""Standard errors of numbers that are made of sums over documents.
+"""Standard errors of numbers that are computed from sums over documents.
 
-Tokens of a document depend on one another, so they are no sample of independent tokens: documents are. The
-delete-one-group jackknife makes the number again without each document in turn, and reads its error off the spread; it
-serves means, perplexities and calibration errors alike (Efron and Tibshirani 1993, An Introduction to the Bootstrap,
-chapter 11).
+Tokens of a document depend on one another; documents are independent. The delete-one-group jackknife computes the
+number without each document in turn, and the standard error from the spread of the results. It holds for means,
+perplexities and calibration errors alike (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11).
 """
 
 from collections.abc import Callable
@@ -19,9 +18,9 @@ def jackknife(numbers: Callable[[Named], Named], sums: Named) -> tuple[Named, Na
     """(values, standard errors) of `numbers`, a function of the totals of `sums`.
 
     numbers: takes totals [..., *width] by name, and returns numbers [..., *width] by name.
-    sums: by name, [documents, *width]; what each document adds to a total.
+    sums: by name, [documents, *width]: the sum over each document.
 
-    An error is nan where it is not known: of fewer than two documents, and where all tokens are of a single one.
+    An error is NaN where it is unknown: for fewer than two documents, and where all tokens are in a single one.
     """
     totals = {name: each.sum(0) for name, each in sums.items()}
     values = numbers(totals)

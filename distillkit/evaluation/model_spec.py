@@ -1,9 +1,9 @@
-"""The models of an evaluation: loaded when they are needed, and known by what their files hold."""
+"""The models of an evaluation: loaded when they are needed, and identified by digests of their files."""
 
 from __future__ import annotations
 
 import gc
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,37 +23,39 @@ from distillkit.models.loading import (
     where,
 )
 from distillkit.models.vocabulary import TOKENIZER_FILES, has_tokenizer
+from distillkit.runs.names import CHECKPOINT
+from distillkit.runs.record import read_record
 
 _OTHER_FILES = ("chat_template*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "*.py")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is measured: what the YAML says of it."""
+class ModelSpec:
+    """A model to be measured, as the YAML names it."""
 
     name: str
     config: ModelConfig
     trust_remote_code: bool
-    teacher: Subject | None = None
-    """Whose tokenizer it has where it comes without one."""
+    teacher: ModelSpec | None = None
+    """Its tokenizer is used where the model has none."""
 
     @property
     def key(self) -> str:
-        """Of the YAML, where the model is named."""
+        """The key of the YAML that names the model."""
         return "teacher.path" if self.name == TEACHER else f"students.{self.name}.path"
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments for loading anything of this model."""
+        """Arguments for loading configuration and tokenizer."""
         return {"key": self.key, "trust_remote_code": self.trust_remote_code, **where(self.config.kwargs)}
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What decides what the model answers, as it was when it was first asked for."""
-        return self.state_now()
+        """`current_state` when it was first read."""
+        return self.current_state()
 
-    def state_now(self) -> dict[str, Any]:
-        """What decides what the model answers: digests of its files, or the commit of a hub id."""
+    def current_state(self) -> dict[str, Any]:
+        """Everything that decides the model's outputs: digests of its files, or the commit of a hub id."""
         path = Path(self.config.path)
         weights = weights_sha256(self.config.path, self.config.kwargs)
         found: dict[str, Any] = {"weights": weights, "kwargs": self.config.kwargs}
@@ -69,7 +71,7 @@ class Subject:
         return found
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its own; the teacher's where a folder has none. Raises `UserError` where there is none at all."""
+        """The model's own, or the teacher's for a folder without one. Raises `UserError` where there is none."""
         if not self._has_tokenizer() and self.teacher is not None:
             return self.teacher.load_tokenizer()
         return load_tokenizer(self.config.path, **self.options)
@@ -78,70 +80,68 @@ class Subject:
         folder = Path(self.config.path)
         return not folder.is_dir() or "gguf_file" in self.config.kwargs or has_tokenizer(folder)
 
-    def load(self, device: torch.device) -> Loaded:
+    def load(self, device: torch.device) -> LoadedModel:
         """The model on the device, in evaluation mode, in the dtype of its checkpoint unless `kwargs` say otherwise.
 
-        Raises `UserError` where its files are no longer those of `state`, under which its results would be kept.
+        Raises `UserError` where its files have changed since `state` was read, under which results are stored.
         """
         options = {"trust_remote_code": self.trust_remote_code, **self.config.kwargs}
         model = load_model(self.config.path, key=self.key, **options)
-        if self.state_now() != self.state:
-            raise UserError(self.key, "its files have changed since the evaluation began; the same command goes on")
+        if self.current_state() != self.state:
+            raise UserError(self.key, "its files have changed since the evaluation began; run the same command again")
         placed = "device_map" in self.config.kwargs
-        return Loaded(self, model if placed else model.to(device), self.load_tokenizer(), device, placed)
+        return LoadedModel(self, model if placed else model.to(device), self.load_tokenizer(), device, placed)
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model in memory, and its tokenizer."""
 
-    subject: Subject
+    spec: ModelSpec
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     placed: bool
-    """Whether `device_map` has put it where it is."""
+    """Whether `device_map` chose its devices; it is not moved then."""
 
-    def park(self) -> None:
-        """Leave the accelerator to others."""
+    def offload(self) -> None:
+        """Move it to the CPU, to free the accelerator."""
         if not self.placed and self.device.type != "cpu":
             self.model.to("cpu")
             release_memory()
 
-    def wake(self) -> None:
-        """Come back from where `park` has put it."""
+    def reload(self) -> None:
+        """Move it back after `offload`."""
         if not self.placed:
             self.model.to(self.device)
 
     def describe(self) -> dict[str, Any]:
-        """What a report says of a model; `trained_length` of the subject comes on top."""
+        """Facts of the model for a report, besides its `trained_length`."""
         config = self.model.config.get_text_config()
         return {
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "model_type": self.model.config.model_type,
-            "layers": getattr(config, "layer_types", None),  # of architectures whose layers differ
-            "max_position_embeddings": getattr(config, "max_position_embeddings", None),  # absent without positions
+            "layers": getattr(config, "layer_types", None),  # only where layers differ
+            "max_position_embeddings": getattr(config, "max_position_embeddings", None),  # missing without positions
         }
 
 
 def trained_length(config: ModelConfig, longest: int | None) -> int | None:
-    """Tokens that a model was trained on at a time: as the YAML says, as its run says, or `longest`."""
+    """Sequence length of a model's training: from the YAML, else from its run, else `longest`."""
     if config.trained_length is not None:
         return config.trained_length
     folder = Path(config.path)
-    for record in (folder / "run.json", folder.parent / "run.json"):
-        if record.exists() and (record.parent == folder or folder.name.startswith("checkpoint-")):
-            try:
-                run = json.loads(record.read_text(encoding="utf-8"))["config"]
-                phases = run.get("phases") or [{}]
-                return int(phases[-1].get("sequence_length", run["sequence_length"]))
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # a run.json that is damaged, or not one of distillkit's
+    for run in (folder, folder.parent) if folder.name.startswith(CHECKPOINT) else (folder,):
+        # The record may be damaged, or a file of another program.
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            if record := read_record(run):
+                phases = record.config.get("phases") or [{}]
+                return int(phases[-1].get("sequence_length", record.config["sequence_length"]))
     return longest
 
 
 def release_memory() -> None:
-    """Give back what nobody holds any more."""
+    """Free what is no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

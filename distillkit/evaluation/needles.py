@@ -1,10 +1,10 @@
-"""How much of a long context a model can find again: needles in a haystack, by length and depth.
+"""Retrieval from a long context: needles in a haystack, by length and depth.
 
-Answers are what the model goes on with, greedily, for at most 128 tokens, as in RULER; a sample's score is the share of
-its wanted values that are in there. A model that has given them all is not asked for more.
+An answer is the model's greedy continuation of at most 128 tokens, as in RULER. A sample's score is the share of the
+expected values that the answer contains; generation stops when it contains all of them.
 
-Prompts of one length are read and answered together, whatever their depth: a small model on a GPU takes as long for the
-next token of eight prompts as for that of one.
+Prompts of one length are a batch, whatever their depth: a small model on a GPU takes as long for the next token of
+eight prompts as for that of one.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from distillkit.evaluation.haystack import TASKS, Essay, Prompt, build_prompt
 
 ANSWER_TOKENS = 128
 CHARACTERS_PER_TOKEN = 6
-"""Of an essay more is not read than a haystack of the greatest length may take; a shorter one is repeated."""
+"""No more of an essay is read than the longest haystack can hold; a shorter essay is repeated."""
 
 
 def measure_needles(
@@ -40,13 +40,13 @@ def measure_needles(
         model: any causal language model of transformers that can continue from its cache, in evaluation mode.
         task: one of `haystack.TASKS`.
         limit: samples per length and depth, where `settings` has more.
-        progress: told after each batch how many prompt tokens of how many are done.
+        progress: called after each batch with the prompt tokens that are done, and all of them.
 
     Raises:
-        UserError: there is no haystack and the task needs one, or a length is too short for it.
+        UserError: the task needs a haystack and there is none, or a length is too short for the task.
     """
-    wanted = TASKS[task]
-    prose = _read(settings.haystack, max(settings.lengths)) if wanted.haystack == "essay" else ""
+    definition = TASKS[task]
+    prose = _read(settings.haystack, max(settings.lengths)) if definition.haystack == "essay" else ""
     samples = settings.samples if limit is None else min(settings.samples, limit)
     depths = _evenly(settings.depths)
     done, total = 0, sum(settings.lengths) * settings.depths * samples
@@ -54,49 +54,51 @@ def measure_needles(
     for length in settings.lengths:
         essay = Essay(prose[: length * CHARACTERS_PER_TOKEN])
         prompts = [
-            build_prompt(wanted, tokenizer, length, depth, f"{settings.seed} {task} {length} {depth} {sample}", essay)
+            build_prompt(
+                definition, tokenizer, length, depth, f"{settings.seed} {task} {length} {depth} {sample}", essay
+            )
             for depth in depths
             for sample in range(samples)
         ]
         scores = [0.0] * len(prompts)
         for batch in _batches(prompts, settings.batch_size):
-            together = [prompts[index] for index in batch]
-            for index, score in zip(batch, _scores(model, tokenizer, together, settings.prefill_tokens), strict=True):
+            chosen = [prompts[index] for index in batch]
+            for index, score in zip(batch, _scores(model, tokenizer, chosen, settings.prefill_tokens), strict=True):
                 scores[index] = score
             done += length * len(batch)
             progress(done, total)
         for index, depth in enumerate(depths):
-            of_depth = slice(index * samples, (index + 1) * samples)
-            row = {"length": length, "depth": depth, "correct": sum(scores[of_depth]), "total": samples}
-            tokens = sum(len(prompt.token_ids) for prompt in prompts[of_depth])
+            samples_of_depth = slice(index * samples, (index + 1) * samples)
+            row = {"length": length, "depth": depth, "correct": sum(scores[samples_of_depth]), "total": samples}
+            tokens = sum(len(prompt.token_ids) for prompt in prompts[samples_of_depth])
             rows.append({**row, "prompt_tokens_mean": tokens / samples})
     return rows
 
 
 def _evenly(depths: int) -> list[float]:
-    """From 0 to 1; a single depth is the middle."""
+    """Depths from 0 to 1; a single one is 0.5."""
     return [0.5] if depths == 1 else [index / (depths - 1) for index in range(depths)]
 
 
 def _batches(prompts: list[Prompt], size: int) -> Iterator[list[int]]:
-    """Indices of the prompts; those of like numbers of tokens stand together, so that little or nothing is padded."""
+    """Batches of indices, sorted by the prompts' number of tokens, so that there is little or no padding."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 class _Answer:
-    """What a model writes to a prompt, until it has given all values or ends."""
+    """A model's continuation of a prompt, until it contains all values or ends."""
 
     def __init__(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
         self.prompt, self.tokenizer, self.ends = prompt, tokenizer, ends
         self.written: list[int] = []
         self.score = 0.0
-        """Share of the wanted values that are in there, whether letters are large or small."""
+        """Share of the expected values that it contains, without regard to case."""
         self.over = False
 
     def add(self, token_id: int) -> None:
-        """What comes after the end does not count."""
+        """Add a token; after the end it has no effect."""
         self.over = self.over or token_id in self.ends
         if self.over:
             return
@@ -110,7 +112,7 @@ class _Answer:
 def _scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], tokens_at_a_time: int
 ) -> list[float]:
-    """Of prompts that are read and answered together."""
+    """Scores of a batch of prompts."""
     input_ids, attention_mask = left_padded([prompt.token_ids for prompt in prompts], next(model.parameters()).device)
     piece = max(tokens_at_a_time // len(prompts), 1)
     logits, cache = prefill(model, input_ids, piece, attention_mask)
@@ -124,13 +126,15 @@ def _scores(
 
 
 def _read(source: DatasetSource | None, tokens: int) -> str:
-    """As much of the column `text` as a haystack of `tokens` may take; nothing where there is no source."""
+    """As much of the column `text` as a haystack of `tokens` can hold; nothing without a source."""
     if source is None:
         return ""
     rows = load_source(source, "needles.haystack")
     if "text" not in rows.column_names:
         columns = ", ".join(rows.column_names)
-        raise UserError("needles.haystack", f"a haystack is read from column text, and there is none; it has {columns}")
+        raise UserError(
+            "needles.haystack", f"has no column text, which the haystack is read from; its columns are {columns}"
+        )
     texts: list[str] = []
     missing = tokens * CHARACTERS_PER_TOKEN
     for text in rows["text"]:

@@ -1,4 +1,4 @@
-"""`results.json` of an evaluation, and what it says in a few lines."""
+"""`results.json` of an evaluation, and its main numbers as a table."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +10,9 @@ from rich.table import Table
 
 from distillkit.config.evaluate import TEACHER, EvaluateConfig, ModelConfig
 from distillkit.console import print_line
-from distillkit.evaluation.divergence import shown
 from distillkit.evaluation.model_spec import trained_length
-from distillkit.evaluation.units import Measured, Unit
+from distillkit.evaluation.units import Unit, UnitResult
+from distillkit.formatting import number_text
 from distillkit.reporting.reading import EVALUATION, FORMAT
 from distillkit.runs.names import RESULTS
 from distillkit.runs.writing import write_json
@@ -26,30 +26,30 @@ def write_results(
     folder: Path,
     about: Mapping[str, Any],
     config: EvaluateConfig,
-    found: Mapping[Unit, Measured],
+    found: Mapping[Unit, UnitResult],
     failures: Mapping[Unit, str],
     missing: Sequence[Unit],
     made_with: Json,
 ) -> Json:
-    """Write `results.json`: what was measured, of what, with what, and what could not be measured.
+    """Write `results.json`: the results, their models and provenance, and what could not be measured.
 
     Args:
-        about: when the evaluation started, its command and configuration.
-        missing: what was not tried, because the evaluation was interrupted; it has not finished then.
-        made_with: versions, commit and machine of this process; results that others have made are listed.
+        about: start time, command and configuration of the evaluation.
+        missing: units that were not measured because the evaluation was interrupted.
+        made_with: versions, commit and machine of this process; results with others are listed.
     """
     suites: dict[str, Json] = {name: {} for name in ("model", "divergence", "benchmarks", "needles", "speed")}
     for unit, measured in found.items():
-        of_suite, result = suites[unit.suite], measured.result
+        suite, result = suites[unit.suite], measured.result
         if unit.suite in ("model", "divergence"):
-            of_suite[unit.model] = result
+            suite[unit.model] = result
         elif unit.suite == "speed":
-            of_suite.setdefault(unit.model, []).append(result)
+            suite.setdefault(unit.model, []).append(result)
         elif unit.suite == "benchmarks":
-            of_suite.setdefault(unit.model, {}).update(result)
+            suite.setdefault(unit.model, {}).update(result)
         else:
             task = unit.task.partition("@")[0]
-            of_suite.setdefault(unit.model, {}).setdefault(task, []).extend(result)
+            suite.setdefault(unit.model, {}).setdefault(task, []).extend(result)
     described = suites.pop("model")
     models = {name: _model(name, model, described.get(name, {})) for name, model in _models(config)}
     results = {
@@ -75,7 +75,7 @@ def write_results(
 
 
 def print_results(console: Console, results: Json, folder: Path) -> None:
-    """The main numbers as a table, and where everything is."""
+    """Print the main numbers as a table, failures, and where the files are."""
     table = Table(title_justify="left")
     table.add_column("")
     for name in results["models"]:
@@ -88,10 +88,12 @@ def print_results(console: Console, results: Json, folder: Path) -> None:
         unit = " ".join(part for part in (failure["model"], failure["suite"], failure["task"]) if part)
         print_line(console, f"failed: {unit}: {failure['error']}")
     if elsewhere := len(results["measured_elsewhere"]):
-        print_line(console, f"{elsewhere} results are of another commit, version or machine; {RESULTS} tells which")
+        print_line(
+            console, f"{elsewhere} results were made by another commit, version or machine; {RESULTS} lists them"
+        )
     if results["failures"]:
-        print_line(console, f"tracebacks are in {folder / FAILURES}; the same command tries again what failed")
-    print_line(console, f"results are in {folder / RESULTS}; distillkit report {folder} makes a report of them")
+        print_line(console, f"tracebacks are in {folder / FAILURES}; the same command tries them again")
+    print_line(console, f"results are in {folder / RESULTS}; distillkit report {folder} makes a report")
 
 
 def _named(unit: Unit) -> Json:
@@ -116,7 +118,7 @@ def _model(name: str, config: ModelConfig, described: Mapping[str, Any]) -> Json
 
 
 def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
-    """Label, and cells by model."""
+    """Label of each row, and its cells by model."""
     divergence = results["divergence"]
     for key, label, form in (
         ("kl", "KL(teacher‖student), nats per token", ".4f"),
@@ -125,10 +127,10 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
         ("student_perplexity", "perplexity", ".2f"),
         ("student_ece", "calibration error", ".3f"),
     ):
-        cells = {name: shown(each[key], form) for name, each in divergence.items()}
-        of_teacher = key.replace("student_", "teacher_")
-        if divergence and of_teacher != key:
-            cells[TEACHER] = shown(next(iter(divergence.values()))[of_teacher], form)
+        cells = {name: number_text(each[key], form) for name, each in divergence.items()}
+        teacher_key = key.replace("student_", "teacher_")
+        if divergence and teacher_key != key:
+            cells[TEACHER] = number_text(next(iter(divergence.values()))[teacher_key], form)
         yield label, cells
     benchmarks = results["benchmarks"]
     for task in dict.fromkeys(task for each in benchmarks.values() for task in each):
@@ -136,7 +138,10 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
             metric for each in benchmarks.values() for metric in each.get(task, {}).get("metrics", {})
         ):
             scores = {name: each[task]["metrics"].get(metric) for name, each in benchmarks.items() if task in each}
-            yield f"{task}, {metric}", {name: shown(each["value"], ".3f") for name, each in scores.items() if each}
+            yield (
+                f"{task}, {metric}",
+                {name: number_text(each["value"], ".3f") for name, each in scores.items() if each},
+            )
     needles = results["needles"]
     for task in dict.fromkeys(task for each in needles.values() for task in each):
         yield task, {name: _share(each[task]) for name, each in needles.items() if task in each}
@@ -145,7 +150,10 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
             at = {
                 name: row[key] for name, rows in results["speed"].items() for row in rows if row["context"] == context
             }
-            yield f"{label} at {context:,} tokens, tokens/s", {name: shown(rate, ",.1f") for name, rate in at.items()}
+            yield (
+                f"{label} at {context:,} tokens, tokens/s",
+                {name: number_text(rate, ",.1f") for name, rate in at.items()},
+            )
 
 
 def _share(rows: list[Json]) -> str:

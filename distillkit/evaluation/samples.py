@@ -1,4 +1,4 @@
-"""What a student writes when it goes on from a prompt."""
+"""Continuations of prompts by a student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and how the student went on, as text."""
+    """A prompt and the student's continuation, as text."""
 
     prompt: str
     continuation: str
@@ -26,9 +26,9 @@ def generate_samples(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> list[Sample]:
-    """One continuation of each prompt, the same for the same seed; temperature 0 takes the likeliest token always.
+    """One continuation of each prompt, the same for the same seed; temperature 0 always takes the likeliest token.
 
-    The random numbers of the caller are left as they were.
+    The caller's random number generators are not changed.
     """
     device = next(student.parameters()).device
     settings = GenerationConfig(

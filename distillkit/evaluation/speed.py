@@ -1,8 +1,8 @@
-"""How fast a model reads and writes at a length, and what it then remembers.
+"""Speed of prefill and decoding at a length of context, and memory.
 
-Sizes are those of the tensors in the cache after the prompt has been read, not of a formula. Times are medians over the
-repeats, the device waited for; a first round, in which kernels are compiled and chosen, is not counted, neither in
-times nor in memory.
+Sizes are those of the tensors in the cache after prefill, not of a formula. Times are medians over the repeats,
+measured with the device synchronised. A first round, in which kernels are compiled and selected, counts neither for
+times nor for memory.
 """
 
 import time
@@ -23,7 +23,7 @@ from distillkit.evaluation.generation import decode_greedily, prefill
 def measure_speed(model: PreTrainedModel, settings: SpeedConfig, context: int) -> dict[str, Any]:
     """Prefill `context` tokens and decode `settings.decode_tokens` more, for `settings.batch_size` rows at once.
 
-    The tokens are random, the same for every model of one vocabulary.
+    The tokens are random, and the same for every model of one vocabulary.
 
     Returns: `context`; `prefill_tokens_per_second` and `decode_tokens_per_second`, of all rows together;
         `time_to_first_token_seconds`; `weights_bytes`; `kv_cache_bytes` and `state_bytes` (recurrent and convolution
@@ -36,13 +36,13 @@ def measure_speed(model: PreTrainedModel, settings: SpeedConfig, context: int) -
     first_tokens, steps = [], []
     sizes: dict[str, int] = {}
     for repeat in range(1 + settings.repeats):
-        if repeat == 1 and device.type == "cuda":  # what kernels take to choose among themselves is through
+        if repeat == 1 and device.type == "cuda":  # without the memory that selecting kernels took
             torch.cuda.reset_peak_memory_stats(device)
         start = _now(device)
         logits, cache = prefill(model, input_ids, settings.prefill_tokens)
         sizes = cache_bytes(cache)
         moments = [start]
-        wanted = settings.decode_tokens if repeat else 1  # the first round only makes the kernels ready
+        wanted = settings.decode_tokens if repeat else 1  # the first round only compiles and selects kernels
         for _ in islice(decode_greedily(model, logits, cache), 1 + wanted):
             moments.append(_now(device))
         durations = [end - begin for begin, end in pairwise(moments)]
@@ -62,18 +62,18 @@ def measure_speed(model: PreTrainedModel, settings: SpeedConfig, context: int) -
 
 
 def cache_bytes(cache: Cache) -> dict[str, int]:
-    """Memory behind the tensors of a cache: `kv_cache_bytes`, which grow with the tokens, and `state_bytes`."""
+    """Memory of a cache: `kv_cache_bytes`, which grow with the number of tokens, and `state_bytes`."""
     keys_and_values, states = [], []
     for layer in cache.layers:
-        held = vars(layer)
-        keys_and_values += [held.get("keys"), held.get("values")]
+        tensors = vars(layer)
+        keys_and_values += [tensors.get("keys"), tensors.get("values")]
         for name in ("conv_states", "recurrent_states"):
-            states += held.get(name, {}).values()
+            states += tensors.get(name, {}).values()
     return {"kv_cache_bytes": _bytes(keys_and_values), "state_bytes": _bytes(states)}
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Of the storages behind them, each counted once: a view of a long tensor keeps all of it."""
+    """Bytes of the tensors' storages, each counted once: a view of a long tensor keeps all of it."""
     storages = {}
     for tensor in tensors:
         if tensor is not None:
@@ -83,7 +83,7 @@ def _bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
+    """Time in seconds after the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""How a unit is measured: from its suite to the function that does it."""
+"""Measures a unit by the function of its suite."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,25 +11,27 @@ from distillkit.config.evaluate import EvaluateConfig
 from distillkit.data import tokenizer_hash
 from distillkit.evaluation.comparison import compare
 from distillkit.evaluation.held_out import KEY, held_out_batches, held_out_rows
-from distillkit.evaluation.model_spec import Loaded
+from distillkit.evaluation.model_spec import LoadedModel
 from distillkit.evaluation.units import Unit
 from distillkit.models.decoder import check_head, head
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import check_known_tokens, check_same_tokenizer, common_vocabulary
 
-Tell = Callable[[int, int], None]
-"""Is told how much of how much is done."""
+Progress = Callable[[int, int], None]
+"""Called with how much is done, and the whole."""
 
 
-def measure(unit: Unit, loaded: Loaded, teacher: Callable[[], Loaded], config: EvaluateConfig, tell: Tell) -> Any:
-    """The result of a unit, as JSON takes it. `teacher` loads the teacher, where a unit needs it.
+def measure(
+    unit: Unit, loaded: LoadedModel, teacher: Callable[[], LoadedModel], config: EvaluateConfig, progress: Progress
+) -> Any:
+    """The result of a unit, for JSON. `teacher` loads the teacher, where a unit needs it.
 
-    The suites are imported where they run: lm-eval, for one, takes seconds and may not be installed.
+    Suites are imported where they run: lm-eval, for example, takes seconds and may not be installed.
     """
     if unit.suite == "model":
         return loaded.describe()
     if unit.suite == "divergence":
-        return _divergence(loaded, teacher(), config, tell)
+        return _divergence(loaded, teacher(), config, progress)
     if unit.suite == "benchmarks":
         assert config.benchmarks is not None
         from distillkit.evaluation.benchmarks import run_benchmark
@@ -41,23 +43,25 @@ def measure(unit: Unit, loaded: Loaded, teacher: Callable[[], Loaded], config: E
 
         task, length = unit.task.split("@")
         needles = config.needles.model_copy(update={"lengths": [int(length)]})
-        return measure_needles(loaded.model, loaded.tokenizer, needles, task, limit=config.limit, progress=tell)
+        return measure_needles(loaded.model, loaded.tokenizer, needles, task, limit=config.limit, progress=progress)
     assert config.speed is not None
     from distillkit.evaluation.speed import measure_speed
 
     return measure_speed(loaded.model, config.speed, int(unit.task))
 
 
-def _divergence(student: Loaded, teacher: Loaded, config: EvaluateConfig, tell: Tell) -> dict[str, Any]:
-    """As a run measures it: the student's tokenizer reads the text, and documents share rows."""
+def _divergence(
+    student: LoadedModel, teacher: LoadedModel, config: EvaluateConfig, progress: Progress
+) -> dict[str, Any]:
+    """As in a run, the student's tokenizer encodes the text, and documents share rows."""
     assert config.divergence is not None
     settings = config.divergence
-    check_same_tokenizer(teacher.tokenizer, student.tokenizer, teacher.subject.key)
+    check_same_tokenizer(teacher.tokenizer, student.tokenizer, teacher.spec.key)
     vocabulary_size = common_vocabulary(
         len(head(teacher.model)[0]), student.model, student.tokenizer, teacher.tokenizer
     )
     for each in (teacher, student):
-        check_head(each.model, each.subject.key)
+        check_head(each.model, each.spec.key)
     prepared = Path(config.output_path) / "rows" / tokenizer_hash(student.tokenizer)[:16]
     rows = held_out_rows(settings, student.tokenizer, prepared)
     if config.limit is not None:
@@ -73,13 +77,13 @@ def _divergence(student: Loaded, teacher: Loaded, config: EvaluateConfig, tell: 
             vocabulary_size=vocabulary_size,
             position_buckets=settings.position_buckets,
             layers=settings.layers,
-            progress=tell,
+            progress=progress,
         )
 
 
 @contextmanager
 def _varlen_attention(model: PreTrainedModel) -> Iterator[None]:
-    """For packed documents only: the other suites read single ones, with masks and caches."""
+    """Only for packed documents: the other suites have single documents, with masks and caches."""
     exchanged = use_varlen_attention(model, model.dtype)
     try:
         yield

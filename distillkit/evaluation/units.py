@@ -1,8 +1,8 @@
-"""What an evaluation consists of: units of work, each one task of a suite for one model.
+"""The units of an evaluation, each one task of a suite for one model.
 
-A unit is measured once. Its result is kept under everything that decides it (the model's files, the settings, the
-text), so a killed evaluation goes on, one with more models or tasks adds what is missing, and what has changed is
-measured again.
+A unit is measured once. Its result is stored under a hash of everything that decides it: the model's files, the
+settings, the text. So a killed evaluation continues, one with more models or tasks adds what is missing, and what has
+changed is measured again.
 """
 
 import json
@@ -20,13 +20,13 @@ from distillkit.config import DatasetSource
 from distillkit.config.evaluate import ESSAY_TASKS, TEACHER, EvaluateConfig
 from distillkit.data.prepared import file_states
 from distillkit.runs.provenance import without_secrets
-from distillkit.runs.writing import write_json
+from distillkit.runs.writing import read_json, write_json
 
 VERSIONS = {"model": 2, "divergence": 2, "benchmarks": 1, "needles": 1, "speed": 2}
-"""Of each suite's own maths; to be counted up when the same models and settings give other numbers than before."""
+"""Version of each suite's maths, increased when the same models and settings give other numbers than before."""
 
 LIBRARIES = ("torch", "transformers", "flash-linear-attention")
-"""Those whose version decides what a model answers, and how fast."""
+"""Packages whose version changes the outputs or the speed of a model."""
 
 SMOKE_SAMPLES, SMOKE_LENGTH = 2, 256
 
@@ -39,15 +39,15 @@ class Unit:
     suite: str
     task: str
     settings: dict[str, Any] = field(hash=False)
-    """All that decides the result but the models, as JSON."""
+    """Everything but the models that decides the result, for JSON."""
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.model, self.suite, self.task) if part)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A result, and what it was measured with."""
+class UnitResult:
+    """The result of a unit, and its provenance."""
 
     result: Any
     made_with: dict[str, Any]
@@ -55,21 +55,18 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class UnitResults:
-    """The results that are there, in files that are whole or not there."""
+class UnitFiles:
+    """The files of unit results, each complete or absent."""
 
     folder: Path
 
-    def read(self, unit: Unit, state: Any) -> Measured | None:
-        """What was measured of a unit while the models were in `state`; None if nothing was."""
-        path = self._path(unit, state)
-        if not path.exists():
-            return None
-        content = json.loads(path.read_bytes())
-        return Measured(content["result"], content["made_with"])
+    def read(self, unit: Unit, state: Any) -> UnitResult | None:
+        """The result of a unit for models in `state`; None if it has not been measured."""
+        content = read_json(self._path(unit, state))
+        return UnitResult(content["result"], content["made_with"]) if content else None
 
-    def write(self, unit: Unit, state: Any, measured: Measured, seconds: float) -> None:
-        """Keep what was measured."""
+    def write(self, unit: Unit, state: Any, measured: UnitResult, seconds: float) -> None:
+        """Store the result of a unit."""
         path = self._path(unit, state)
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"suite": unit.suite, "task": unit.task, "settings": unit.settings, "models": without_secrets(state)}
@@ -84,7 +81,7 @@ class UnitResults:
 
 
 def units_of(config: EvaluateConfig, device: torch.device) -> Iterator[Unit]:
-    """All units, model by model, the teacher first; of a student what needs the teacher, too, comes before the rest."""
+    """All units, model by model, the teacher first; a student's units that need the teacher come first."""
     teacher = [] if config.teacher is None else [TEACHER]
     libraries = _libraries()
     for model in [*teacher, *config.students]:
@@ -104,7 +101,7 @@ def units_of(config: EvaluateConfig, device: torch.device) -> Iterator[Unit]:
 
 
 def shortened(config: EvaluateConfig) -> EvaluateConfig:
-    """The evaluation that tries everything once: few samples, short texts, results in a folder of their own."""
+    """A smoke test of the evaluation: few samples, short texts, and a folder of its own."""
     suites: dict[str, Any] = {}
     if (divergence := config.divergence) is not None:
         length = min(divergence.sequence_length, SMOKE_LENGTH)
@@ -129,7 +126,7 @@ def _benchmarks(model: str, config: EvaluateConfig) -> Iterator[Unit]:
 
 
 def _needles(model: str, config: EvaluateConfig) -> Iterator[Unit]:
-    """One unit per task and length: what is long fails first, and takes nothing else with it."""
+    """One unit per task and length, so that a length that fails does not affect shorter ones."""
     if config.needles is None:
         return
     settings = {
@@ -146,7 +143,7 @@ def _needles(model: str, config: EvaluateConfig) -> Iterator[Unit]:
 
 
 def _files(source: DatasetSource) -> list[list[Any]]:
-    """Of local text; a dataset of the hub is known by its name and revision."""
+    """States of local text files; a dataset of the hub is identified by its name and revision."""
     return [list(state) for state in file_states(source.disk_path)] if source.disk_path is not None else []
 
 
@@ -155,7 +152,7 @@ def _task_files(folder: str) -> list[Path]:
 
 
 def _files_beside(task: str) -> list[Path]:
-    """Of a task that is a file: itself and what it may read, the other files of its folder. Of a name: none."""
+    """For a task that is a file, all files of its folder, which it may read; none for a name."""
     return sorted(file for file in Path(task).parent.iterdir() if file.is_file()) if Path(task).is_file() else []
 
 

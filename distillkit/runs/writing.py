@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _UNFINISHED = ".unfinished"
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system answers that has no hard links."""
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
+"""Errors of a file system that has no hard links, or not between these two places."""
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_first(path: Path, content: bytes) -> None:
     """Write a file whole, unless there is one: of processes that do so at the same time, one has its way."""
-    with suppress(FileExistsError), _whole_or_not_at_all(path, _link) as file:
+    with suppress(FileExistsError), _whole_or_not_at_all(path, _publish_first) as file:
         file.write(content)
 
 
@@ -75,12 +75,19 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _link(staged: Path, path: Path) -> None:
+def hard_link(source: Path, path: Path) -> bool:
+    """Make `path` a second name of a file; False where the file system cannot. Raises FileExistsError."""
     try:
-        os.link(staged, path)
+        os.link(source, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
+        return False
+    return True
+
+
+def _publish_first(staged: Path, path: Path) -> None:
+    if not hard_link(staged, path):
         os.replace(staged, path)
 
 

@@ -1,6 +1,6 @@
-"""Tensors of a codec to parquet columns and back: one list per row, in it one list per token, as published datasets.
+"""Tensors of a codec to parquet columns and back: a list per row, in it a list per token, as in published datasets.
 
-Both ways move whole buffers; no value passes through Python.
+Whole buffers are moved; no value passes through Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from distillkit.config.errors import UserError
 
 MOST_VALUES = 2**31 - 1
-"""Of one column in one table: its lists are counted by 32-bit integers, which every reader of parquet knows."""
+"""Of a column in one table: 32-bit integers count its lists, which every reader of parquet supports."""
 
 
 def signal_table(columns: Mapping[str, Shaped[Tensor, "tokens _"]], lengths: Sequence[int]) -> pa.Table:
@@ -47,8 +47,8 @@ def signal_tensor(column: pa.ChunkedArray | pa.Array, name: str = "the column") 
 
     name: of the column, for error messages.
 
-    Raises `UserError` where the column is no list of lists of numbers, where a value is missing, and where tokens have
-    differing numbers of values.
+    Raises `UserError` where the column does not hold lists of lists of numbers, where a value is missing, and where
+    tokens have different numbers of values.
     """
     array = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) and column.num_chunks else column
     if isinstance(array, pa.ChunkedArray):
@@ -59,10 +59,10 @@ def signal_tensor(column: pa.ChunkedArray | pa.Array, name: str = "the column") 
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
         raise UserError(name, f"must hold a list of numbers per token, but holds {column.type}")
     if values.null_count:
-        raise UserError(name, "has missing values; it was not captured whole")
+        raise UserError(name, "has missing values; capture it again")
     least, most = pc.min_max(widths).as_py().values() if len(widths) else (0, 0)
     if least != most:
-        raise UserError(name, f"tokens have from {least} to {most} values; all must have as many")
+        raise UserError(name, f"tokens have {least} to {most} values; all must have the same number")
     return torch.from_dlpack(values).view(len(per_token), most)
 
 
@@ -71,5 +71,5 @@ def _flattened(lists: pa.Array, name: str) -> pa.Array:
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise UserError(name, f"must hold a list of numbers per token, but holds {kind}")
     if lists.null_count:
-        raise UserError(name, "has missing values; it was not captured whole")
+        raise UserError(name, "has missing values; capture it again")
     return lists.flatten()

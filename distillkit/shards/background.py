@@ -1,4 +1,4 @@
-"""The background of a captured dataset: where the teacher's mass outside its top k lies, averaged over tokens."""
+"""The background of a captured dataset: the teacher's distribution outside its top k, averaged over tokens."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor
 from distillkit.config.errors import UserError
 from distillkit.runs.writing import write_whole
 from distillkit.shards.manifest import Manifest
+from distillkit.shards.names import BACKGROUND
 
-BACKGROUND = "background.safetensors"
 _TENSOR = "logprobs"
 _PLAN = "plan"
 
 
 def fitted_background(outside: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-    """The log-distribution that the teacher's probability outside its top k follows.
+    """The log-distribution of the teacher's probability outside its top k.
 
-    outside: that probability, summed over tokens. Where it has none, because the token was always among the top k, it
-        is given a billionth of the whole: elsewhere in the text it may be outside.
+    outside: that probability, summed over positions. A token that was always among the top k gets a billionth of the
+        total: elsewhere in the text it may be outside.
     """
     whole = outside.sum().clamp(min=torch.finfo(torch.float32).tiny)
     return (outside + 1e-9 * whole).log().log_softmax(-1)
 
 
 def write_background(folder: Path, logprobs: Float[Tensor, " vocab"], plan: str | None = None) -> str:
-    """Write a log-distribution over the vocabulary, whole or not at all; returns the file's name.
+    """Write a log-distribution over the vocabulary, complete or not at all; returns the file's name.
 
-    plan: digest of what it is a part of, kept in the file.
+    plan: SHA-256 of the capture's plan, kept in the file.
     """
-    note = None if plan is None else {_PLAN: plan}
-    write_whole(folder / BACKGROUND, save({_TENSOR: logprobs.detach().float().cpu().contiguous()}, note))
+    metadata = None if plan is None else {_PLAN: plan}
+    write_whole(folder / BACKGROUND, save({_TENSOR: logprobs.detach().float().cpu().contiguous()}, metadata))
     return BACKGROUND
 
 
@@ -49,7 +49,7 @@ def background_is_of(folder: Path, plan: str) -> bool:
 
 
 def read_background(folder: Path, manifest: Manifest | None) -> Float[Tensor, " vocab"] | None:
-    """The log-distribution of a captured dataset; None where it has none. Raises `UserError` for a broken file."""
+    """The background of a captured dataset; None where it has none. Raises `UserError` for a damaged file."""
     if manifest is None or manifest.background is None:
         return None
     logprobs = read_background_file(folder / manifest.background)
@@ -62,12 +62,12 @@ def read_background(folder: Path, manifest: Manifest | None) -> Float[Tensor, " 
 
 
 def read_background_file(path: Path) -> Float[Tensor, " vocab"]:
-    """The log-distribution in a file that a capture wrote. Raises `UserError` where it is none."""
+    """The background in a file that a capture wrote. Raises `UserError` for any other file."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(path, f"cannot be read as a background distribution: {error}") from error
     logprobs = tensors.get(_TENSOR)
     if logprobs is None or logprobs.dim() != 1 or logprobs.dtype != torch.float32:
-        raise UserError(path, f"holds no float32 vector {_TENSOR!r}, which is what a capture writes")
+        raise UserError(path, f"holds no float32 vector {_TENSOR!r}; name a file that distillkit capture wrote")
     return logprobs

@@ -1,6 +1,6 @@
-"""Shards: a parquet file and a record of it beside it.
+"""Shards: a parquet file, and a record of it in JSON.
 
-The record is written after the file, so a shard that has a record is complete; one without is written again, with the
+The record is written after the file, so a shard that has a record is complete. One without is written again, with the
 same bytes.
 """
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.runs.writing import write_whole
+from distillkit.shards.names import shard_name
 
 _ROWS_PER_GROUP = 64
 
@@ -30,18 +31,13 @@ class ShardRecord:
     bytes: int
     sha256: str
     plan: str | None = None
-    """Digest of the plan of the capture that it is a part of."""
+    """SHA-256 of the capture's plan."""
 
     @staticmethod
     def from_json(content: Any) -> ShardRecord:
-        """Raises KeyError, TypeError or ValueError where it is no record."""
+        """Raises KeyError, TypeError or ValueError for anything but a record."""
         start, stop = content["rows"]
         return ShardRecord(**{**content, "rows": (start, stop)})
-
-
-def shard_name(index: int) -> str:
-    """`shard-00007`, to which .parquet and .json are added."""
-    return f"shard-{index:05d}"
 
 
 def write_shard(
@@ -50,13 +46,13 @@ def write_shard(
     """Write a shard and its record. Equal tables give equal bytes.
 
     table: one row per row of the dataset, with a column `input_ids`.
-    rows: first and last (exclusive) of the dataset's rows that these are.
-    plan: digest of what the shard is a part of, kept in its record.
+    rows: index of the first of these rows in the dataset, and of the last (exclusive).
+    plan: SHA-256 of the capture's plan, kept in the record.
 
-    Raises OSError where there is no room; nothing remains of the attempt then.
+    Raises OSError where the disk is full; no partial file is left then.
     """
     path, whole = folder / f"{shard_name(index)}.parquet", pa.BufferOutputStream()
-    # Parquet stores a byte as four; by way of its dictionary of 256 it is a byte again.
+    # Parquet stores a byte as four bytes; encoded by its dictionary of 256 values it is one byte again.
     pq.write_table(table, whole, compression="zstd", write_statistics=False, row_group_size=_ROWS_PER_GROUP)
     content = memoryview(whole.getvalue())
     write_whole(path, content)
@@ -68,7 +64,7 @@ def write_shard(
 
 
 def read_record(folder: Path, index: int) -> ShardRecord | None:
-    """The record of a shard that is complete; None for one that is still to be written."""
+    """The record of a complete shard; None for one that has yet to be written."""
     path, shard = folder / f"{shard_name(index)}.json", folder / f"{shard_name(index)}.parquet"
     try:
         record = ShardRecord.from_json(json.loads(path.read_bytes()))

@@ -1,6 +1,6 @@
-"""`manifest.json`: what a captured dataset is. It is written last, so a dataset that has one is complete.
+"""`manifest.json`: what a captured dataset holds. It is written last, so a dataset that has one is complete.
 
-It says nothing of when or how fast the dataset was made: the same capture gives the same file.
+It holds no times: the same capture gives the same file.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from typing import Any
 from distillkit.config.errors import UserError
 from distillkit.runs.writing import write_whole
 from distillkit.shards.files import ShardRecord
+from distillkit.shards.names import CARD, MANIFEST
 
-MANIFEST = "manifest.json"
-
-CARD = "README.md"
 _CARD = """---
 configs:
 - config_name: default
@@ -26,20 +24,20 @@ A dataset captured by distillkit: tokens, and what the teacher {teacher} says of
 
 The columns are compressed by `{codec}`; `manifest.json` says with what options, and all else that is known.
 """
-"""Without it the datasets library takes the notes beside the shards for the rows."""
+"""Without it the datasets library would read the JSON files beside the shards as rows."""
 
 FORMAT = 1
-"""Of the file and the shards; to be counted up when an older reader would misunderstand them."""
+"""Version of the file and the shards, increased when an older reader would misread them."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a captured dataset is, what it was made from and with, and its shards in order."""
+    """What a captured dataset holds, what it was made from and with, and its shards in order."""
 
     codec_kind: str
     codec_config: dict[str, Any]
     tokenizer_sha256: str | None
-    """As `distillkit.data.tokenizer_hash` gives it."""
+    """As `distillkit.data.tokenizer_hash` computes it."""
     vocabulary_size: int
     """Columns of the teacher's head."""
     teacher: dict[str, Any]
@@ -49,11 +47,11 @@ class Manifest:
     versions: dict[str, str]
     shards: tuple[ShardRecord, ...]
     background: str | None
-    """Name of the file with the distribution of the mass outside the top k."""
+    """Name of the file with the background distribution, that of the probability outside the top k."""
     packed_to: int | None
     """Tokens that rows were packed to; None where a row is a document or a piece of one."""
     background_sha256: str | None = None
-    """None where it is not known."""
+    """None where it is unknown."""
     format: int = FORMAT
 
     @property
@@ -70,7 +68,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, whole or not at all, and a `README.md` by which the datasets library finds the rows."""
+    """Write `manifest.json`, complete or not at all, and a `README.md` by which the datasets library finds the rows."""
     card = _CARD.format(teacher=manifest.teacher.get("path", ""), codec=manifest.codec_kind)
     write_whole(folder / CARD, card.encode())
     text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, sort_keys=True)
@@ -80,7 +78,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a captured dataset; None where there is none, as in published datasets.
 
-    Raises `UserError` where the file is no manifest, or one of a format to come.
+    Raises `UserError` where the file is no manifest, or has a newer format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -88,7 +86,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise UserError(path, f"is of format {content['format']}, this version of distillkit reads {FORMAT}")
+            raise UserError(
+                path, f"has format {content['format']}, but this version of distillkit reads format {FORMAT}"
+            )
         shards = tuple(ShardRecord.from_json(record) for record in content["shards"])
         return Manifest(**{**{field.name: content[field.name] for field in fields(Manifest)}, "shards": shards})
     except (ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Whether the shards of a captured dataset are those that were captured."""
+"""Checks the shards of a captured dataset against its manifest."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from distillkit.shards.manifest import Manifest
 
 
 def verify_shards(folder: Path, manifest: Manifest) -> list[str]:
-    """One line per shard that is missing, truncated, altered or not of this dataset, naming the file; the same of the
-    background.
+    """One line, which begins with the file's name, for each shard that is missing, truncated, altered or not part of
+    this dataset, and for the background likewise.
 
     Reads every byte of every shard, several shards at a time.
     """
@@ -23,16 +23,16 @@ def verify_shards(folder: Path, manifest: Manifest) -> list[str]:
     known = {record.file for record in manifest.shards}
     for path in sorted(folder.glob("*.parquet")):
         if path.name not in known:
-            problems.append(f"{path.name}: is not in the manifest; it is of another dataset")
+            problems.append(f"{path.name}: is not in the manifest; it belongs to another dataset")
     background = None if manifest.background is None else folder / manifest.background
     if background is not None and not background.is_file():
         problems.append(f"{background.name}: is missing")
     elif background is not None and manifest.background_sha256 not in (None, sha256(background)):
-        problems.append(f"{background.name}: is not what was captured (other bytes, by SHA-256)")
+        problems.append(f"{background.name}: differs from what was captured (SHA-256)")
     expected = 0
     for record in manifest.shards:
         if record.plan != manifest.shards[0].plan:
-            problems.append(f"{record.file}: is of another capture than {manifest.shards[0].file}")
+            problems.append(f"{record.file}: belongs to another capture than {manifest.shards[0].file}")
         if record.rows[0] != expected:
             problems.append(f"{record.file}: starts at row {record.rows[0]}, but the shards before end at {expected}")
         expected = record.rows[1]
@@ -47,5 +47,5 @@ def _problems(folder: Path, record: ShardRecord) -> list[str]:
     if size < record.bytes:
         return [f"{record.file}: is truncated: {size:,} bytes, {record.bytes:,} were captured"]
     if size > record.bytes or sha256(path) != record.sha256:
-        return [f"{record.file}: is not what was captured (other bytes, by SHA-256)"]
+        return [f"{record.file}: differs from what was captured (SHA-256)"]
     return []

@@ -1,4 +1,4 @@
-"""A teacher whose outputs were captured and lie in the dataset, as a codec stores them."""
+"""A teacher whose outputs are columns of the dataset, stored by a codec."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,11 +17,11 @@ from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, Tea
 
 
 class CapturedTeacher(Teacher):
-    """Decodes what was stored: bytes travel with the batch, and a chunk of them at a time is decoded on its device.
+    """Decodes the bytes of a batch on the batch's device, a chunk of positions at a time.
 
     Args:
-        codec: how the outputs are stored; its columns are columns of the dataset, and names in the batch.
-        background: the log-distribution that the mass outside the stored tokens is taken to follow.
+        codec: how the outputs are stored; its columns are columns of the dataset and keys of the batch.
+        background: log-distribution of the probability outside the stored tokens.
     """
 
     def __init__(self, codec: Codec, background: Float[Tensor, " vocab"] | None = None) -> None:
@@ -35,7 +35,7 @@ class CapturedTeacher(Teacher):
 
     @torch.no_grad()
     def signal(self, batch: Mapping[str, Tensor], request: SignalRequest = DISTRIBUTION) -> TeacherSignal:
-        """From the batch's `columns`, each [batch, tokens, width]. Only distributions were stored."""
+        """From the batch's `columns`, each [batch, tokens, width]. Raises ValueError for all but distributions."""
         if request.hidden_states or request.attention:
             raise ValueError("a captured teacher has neither hidden states nor attention outputs")
         stored = {name: batch[name].flatten(0, 1) for name in self.columns}
@@ -53,7 +53,7 @@ class CapturedTeacher(Teacher):
         return TeacherSignal(distribution)
 
     def check_rows(self, rows: Dataset, key: str) -> None:
-        """Raises UserError where this codec did not store the first row: other widths, ids beyond the vocabulary."""
+        """Raises UserError where the first row does not decode: another width, ids outside the vocabulary."""
         batch = collate([TensorRows(rows, self.columns)[0]], pad_token_id=0, signal_columns=self.columns)
         try:
             first = self.codec.decode({name: batch[name].flatten(0, 1) for name in self.columns})
@@ -64,5 +64,5 @@ class CapturedTeacher(Teacher):
             raise UserError(
                 key,
                 f"decoded as {self.codec.kind}, its first row holds token {largest} of a vocabulary of "
-                f"{self.vocabulary_size}; give the configuration that it was captured with",
+                f"{self.vocabulary_size}; give the configuration that the dataset was captured with",
             )

@@ -1,6 +1,6 @@
-"""`tokenizer/` in the folder of a captured dataset: the teacher's, for where the teacher itself is not at hand.
+"""The teacher's tokenizer in the folder of a captured dataset, for when the teacher itself is not available.
 
-Without it nobody could tell the tokens of the dataset from those of a student that has one more.
+It is needed to compare the dataset's tokens with those of a student that has more of them.
 """
 
 from pathlib import Path
@@ -13,14 +13,13 @@ from distillkit.data import tokenizer_hash
 from distillkit.models.loading import load_tokenizer
 from distillkit.runs.writing import remove_leftovers, write_whole
 from distillkit.shards import Manifest
-
-TOKENIZER = "tokenizer"
+from distillkit.shards.names import TOKENIZER
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save a tokenizer, each file whole or not at all. The same tokenizer gives the same bytes."""
+    """Save a tokenizer, each file complete or not at all. The same tokenizer gives the same bytes."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        tokenizer.backend_tokenizer.no_truncation()  # what its last call left would be saved too
+        tokenizer.backend_tokenizer.no_truncation()  # the state of its last call would be saved too
         tokenizer.backend_tokenizer.no_padding()
     with TemporaryDirectory() as staged:
         tokenizer.save_pretrained(staged)
@@ -28,14 +27,14 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def copy_tokenizer(captured: Path, folder: Path) -> None:
-    """Take the tokenizer of a captured dataset along, where it has one."""
+    """Copy the tokenizer of a captured dataset, if it has one."""
     _copy(captured / TOKENIZER, folder / TOKENIZER)
 
 
 def read_tokenizer(captured: Path, manifest: Manifest) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a captured dataset; None where it has none that can be read, or another than it was made with.
+    """The tokenizer of a captured dataset; None where it has none, or not the one that it was captured with.
 
-    One that needs code of its own cannot be read: whoever names a dataset has not named code to be run.
+    A tokenizer that needs code of its own is not loaded: the user named a dataset, not code to run.
     """
     if not (captured / TOKENIZER).is_dir():
         return None

@@ -19,7 +19,7 @@ class LiveTeacher(Teacher):
 
     Args:
         model: the teacher; it is put in evaluation mode and never trained.
-        background: log-distribution over the head's columns that the mass outside the top k is taken to follow.
+        background: log-distribution, over the head's columns, of the probability outside the top k.
     """
 
     model: PreTrainedModel
@@ -38,7 +38,7 @@ class LiveTeacher(Teacher):
     def signal(self, batch: Mapping[str, Tensor], request: SignalRequest = DISTRIBUTION) -> TeacherSignal:
         """From the batch's `input_ids` and `position_ids`.
 
-        Computed in the teacher's own dtype, whatever autocast says, and on the teacher's own devices.
+        Computed in the teacher's own dtype, without autocast, and on the teacher's own devices.
         """
         device, first = batch["input_ids"].device, self.model.get_input_embeddings().weight.device
         input_ids, position_ids = (batch[name].to(first) for name in ("input_ids", "position_ids"))

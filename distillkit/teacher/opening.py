@@ -1,8 +1,8 @@
 """From the configuration to a teacher.
 
-The manifest of a dataset that `distillkit capture` made says how a captured teacher's outputs are stored; what the YAML
-says must not contradict it. Datasets that others published have no manifest: there the YAML says how, or the columns
-are plain.
+The manifest of a dataset that `distillkit capture` made describes how a captured teacher's outputs are stored; the YAML
+must not contradict it. Datasets published by others have no manifest: there the YAML describes it, or the columns are
+plain.
 """
 
 import logging
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.compression import Codec, build_codec
+from distillkit.compression.plain import Plain
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError, shown
 from distillkit.config.run import RunConfig
@@ -25,6 +26,7 @@ from distillkit.data.sources import load_source
 from distillkit.models.decoder import head
 from distillkit.models.vocabulary import check_same_tokenizer
 from distillkit.shards import Manifest, read_background, read_background_file, read_manifest, verify_shards
+from distillkit.shards.names import PLAN
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.captured_tokenizer import read_tokenizer
 from distillkit.teacher.live import LiveTeacher
@@ -32,15 +34,13 @@ from distillkit.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-PLAIN = ("token_ids", "top_values")
-
 
 def open_teacher(config: RunConfig, model: PreTrainedModel | None = None) -> Teacher:
     """The teacher of a run, with the background distribution where a loss needs one.
 
-    model: that of a live teacher, loaded.
+    model: the loaded model of a live teacher.
 
-    Raises UserError where a captured teacher cannot be read, and where a background is needed and there is none.
+    Raises UserError where a captured teacher cannot be read, or a background is needed and missing.
     """
     positions = [
         position
@@ -55,7 +55,7 @@ def open_teacher(config: RunConfig, model: PreTrainedModel | None = None) -> Tea
     if positions and teacher.background is None:
         raise UserError(
             f"loss_functions[{positions[0]}].missing_probability_handling",
-            "background needs teacher.background, for dataset.train_dataset has none",
+            "background needs teacher.background, because dataset.train_dataset has none",
         )
     return teacher
 
@@ -68,11 +68,11 @@ def manifest_of(source: DatasetSource) -> Manifest | None:
 def open_captured(
     config: DatasetTeacherConfig, source: DatasetSource, key: str = "dataset.train_dataset"
 ) -> CapturedTeacher:
-    """The teacher whose word the training dataset holds.
+    """The teacher whose outputs the training dataset holds.
 
     key: the key of the YAML that holds the source, for error messages.
 
-    Raises `UserError` where nothing says how it is stored, or the YAML and the manifest contradict one another.
+    Raises `UserError` where neither YAML nor manifest describes how they are stored, or the two contradict each other.
     """
     manifest = manifest_of(source)
     named = {
@@ -102,15 +102,16 @@ def open_captured(
 def open_held_out(
     teacher: Teacher, training: DatasetSource, student: PreTrainedTokenizerBase, source: DatasetSource, key: str
 ) -> Teacher | None:
-    """The teacher that a student is measured against on a held-out dataset; None where the dataset has text alone.
+    """The teacher that a student is compared with on a held-out dataset; None where a captured teacher's outputs are
+    not in it.
 
-    A live teacher is that of the training. For a captured one the held-out dataset must hold its outputs, too; without
-    a manifest, in the format of the training dataset.
+    A live teacher is the one of the training. The outputs of a captured one must be in the held-out dataset too;
+    without a manifest, in the format of the training dataset.
 
     training: the training dataset. student: the student's tokenizer.
 
-    Raises `UserError` where its tokens are not the student's, or its vocabulary is not that of the training dataset;
-    warns where it is another teacher.
+    Raises `UserError` where the tokens are not the student's, or the vocabulary is not that of the training dataset;
+    warns where the teacher is another one.
     """
     if not teacher.columns:
         return teacher
@@ -122,7 +123,7 @@ def open_held_out(
         raise UserError(
             key,
             f"was captured over {manifest.vocabulary_size} tokens, but dataset.train_dataset over "
-            f"{teacher.vocabulary_size}; capture both from one teacher",
+            f"{teacher.vocabulary_size}; capture both with the same teacher",
         )
     trained_on = manifest_of(training)
     others = {} if trained_on is None else trained_on.teacher
@@ -133,7 +134,7 @@ def open_held_out(
     ]
     if different:
         logger.warning(
-            "%s: its teacher, which the student is measured against, is not that of dataset.train_dataset: %s",
+            "%s: its teacher, which the student is compared with, is not that of dataset.train_dataset: %s",
             key,
             "; ".join(different),
         )
@@ -143,12 +144,11 @@ def open_held_out(
 def captured_tokenizer(
     source: DatasetSource, student: PreTrainedTokenizerBase, key: str = "dataset.train_dataset"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the teacher that was captured: the student's, unless the dataset says otherwise.
+    """The tokenizer of the captured teacher: the student's, unless the manifest names another.
 
-    Where the two number tokens differently, that which lies in the dataset tells whether they agree on all tokens that
-    both have.
+    Another one is read from the dataset and compared with the student's on all tokens that both have.
 
-    Raises `UserError` where they do not, or that cannot be told.
+    Raises `UserError` where they disagree, or the dataset has no tokenizer.
     """
     manifest = manifest_of(source)
     if manifest is None or manifest.tokenizer_sha256 in (None, tokenizer_hash(student)):
@@ -166,7 +166,7 @@ def captured_tokenizer(
 
 
 def open_background(path: str, vocabulary_size: int, key: str = "teacher.background") -> Float[Tensor, " vocab"]:
-    """The background of a captured dataset, or in a file of its own. Raises `UserError` where there is none."""
+    """The background in a captured dataset's folder or in a file. Raises `UserError` where there is none."""
     folder = Path(path)
     logprobs = read_background(folder, read_manifest(folder)) if folder.is_dir() else read_background_file(folder)
     if logprobs is None:
@@ -174,14 +174,14 @@ def open_background(path: str, vocabulary_size: int, key: str = "teacher.backgro
     if len(logprobs) != vocabulary_size:
         raise UserError(
             key,
-            f"covers {len(logprobs)} tokens, but the teacher's vocabulary has {vocabulary_size}; it is of "
+            f"covers {len(logprobs)} tokens, but the teacher's vocabulary has {vocabulary_size}; it belongs to "
             "another teacher",
         )
     return logprobs
 
 
 def refuse_damage(source: DatasetSource, key: str) -> None:
-    """Raises `UserError` where a shard of a captured dataset is not what was captured. Reads all of them."""
+    """Raises `UserError` for a damaged shard of a captured dataset. Reads all of them."""
     manifest = manifest_of(source)
     if manifest is None:
         return
@@ -189,15 +189,15 @@ def refuse_damage(source: DatasetSource, key: str) -> None:
     problems = verify_shards(folder, manifest)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        captured_here = (folder / "plan.json").is_file()
-        goes_on = "capture goes on there" if captured_here else "pack, of the same dataset to the same folder, mends it"
-        raise UserError(f"{key}.disk_path", f"{problems[0]}{more}; delete such files, and distillkit {goes_on}")
+        command = "capture" if (folder / PLAN).is_file() else "pack"
+        remedy = f"delete these files and run the same distillkit {command} again, which makes them anew"
+        raise UserError(f"{key}.disk_path", f"{problems[0]}{more}; {remedy}")
 
 
 def _refuse_contradiction(kind: str, section: Section, codec: Codec, key: str) -> None:
     if kind != codec.kind:
         raise UserError(
-            f"teacher.{kind}", f"{key} was captured with {codec.kind}; remove it, for the manifest says how"
+            f"teacher.{kind}", f"{key} was captured with {codec.kind}, according to its manifest; remove {kind}"
         )
     ours, theirs = section.model_dump(), codec.config.model_dump()
     for name in ours:
@@ -205,17 +205,17 @@ def _refuse_contradiction(kind: str, section: Section, codec: Codec, key: str) -
             raise UserError(
                 f"teacher.{kind}.{name}",
                 f"is {shown(ours[name])}, but {key} was captured with "
-                f"{shown(theirs[name])}; remove {kind}, for the manifest says how",
+                f"{shown(theirs[name])}, according to its manifest; remove {kind}",
             )
 
 
 def _plain(config: DatasetTeacherConfig, source: DatasetSource, key: str) -> Codec:
     rows = load_source(source, key)
-    if not set(PLAIN) <= set(rows.column_names):
+    if not set(Plain.columns) <= set(rows.column_names):
         raise UserError(
             "teacher.logprob_compressor",
-            f"is missing: {key} has no manifest that says how its outputs are compressed; "
-            "give logprob_compressor or legacy_logit_compression as it was captured",
+            f"is missing: {key} has no manifest that describes how its outputs are compressed; "
+            "give the logprob_compressor or legacy_logit_compression that it was captured with",
         )
     if config.vocab_size is None:
         raise UserError("teacher.vocab_size", f"is missing: the size of the vocabulary that {key} was captured over")

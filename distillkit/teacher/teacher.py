@@ -1,8 +1,8 @@
-"""What every teacher is, wherever its outputs come from.
+"""The interface of every teacher, wherever its outputs come from.
 
-For a batch a teacher gives up to three things: a distribution over the next token at each position, computed a chunk
-of positions at a time so that [tokens, vocab] never exists; hidden states of some layers; and the inputs and outputs
-of the attention of some layers. Which of them, `SignalRequest` says.
+For a batch a teacher returns up to three things, which `SignalRequest` selects: a distribution over the next token at
+each position, computed a chunk of positions at a time so that [tokens, vocab] never exists; hidden states of some
+layers; and the inputs and outputs of the attention of some layers.
 """
 
 from abc import ABC, abstractmethod
@@ -23,13 +23,13 @@ DistributionOfRows = Callable[[Int[Tensor, " rows"]], Callable[[slice], Distribu
 
 @dataclass(frozen=True)
 class SignalRequest:
-    """What a signal holds beside the whole distribution.
+    """What a signal holds besides the distribution, and how much of the distribution.
 
     hidden_states: indices as in transformers' `output_hidden_states`: 0 is the embeddings.
     final_norm: whether the last index is the state after the final norm, or the last layer's output.
-    attention: layers, counted from 0, whose attention's inputs and outputs are given.
+    attention: layers, counted from 0, whose attention's inputs and outputs are returned.
     top_k: only the k likeliest tokens, their log-probabilities normalised over the whole vocabulary.
-    vocabulary_size: columns that belong to the tokenizer; those of a wider head are as if they were not there.
+    vocabulary_size: columns that belong to the tokenizer; the other columns of a wider head are dropped.
     """
 
     hidden_states: tuple[int, ...] = ()
@@ -57,19 +57,19 @@ class Teacher(ABC):
     """A source of signals for batches as `distillkit.data` collates them."""
 
     columns: tuple[str, ...] = ()
-    """Columns of the dataset's rows that a signal is made from, beside the tokens."""
+    """Columns of the dataset, besides the tokens, from which a signal is computed."""
 
     model: PreTrainedModel | None = None
-    """The modules that run; None where the outputs were computed elsewhere."""
+    """The model that runs; None where its outputs were captured."""
 
     @property
     @abstractmethod
     def vocabulary_size(self) -> int:
-        """Columns of the teacher's head, which may be more than its tokenizer has tokens."""
+        """Columns of the teacher's head, which may be more than the tokens of its tokenizer."""
 
     @abstractmethod
     def signal(self, batch: Mapping[str, Tensor], request: SignalRequest = DISTRIBUTION) -> TeacherSignal:
         """The requested outputs for a batch, on the batch's device."""
 
     def check_rows(self, rows: Dataset, key: str) -> None:  # noqa: B027
-        """Raises UserError, naming `key`, where `columns` of the rows cannot be what this teacher gave."""
+        """Raises UserError, with `key`, where `columns` of the rows cannot be this teacher's outputs."""

@@ -1,6 +1,5 @@
 """Writing a student so that it can be loaded as any model: weights, configuration, generation configuration."""
 
-import errno
 import os
 import shutil
 from pathlib import Path
@@ -9,11 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distillkit.runs.writing import flush, write_whole
+from distillkit.runs.writing import flush, hard_link, write_whole
 
 _WEIGHTS = ".safetensors"
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
-"""What a file system answers that has no hard links, or not these."""
 
 
 def save_student(
@@ -48,11 +45,7 @@ def link_student(source: Path, folder: Path, besides: tuple[str, ...]) -> None:
 def _link(path: Path, target: Path) -> None:
     staged = target.with_name(f".{target.name}.linked")
     staged.unlink(missing_ok=True)  # of a process that was killed
-    try:
-        os.link(path, staged)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
+    if not hard_link(path, staged):
         shutil.copyfile(path, staged)
         flush(staged)
     os.replace(staged, target)

@@ -163,7 +163,7 @@ def test_the_background_is_measured_on_rows_that_it_was_not_fitted_on(
 def test_a_single_row_is_measured_on_itself_and_it_is_said(teacher, tmp_path):
     (tmp_path / "text.txt").write_text("a few words")
     printed = run(configuration(teacher, tmp_path / "text.txt", tmp_path / "dataset"))
-    assert "as the background has it, which was fitted on these (" in printed
+    assert "with the rest like the background, which was fitted on the same rows (" in printed
 
 
 def test_another_batch_size_and_documents_apart_say_the_same(teacher, text, captured, tmp_path):
@@ -269,7 +269,7 @@ def test_the_background_of_another_capture_is_made_again(teacher, text, captured
 def test_shares_add_up_to_the_same_dataset(teacher, text, captured, tmp_path):
     for share in ("2/3", "1/3"):
         printed = run(configuration(teacher, text, tmp_path), share)
-        assert "shards are there; the process that makes the last one" in printed
+        assert "shards are complete; the process that makes the last one" in printed
         assert not (tmp_path / "manifest.json").exists()
     run(configuration(teacher, text, tmp_path), "3/3")
     assert files(tmp_path) == files(captured[0])
@@ -350,7 +350,9 @@ def test_ctrl_c_says_how_to_go_on(teacher, text, captured, tmp_path, monkeypatch
         capture(configuration(teacher, text, tmp_path))
     assert ended.value.code == 130
     shards = len(read_manifest(captured[0]).shards)
-    assert f"interrupted: 2 of {shards} shards are there; the same command goes on" in capsys.readouterr().out
+    assert (
+        f"interrupted: 2 of {shards} shards are complete; the same command makes the others" in capsys.readouterr().out
+    )
     monkeypatch.undo()
     run(configuration(teacher, text, tmp_path))
     assert files(tmp_path) == files(captured[0])

@@ -37,16 +37,19 @@ def test_a_full_disk(small_disk, tmp_path):
             run(config)
         line = str(error.value)
         assert line.startswith(f"output_path: no room left in '{folder}': ")
-        assert line.endswith("shards are there; make room, and the same command goes on with the others")
+        assert line.endswith("shards are complete; free some space, and run the same command again for the others")
         assert not [name for name in os.listdir(folder) if name.endswith(".unfinished")]
     assert " 0 of " not in line and not (folder / "manifest.json").exists()
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    assert "are there already" in run(config)
+    assert "are complete already" in run(config)
     assert files(folder) == files(tmp_path / "whole")
 
 
 def test_a_disk_without_room_for_the_prepared_rows(small_disk, tmp_path):
     teacher, text = save_llama(tmp_path / "teacher", 0), save_text(tmp_path / "text.jsonl")
     (small_disk / "other").write_bytes(bytes(56 * 2**10))
-    with pytest.raises(UserError, match=r"^output_path: no room left beside .* for the prepared rows; make room"):
+    with pytest.raises(
+        UserError,
+        match=r"^output_path: the disk is full beside .*, where the prepared rows are written; free some space",
+    ):
         run(configuration(teacher, text, small_disk / "dataset"))

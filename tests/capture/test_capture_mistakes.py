@@ -57,7 +57,7 @@ def test_a_configuration_that_cannot_be(changes, line):
         (
             {"compression": {"plain": {"k": 5, "vocab_size": 257}}},
             "compression.plain.vocab_size: is 257, but the teacher's head has 259 columns, and all of them are "
-            "captured, also those that the tokenizer does not know; give 259",
+            "captured, including those without a token in the tokenizer; give 259",
         ),
         (
             {"compression": {"logprob_compressor": {**PUBLISHED, "d": 300}}},
@@ -85,7 +85,7 @@ def test_all_columns_of_a_head_that_is_wider_than_the_tokenizer(text, tmp_path):
         run(configuration(tmp_path / "teacher", text, tmp_path / "dataset"))
     compression = {"plain": {"k": 320, "vocab_size": 320}}
     printed = run(configuration(tmp_path / "teacher", text, tmp_path / "dataset", compression=compression))
-    assert "of the teacher's probability 100.00 % is on stored tokens; KL(teacher ‖ stored) is " in printed
+    assert "the stored tokens hold 100.00 % of the teacher's probability; KL(teacher ‖ stored) is " in printed
     assert not (tmp_path / "dataset" / "background.safetensors").exists()  # nothing is outside the top k
 
 
@@ -115,7 +115,7 @@ def test_a_folder_of_another_capture_is_refused(teacher, text, tmp_path, changes
     with pytest.raises(UserError) as error:
         run(configuration(teacher, text, folder, **changes))
     assert str(error.value).startswith(line)
-    assert str(error.value).endswith("go on with that, or choose another output_path")
+    assert str(error.value).endswith("restore it, or choose another output_path")
     assert files(folder) == before
 
 
@@ -128,7 +128,7 @@ def test_smaller_batches_and_a_text_that_was_moved_go_on(teacher, text, tmp_path
             configuration(teacher, moved, folder, rows_per_shard=1, tokens_per_batch=64, trust_remote_code=True)
         )
     assert "tokens_per_batch: is 64, but was 128 when" in caplog.text
-    assert "are there already" in printed and "bytes per token on disk" in printed
+    assert "are complete already" in printed and "bytes per token on disk" in printed
     assert verify_shards(folder, read_manifest(folder)) == []
 
 
@@ -140,7 +140,7 @@ def test_shares_of_two_teachers_are_not_put_together(teacher, text, tmp_path):
     (tmp_path / "both").mkdir()
     for name, content in before.items():
         (tmp_path / "both" / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00001\.parquet is of another capture; take it and its \.json away"):
+    with pytest.raises(UserError, match=r"shard-00001\.parquet belongs to another capture; remove it and its \.json"):
         run(configuration(teacher, text, tmp_path / "both", rows_per_shard=1))
     assert files(tmp_path / "both") == before
 
@@ -149,7 +149,7 @@ def test_a_teacher_that_was_trained_on_meanwhile_is_refused(text, tmp_path):
     teacher, folder = save_llama(tmp_path / "teacher", 0), tmp_path / "dataset"
     run(configuration(teacher, text, folder, rows_per_shard=1), "1/2")
     save_llama(tmp_path / "teacher", 1)
-    line = r"^teacher\.path: its weights are not what they were when the capture in .* was begun"
+    line = r"^teacher\.path: its weights are not what they were when the capture in .* began"
     with pytest.raises(UserError, match=line):
         run(configuration(teacher, text, folder, rows_per_shard=1))
 

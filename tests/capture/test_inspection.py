@@ -86,7 +86,7 @@ def test_tokens_and_what_the_teacher_expected(captured, teacher):
     with torch.no_grad():
         probabilities = model(document).logits[0].softmax(-1)
     header, first = inspected(captured, tokens=3)[1].split("\n\n")[1].splitlines()[:2]
-    assert re.split("  +", header) == ["after", "came", "kept", "the teacher expected"]
+    assert re.split("  +", header) == ["token", "next token", "stored", "teacher's likeliest next tokens"]
     position = 3
     top = probabilities[position].topk(K)
     assert re.split("  +", first)[:4] == [
@@ -128,7 +128,7 @@ def test_divergence_from_the_live_teacher(captured, teacher):
     text = inspected(captured, teacher=teacher)[1]
     measured = dict(line.split("  ", 1) for line in text.splitlines() if line.startswith(("KL", "tokens compared")))
     assert int(measured["tokens compared"].replace(",", "")) == manifest.tokens
-    for name, label in (("uniform", "rest uniform"), ("background", "rest as background")):
+    for name, label in (("uniform", "rest uniform"), ("background", "rest like background")):
         value = float(measured[f"KL(teacher‖stored), {label}"].split()[0])
         assert math.isclose(value, float(torch.cat(kl[name]).mean()), rel_tol=1e-3, abs_tol=1e-6)
 
@@ -136,7 +136,7 @@ def test_divergence_from_the_live_teacher(captured, teacher):
 def test_the_rows_that_the_background_was_fitted_on_come_last(copy, teacher, monkeypatch):
     monkeypatch.setattr(inspection, "TOKENS_COMPARED", 48)
     (copy / "shard-00000.parquet").write_bytes(b"")
-    assert "KL(teacher‖stored), rest as background" in inspected(copy, teacher=teacher, tokens=0)[1]
+    assert "KL(teacher‖stored), rest like background" in inspected(copy, teacher=teacher, tokens=0)[1]
 
 
 def test_the_captured_teacher_is_compared_as_it_was_captured(teacher, tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_published_dataset(captured, tmp_path, capsys):
     assert main(["inspect", str(published.parent)]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if line)
     said = {name: value.strip() for name, value in lines.items()}
-    assert said["codec"].startswith("not known, as there is no manifest")
+    assert said["codec"].startswith("unknown, because there is no manifest")
     assert (said["rows"], said["tokens"]) == (f"{manifest.rows:,}", f"{manifest.tokens:,}")
     assert said["files"] == str(len(manifest.shards))
     assert "token_ids list<element: list<element: int32>>" in said["columns"]
@@ -184,7 +184,7 @@ def test_another_teacher_is_refused(captured, tmp_path):
     other = tmp_path / "other"
     save_llama(other, seed=2)
     llama(2, vocab=BYTES + 5).save_pretrained(other)
-    with pytest.raises(UserError, match="--teacher: its head has 264 columns, that of the captured one 259"):
+    with pytest.raises(UserError, match="--teacher: its head has 264 columns, but that of the captured teacher 259"):
         inspected(captured, teacher=str(other))
 
 
@@ -225,9 +225,9 @@ def test_what_is_no_captured_dataset_is_one_line(copy, tmp_path, capsys):
 
     assert "no such folder: 'none'" in line("none")
     (tmp_path / "empty").mkdir()
-    assert "is no captured dataset: it has no manifest.json" in line(str(tmp_path / "empty"))
+    assert "is not a captured dataset: it has no manifest.json" in line(str(tmp_path / "empty"))
     (copy / "manifest.json").unlink()
-    assert "is a capture that has not ended (" in line(str(copy))
+    assert "holds a capture that is not complete (" in line(str(copy))
 
 
 @pytest.mark.parametrize(

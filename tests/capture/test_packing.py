@@ -154,7 +154,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, small_shar
     assert files(out) == files(tmp_path / "undisturbed")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     pack(source, out, 10, QUIET)  # finished; nothing happens
-    with pytest.raises(UserError, match=r"OUT: .* exists already and is something else; name a new folder"):
+    with pytest.raises(UserError, match=r"OUT: .* exists already and holds something else; name a new folder"):
         pack(source, out, 11, QUIET)
 
 
@@ -183,7 +183,10 @@ def test_a_published_dataset_keeps_its_columns(tmp_path):
     source = DatasetSource(disk_path=str(folder))
     console = Console(file=io.StringIO(), width=200)
     pack(source, tmp_path / "packed", 5, console)
-    assert "left out, for want of a list of numbers for each token: source, turns\n" in console.file.getvalue()
+    assert (
+        "columns left out, because they do not hold a list of numbers per token: source, turns\n"
+        in console.file.getvalue()
+    )
     assert sorted(documents_of(tmp_path / "packed")) == pieces([[3], [4], [2]], 5)
     assert read_manifest(tmp_path / "packed") is None
     packed = load_source(DatasetSource(disk_path=str(tmp_path / "packed")))
@@ -228,7 +231,7 @@ def test_what_is_lost_or_damaged_later_is_made_again(tmp_path, small_shards, wit
     (out / "shard-00001.parquet").write_bytes(content)
     console = Console(file=io.StringIO(), width=200)
     pack(source, out, 10, console)
-    assert "packed: shard-00001.parquet: lost or damaged, to be made again" in console.file.getvalue()
+    assert "packed: shard-00001.parquet: missing or damaged, made again" in console.file.getvalue()
     assert files(out) == whole
 
 
@@ -263,7 +266,7 @@ def test_damage_is_named_before_anything_is_written(tmp_path):
     source = capture(tmp_path / "captured")
     shard = tmp_path / "captured" / "shard-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"captured: shard-00001.parquet: is not what was captured"):
+    with pytest.raises(UserError, match=r"captured: shard-00001.parquet: differs from what was captured"):
         pack(source, tmp_path / "packed", 10, QUIET)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captured"]
 
@@ -275,7 +278,7 @@ def test_damage_is_named_before_anything_is_written(tmp_path):
         ({"input_ids": [[]]}, "DATASET: has only empty rows"),
         (  # a codec's column
             {"input_ids": [[1, 2], [3]], "coeffs": [[[1], [2]], [[3], [4]]]},
-            "DATASET: row 1 has 1 input_ids and 2 entries in coeffs; they must be as many",
+            "DATASET: row 1 has 1 input_ids and 2 entries in coeffs; both must have the same number",
         ),
         ({"input_ids": [[1, 2]], "seq_lengths": [[1]]}, "row 0 has 2 tokens, but its seq_lengths add up to 1"),
     ],

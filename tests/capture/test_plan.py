@@ -63,11 +63,11 @@ def test_of_two_captures_that_start_in_a_folder_one_has_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("{", "is no plan of a capture; choose another folder"),
-        ("[1]", "is no plan of a capture; choose another folder"),
-        ('{"teacher": {}}', "is no plan of a capture; choose another folder"),
-        (b"\xff", "is no plan of a capture; choose another folder"),
-        ('{"format": 2, "others": 0}', "is of format 2, this version of distillkit knows 1; go on with the version"),
+        ("{", "is not the plan of a capture; choose another folder"),
+        ("[1]", "is not the plan of a capture; choose another folder"),
+        ('{"teacher": {}}', "is not the plan of a capture; choose another folder"),
+        (b"\xff", "is not the plan of a capture; choose another folder"),
+        ('{"format": 2, "others": 0}', "has format 2, but this version of distillkit reads format 1; continue with"),
     ],
 )
 def test_a_plan_that_is_none_is_told(tmp_path, content, line):

@@ -109,7 +109,7 @@ def test_what_is_missing_is_one_line(teacher, monkeypatch):
 @pytest.mark.parametrize(
     ("kwargs", "length", "line"),
     [
-        ({"max_model_len": 5}, 5, r"^teacher\.kwargs\.max_model_len: is 5, but vLLM writes a token after each row"),
+        ({"max_model_len": 5}, 5, r"^teacher\.kwargs\.max_model_len: is 5, but vLLM generates a token after each row"),
         ({}, 2048, r"^engine: vllm does not start with .*max_model_len \(2049\).*sequence_length \+ 1 = 2049 tokens"),
         ({"max_logprobs": 3}, 5, "^engine: vllm does not start with .*max_logprobs"),
     ],
@@ -139,5 +139,5 @@ def test_the_revision_is_that_of_the_configuration_too(teacher, vllm, monkeypatc
 
 def test_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^engine: vllm runs on GPUs of its own choice"):
+    with pytest.raises(UserError, match=r"^engine: vllm chooses GPUs by itself"):
         run(configuration("teacher", "text", tmp_path / "dataset", engine="vllm"))

@@ -81,11 +81,11 @@ def test_prepared_rows_are_read_again_until_something_changes(source, tiny_token
     assert caplog.messages == []
 
     assert build(32) != first
-    assert caplog.messages == [f"{folder} was made with other sequence_length; preparing it again"]
+    assert caplog.messages == [f"{folder} is prepared again, because these have changed: sequence_length"]
     with open(source.disk_path, "a") as file:
         file.write(json.dumps({"text": "one more"}) + "\n")
     assert sum(map(len, build(32))) > sum(map(len, first))
-    assert caplog.messages[1:] == [f"{folder} was made with other files; preparing it again"]
+    assert caplog.messages[1:] == [f"{folder} is prepared again, because these have changed: files"]
     tiny_tokenizer("padding", padding="max_length", max_length=12)  # leaves its mark in the tokenizer's state
     build(32)
     assert len(caplog.messages) == 2

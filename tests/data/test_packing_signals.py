@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_named_by_row_and_column():
     table = rows.data.table
     shorter = table.set_column(2, "first", pa.array([table["first"][0].as_py(), table["first"][1].as_py()[:2]]))
     with pytest.raises(
-        UserError, match=r"^dataset: row 1 has 4 input_ids and 2 entries in first; they must be as many"
+        UserError, match=r"^dataset: row 1 has 4 input_ids and 2 entries in first; both must have the same number"
     ):
         aligned_rows(Dataset(shorter), COLUMNS, "dataset")
 

@@ -131,12 +131,12 @@ def read_slowly(row: dict[str, Any], vocabulary: int) -> tuple[dict[str, Any], l
     for name, ids, lowest in (("input_ids", input_ids, 0), ("labels", labels, -100)):
         for strange in [token for token in ids if not lowest <= token < vocabulary][:1]:
             faults.append(
-                f"dataset.train_dataset: {name} holds token {strange}, but the tokenizer has {vocabulary}; "
+                f"dataset.train_dataset: {name} holds token {strange}, but the tokenizer has {vocabulary} tokens; "
                 "the rows were made with another tokenizer"
             )
     found = f"dataset.train_dataset: a row has {len(input_ids)} input_ids and"
     if len(labels) != len(input_ids):
-        faults.append(f"{found} {len(labels)} labels; they must be as many")
+        faults.append(f"{found} {len(labels)} labels; both must have the same length")
     if mask is not None and len(mask) != len(input_ids):
         faults.append(f"{found} an attention_mask of {len(mask)}")
     seen = [index for index in range(len(input_ids)) if mask is None or mask[index : index + 1] != [0]]
@@ -224,7 +224,7 @@ def test_eos_label_token_ids_change_labels_alone(tiny_tokenizer):
 def test_eos_labels_that_do_not_exist_are_refused(tiny_tokenizer):
     size = len(tiny_tokenizer)
     assert error({"text": ["time"]}, tiny_tokenizer, eos_label_token_ids=(3, size)) == (
-        f"dataset.eos_label_token_ids[1]: there is no token {size}; the tokenizer has {size}, counted from 0"
+        f"dataset.eos_label_token_ids[1]: there is no token {size}; the tokenizer's ids are 0 to {size - 1}"
     )
 
 
@@ -356,7 +356,7 @@ def test_conversations_in_which_the_assistant_says_nothing_are_left_out(tiny_tok
     assert not caplog.messages
     rows = {"messages": [CHAT[:1]] * 300 + [CHAT] + [TURNS[2:3]]}
     assert tokenize(rows, tiny_tokenizer, **asked) == [expected]
-    left_out = "conversations are left out: the assistant says nothing in them"
+    left_out = "conversations are left out: they have no text of the assistant"
     assert caplog.messages == [f"dataset.train_dataset: 301 of 302 {left_out}"]
     silent = {"prompt": [TURNS[:1], TURNS[:3]], "completion": [TURNS[2:3], TURNS[3:]]}
     (completed,) = tokenize(silent, tiny_tokenizer, **asked)
@@ -377,20 +377,20 @@ def test_what_cannot_count_the_assistant_alone_is_told(tiny_tokenizer):
     for columns in ({"text": ["time"]}, {"input_ids": [[5, 6]]}, {"prompt": ["time"], "completion": ["is"]}):
         assert error(columns, tiny_tokenizer, **asked) == (
             f"dataset.train_dataset: column {next(iter(columns))} holds no conversations, so "
-            "dataset.assistant_only_loss cannot tell the assistant's part of it; remove assistant_only_loss, or name "
+            "dataset.assistant_only_loss has no effect on it; remove assistant_only_loss, or name a dataset of "
             "conversations"
         )
     assert error({"messages": [CHAT[:1]]}, tiny_tokenizer, **asked) == (
-        "dataset.train_dataset: in none of its conversations the assistant says anything, so nothing would count; name "
-        "others, or remove dataset.assistant_only_loss"
+        "dataset.train_dataset: no conversation has text of the assistant, so no token would count; name another "
+        "dataset, or remove dataset.assistant_only_loss"
     )
     assert "the tokenizer has no chat template" in error(
         {"messages": [CHAT]}, with_template(tiny_tokenizer, None), **asked
     )
     forgetful = "{% for m in messages %}{{ m.content if loop.last else '...' }};{% endfor %}"
     assert error({"messages": [TURNS]}, with_template(tiny_tokenizer, forgetful), **asked) == (
-        "dataset.assistant_only_loss: the tokenizer's chat template does not tell the assistant's words from the "
-        "others; give it a chat template with {% generation %} marks, or remove assistant_only_loss"
+        "dataset.assistant_only_loss: the tokenizer's chat template does not separate the assistant's text from the "
+        "rest; give it a chat template with {% generation %} marks, or remove assistant_only_loss"
     )
 
 

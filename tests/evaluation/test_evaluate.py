@@ -24,7 +24,7 @@ from distillkit.config.evaluate import EvaluateConfig, ModelConfig
 from distillkit.data import build_dataset
 from distillkit.evaluation import evaluate, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
-from distillkit.evaluation.model_spec import Subject, trained_length
+from distillkit.evaluation.model_spec import ModelSpec, trained_length
 from distillkit.evaluation.suites import measure
 from distillkit.models.loading import load_model
 from distillkit.reporting import write_report
@@ -143,10 +143,10 @@ def test_the_result_file(places, whole):
 def test_a_second_time_nothing_is_measured_nor_loaded(places, whole, monkeypatch):
     out, results, _ = whole
     before = unit_files(out)
-    monkeypatch.setattr(Subject, "load", lambda *args: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(ModelSpec, "load", lambda *args: pytest.fail("a model is loaded"))
     again, said = run(described(places, out, "same", "near", "far"))
     assert unit_files(out) == before
-    assert "11 results are there already" in said
+    assert "11 results exist already" in said
     assert {**again, "started": 0, "finished": 0} == {**results, "started": 0, "finished": 0}
 
 
@@ -165,7 +165,7 @@ def test_results_that_were_made_elsewhere_are_named(places, tmp_path, monkeypatc
         ("near", "speed", "8"),
     ]
     assert all(each["commit"] != "0123abc" and each["versions"] == results["versions"] for each in elsewhere)
-    assert "5 results are of another commit, version or machine" in said
+    assert "5 results were made by another commit, version or machine" in said
     write_report([out], tmp_path / "report")
     assert "| near | divergence |" in (tmp_path / "report" / "report.md").read_text()
 
@@ -217,14 +217,14 @@ def test_an_interrupted_evaluation_says_what_is_missing(places, tmp_path, monkey
 def test_weights_that_change_before_they_are_loaded_are_not_measured(places, tmp_path, monkeypatch):
     """Their results would be kept as those of the weights that were there when the evaluation began."""
     shutil.copytree(places / "near", tmp_path / "student")
-    load = Subject.load
+    load = ModelSpec.load
 
     def later(subject, device):
         if subject.name == "student":
             shutil.copy(places / "far" / "model.safetensors", tmp_path / "student")
         return load(subject, device)
 
-    monkeypatch.setattr(Subject, "load", later)
+    monkeypatch.setattr(ModelSpec, "load", later)
     students = {"student": {"path": str(tmp_path / "student")}}
     results, _ = run(described(places, tmp_path / "out", students=students))
     assert {each["error"].split(";")[0] for each in results["failures"]} == {
@@ -284,7 +284,7 @@ def test_killed_it_goes_on(places, tmp_path):
     assert kept and not (out / "results.json").exists()
     results, said = run(config)
     assert kept.items() <= unit_files(out).items()
-    assert "results are there already" in said
+    assert "results exist already" in said
     assert results["failures"] == []
     assert set(results["divergence"]) == {"near", "far"}
 
@@ -390,7 +390,7 @@ def test_smoke_tries_everything_apart_from_the_real_results(places, tmp_path):
 
 def test_no_more_than_the_teacher_and_one_student_are_in_memory(places, tmp_path, monkeypatch):
     alive, at_load = {}, {}
-    load = Subject.load
+    load = ModelSpec.load
 
     def watched(subject, device):
         gc.collect()
@@ -399,7 +399,7 @@ def test_no_more_than_the_teacher_and_one_student_are_in_memory(places, tmp_path
         alive[subject.name] = weakref.ref(loaded.model)
         return loaded
 
-    monkeypatch.setattr(Subject, "load", watched)
+    monkeypatch.setattr(ModelSpec, "load", watched)
     run(described(places, tmp_path / "out", "near", "far"))
     assert at_load == {"teacher": [], "near": ["teacher"], "far": ["teacher"]}
     alive.clear()

@@ -93,7 +93,7 @@ def test_slices_chunks_and_other_kinds_of_list():
 @pytest.mark.parametrize(
     ("column", "line"),
     [
-        ([[[1, 2], [3]]], "signal: tokens have from 1 to 2 values; all must have as many"),
+        ([[[1, 2], [3]]], "signal: tokens have 1 to 2 values; all must have the same number"),
         ([[[1, None]]], "signal: has missing values"),
         ([[[1], None]], "signal: has missing values"),
         ([None], "signal: must hold a list of numbers per token, but holds null"),
@@ -176,7 +176,7 @@ def test_a_manifest_comes_back(dataset):
     assert read_manifest(folder / "nothing") is None
     later = (folder / "manifest.json").read_text().replace('"format": 1', '"format": 2')
     (folder / "manifest.json").write_text(later)
-    with pytest.raises(UserError, match="is of format 2, this version of distillkit reads 1"):
+    with pytest.raises(UserError, match="has format 2, but this version of distillkit reads format 1"):
         read_manifest(folder)
     (folder / "manifest.json").write_text('{"shards": [{}]}')
     with pytest.raises(UserError, match="is no manifest of a captured dataset"):
@@ -205,8 +205,8 @@ def test_damage_is_named(dataset):
     assert [line.split(" (")[0] for line in verify_shards(folder, made)] == [
         "shard-00000.parquet: is missing",
         f"shard-00001.parquet: is truncated: {len(whole) - 1:,} bytes, {len(whole):,} were captured",
-        "shard-00002.parquet: is not what was captured",
-        "shard-00007.parquet: is not in the manifest; it is of another dataset",
+        "shard-00002.parquet: differs from what was captured",
+        "shard-00007.parquet: is not in the manifest; it belongs to another dataset",
     ]
 
 
@@ -236,7 +236,7 @@ def test_a_damaged_background_is_named(tmp_path):
     flipped = bytearray(path.read_bytes())
     flipped[-2] ^= 1
     path.write_bytes(flipped)
-    assert verify_shards(tmp_path, made) == [f"{name}: is not what was captured (other bytes, by SHA-256)"]
+    assert verify_shards(tmp_path, made) == [f"{name}: differs from what was captured (SHA-256)"]
     path.unlink()
     assert verify_shards(tmp_path, made) == [f"{name}: is missing"]
 
@@ -252,7 +252,7 @@ def test_a_shard_of_another_dataset_is_named(dataset):
 def test_a_shard_of_another_capture_is_named(tmp_path):
     plans = ["ab", "cd", "ab"]
     records = [write_shard(tmp_path, index, table(), (6 * index, 6 * index + 6), plans[index]) for index in range(3)]
-    line = "shard-00001.parquet: is of another capture than shard-00000.parquet"
+    line = "shard-00001.parquet: belongs to another capture than shard-00000.parquet"
     assert verify_shards(tmp_path, manifest(records)) == [line]
 
 

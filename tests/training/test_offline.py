@@ -162,7 +162,9 @@ def test_a_damaged_shard_is_named_before_the_first_step(inputs, tmp_path, damage
     name = "shard-00099.parquet" if damage == "foreign" else shard.name
     with pytest.raises(UserError, match=rf"^dataset\.train_dataset\.disk_path: {name}: ") as caught:
         run(configuration(inputs["student"], data, tmp_path / "run"))
-    assert str(caught.value).endswith("; delete such files, and distillkit capture goes on there")
+    assert str(caught.value).endswith(
+        "; delete these files and run the same distillkit capture again, which makes them anew"
+    )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -170,7 +172,7 @@ def test_what_a_damaged_packed_dataset_is_told_to_do_mends_it(inputs, tmp_path):
     source, data = DatasetSource(disk_path=inputs["documents"]), tmp_path / "packed"
     pack(source, data, 64, Console(quiet=True))
     (data / "shard-00000.parquet").unlink()
-    line = "delete such files, and distillkit pack, of the same dataset to the same folder, mends it"
+    line = "delete these files and run the same distillkit pack again, which makes them anew"
     with pytest.raises(UserError, match=line):
         run(configuration(inputs["student"], str(data), tmp_path / "run"))
     pack(source, data, 64, Console(quiet=True))
@@ -195,7 +197,7 @@ def test_a_resumed_run_reads_again_only_a_dataset_that_has_changed(inputs, tmp_p
     content = bytearray(read[2].read_bytes())
     content[len(content) // 2] ^= 1
     read[2].write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00001.parquet: is not what was captured"):
+    with pytest.raises(UserError, match=r"shard-00001.parquet: differs from what was captured"):
         resume()
 
 
@@ -350,7 +352,7 @@ def measured_on(inputs, data, folder):
 def test_held_out_rows_of_another_teacher_are_told(inputs, tmp_path, caplog):
     other = save_llama(tmp_path / "other", 3)
     run(measured_on(inputs, captured(other, inputs["text"], tmp_path / "others"), tmp_path / "run"))
-    said = "dataset.eval_dataset: its teacher, which the student is measured against, is not that of dataset.train_data"
+    said = "dataset.eval_dataset: its teacher, which the student is compared with, is not that of dataset.train_data"
     (line,) = [line for line in caplog.messages if line.startswith(said)]
     assert f"path '{other}', not '{inputs['teacher']}'" in line
     caplog.clear()
