@@ -143,7 +143,7 @@ class _Evaluation:
         self._release_teacher()
         release_memory()
 
-    def _measure_unit(self, unit: Unit, loaded: Loaded) -> None:
+    def _measure_unit(self, unit: Unit, loaded: LoadedModel) -> None:
         if unit.suite != "model":
             self._progress.begin(str(unit))
         start = time.perf_counter()

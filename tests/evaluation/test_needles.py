@@ -165,7 +165,7 @@ def test_a_model_that_runs_is_measured(tmp_path):
 def test_a_haystack_without_text_is_told(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"story": "once"}')
     wrong = settings(tmp_path, haystack={"disk_path": str(tmp_path / "rows.jsonl")})
-    with pytest.raises(UserError, match=r"needles\.haystack: .* column text, and there is none; it has story"):
+    with pytest.raises(UserError, match=r"needles\.haystack: has no column text, .*; its columns are story"):
         measure_needles(llama(0), byte_tokenizer(), wrong, "niah_single_2")
     gone = settings(tmp_path, haystack={"disk_path": str(tmp_path / "nothing.jsonl")})
     with pytest.raises(UserError, match=r"needles\.haystack\.disk_path: cannot read"):
