@@ -36,7 +36,7 @@ def test_a_full_disk(small_disk, tmp_path):
         with pytest.raises(UserError) as error:
             run(config)
         line = str(error.value)
-        assert line.startswith(f"output_path: no room left in '{folder}': ")
+        assert line.startswith(f"output_path: the disk is full at '{folder}': ")
         assert line.endswith("shards are complete; free some space, and run the same command again for the others")
         assert not [name for name in os.listdir(folder) if name.endswith(".unfinished")]
     assert " 0 of " not in line and not (folder / "manifest.json").exists()

@@ -74,7 +74,7 @@ def test_what_it_is(captured, teacher):
     assert said["background"] == "background.safetensors"
     assert "torch" in said["made with"]
     assert said["shards"] == str(len(manifest.shards))
-    assert "every shard is what was captured" in text
+    assert "every shard is as it was captured" in text
 
 
 def test_tokens_and_what_the_teacher_expected(captured, teacher):
@@ -174,7 +174,7 @@ def test_a_published_dataset(captured, tmp_path, capsys):
     assert said["files"] == str(len(manifest.shards))
     assert "token_ids list<element: list<element: int32>>" in said["columns"]
     assert main(["inspect", str(published.parent), "--verify"]) == 2
-    assert "has no manifest.json that it could be held to" in capsys.readouterr().err
+    assert "has no manifest.json to compare it with" in capsys.readouterr().err
     (published / "x.parquet").write_bytes(b"nothing")
     assert main(["inspect", str(published.parent)]) == 2
     assert "cannot be read" in capsys.readouterr().err
