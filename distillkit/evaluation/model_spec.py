@@ -81,7 +81,7 @@ class ModelSpec:
         return not folder.is_dir() or "gguf_file" in self.config.kwargs or has_tokenizer(folder)
 
     def load(self, device: torch.device) -> LoadedModel:
-        """The model on the device, in evaluation mode, in the dtype of its checkpoint unless `kwargs` say otherwise.
+        """The model on the device, in evaluation mode, in the dtype of its checkpoint unless `kwargs` name another.
 
         Raises `UserError` where its files have changed since `state` was read, under which results are stored.
         """

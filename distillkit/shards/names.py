@@ -1,4 +1,4 @@
-"""Names of the files in a captured dataset's folder, for whoever writes or reads them."""
+"""Names of the files in a captured dataset's folder, for all code that writes or reads them."""
 
 MANIFEST = "manifest.json"
 """Written last: a folder that has it holds a complete dataset."""

@@ -236,6 +236,14 @@ def test_a_capture_that_is_there_is_not_made_again(teacher, text, captured):
     assert files(captured[0]) == before
 
 
+def test_a_mapping_and_a_path_are_configurations_too(teacher, text, captured, tmp_path):
+    keys = configuration(teacher, text, captured[0]).model_dump(mode="json", exclude_unset=True)
+    path = tmp_path / "capture.yaml"
+    path.write_text(json.dumps(keys))  # JSON is YAML
+    for form in (keys, path, str(path)):
+        assert "nothing to make" in run(form)
+
+
 @pytest.mark.parametrize(
     "lost",
     [

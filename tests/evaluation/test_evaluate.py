@@ -150,6 +150,16 @@ def test_a_second_time_nothing_is_measured_nor_loaded(places, whole, monkeypatch
     assert {**again, "started": 0, "finished": 0} == {**results, "started": 0, "finished": 0}
 
 
+def test_a_mapping_and_a_path_are_configurations_too(places, whole, tmp_path):
+    out, results, _ = whole
+    keys = described(places, out, "same", "near", "far").model_dump(mode="json")
+    path = tmp_path / "evaluation.yaml"
+    path.write_text(json.dumps(keys))  # JSON is YAML
+    for form in (keys, path, str(path)):
+        again, _ = run(form)
+        assert {**again, "started": 0, "finished": 0} == {**results, "started": 0, "finished": 0}
+
+
 def test_results_that_were_made_elsewhere_are_named(places, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(described(places, out, "near"))

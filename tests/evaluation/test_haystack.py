@@ -139,5 +139,7 @@ def test_mistakes_are_told():
         prompt("niah_single_2", essay=None)
     with pytest.raises(UserError, match=r"needles\.haystack: is missing"):
         prompt("niah_single_2", essay=Essay("  "))
-    with pytest.raises(UserError, match=r"needles\.lengths: 64 tokens are too few; needles and question alone have \d+"):
+    with pytest.raises(
+        UserError, match=r"needles\.lengths: 64 tokens are too few; needles and question alone have \d+"
+    ):
         prompt("niah_multiquery", 64)
