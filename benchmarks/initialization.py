@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from distillkit.config import DatasetSource, StudentConfig
 from distillkit.conversion import build_student
-from distillkit.conversion.convert import fit_output_scales
+from distillkit.conversion.convert import calibrate_layers
 from distillkit.data import build_dataset, collate
 from distillkit.evaluation.divergence import measure_divergence
 from distillkit.models.loading import load_model, load_tokenizer
@@ -117,7 +117,7 @@ def make_student(teacher: PreTrainedModel, variant: Variant, seed: int) -> KDAHy
     for kda in layers:
         variant.before_fit(kda)
     if options["output_scale"] == "fitted":
-        fit_output_scales(teacher, student, torch.Generator().manual_seed(seed))
+        calibrate_layers(teacher, student, torch.Generator().manual_seed(seed))
     for kda in layers:
         variant.after_fit(kda)
     freeze(student, FROZEN)

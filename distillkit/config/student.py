@@ -37,8 +37,12 @@ class InitializationConfig(Section):
 
 
 class StudentConfig(Section):
-    """`student`: which layers get Kimi Delta Attention, and how it is initialised."""
+    """`student`: which layers get another mixer (Kimi Delta Attention), and how it is initialised."""
 
+    mixer: str = Field(
+        "kda",
+        description="what takes the place of full attention: kda, or a mixer of your own (docs/adding_a_mixer.md)",
+    )
     layout: Layout | None = Field(
         "hybrid",
         description="hybrid: every fourth layer keeps full attention; front_loaded: the same number, the first four "

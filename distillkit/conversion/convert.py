@@ -1,4 +1,4 @@
-"""A teacher becomes an untrained student: the same network, with Kimi Delta Attention in place of some attention.
+"""A teacher becomes an untrained student: the same network, with another mixer in place of some attention.
 
 The student is laid out without memory and given the teacher's own tensors, so a conversion holds the teacher and the
 new layers, and nothing twice.
@@ -7,8 +7,8 @@ new layers, and nothing twice.
 import copy
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,16 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config import StudentConfig, UserError
-from distillkit.conversion.layouts import layer_types
+from distillkit.conversion.layouts import layer_mixers
 from distillkit.conversion.summary import ConversionSummary, summarize
 from distillkit.models.decoder import check_head
 from distillkit.models.loading import load_model, load_tokenizer, where
-from distillkit.student.mixers.kda.initialize import (
-    calibration_tokens,
-    copy_attention,
-    fit_output_scale,
-    initialize_new_parameters,
-    mean_attention_distance,
-    repeated_tokens,
-)
+from distillkit.models.recorder import Call, recorded
+from distillkit.student.mixers.calibration import calibration_tokens, mean_attention_distance, repeated_tokens
+from distillkit.student.mixers.mixer import Mixer, Start
+from distillkit.student.mixers.registry import MIXERS, check_linear_mixer, mixers_of
 from distillkit.student.network import KDAHybridConfig, KDAHybridForCausalLM
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NORMS = ("q_norm", "k_norm")
 ATTENTION_DISTANCE_TOKENS = 2048
 """In which the distances over which the teacher attends are measured."""
 
@@ -86,78 +80,78 @@ def build_student(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybrid
 
     Raises `UserError` for a teacher that cannot be converted.
     """
-    check_teacher(teacher)
+    check_teacher(teacher, student)
     check_head(teacher, "teacher")
     model = student_on_meta(teacher.config, student)
-    _share_tensors(teacher, model)
+    exchanged = exchanged_layers(model)
+    _share_tensors(teacher, model, exchanged)
     generator = torch.Generator().manual_seed(student.seed)
-    layers, std = linear_layers(model), teacher.config.initializer_range
-    distances: dict[int, Tensor] = {}
-    if student.initialization.memory == "attended":
-        length = min(
-            ATTENTION_DISTANCE_TOKENS, getattr(teacher.config, "max_position_embeddings", ATTENTION_DISTANCE_TOKENS)
-        )
-        own_generator = torch.Generator().manual_seed(student.seed)  # what is drawn next is the same without this
-        input_ids = repeated_tokens(model.config.vocab_size, length, own_generator)
-        distances = attended_distances(teacher, layers, input_ids)
-    for index in layers:
-        attention, kda = teacher.get_decoder().layers[index].self_attn, model.model.layers[index].self_attn
-        kda.to_empty(device=attention.q_proj.weight.device).to(attention.q_proj.weight.dtype)
-        copy_attention(kda, attention)
-        initialize_new_parameters(kda, student.initialization, std, generator, distances.get(index))
+    distances = attention_distances(teacher, exchanged, student)
+    for index, mixer in exchanged.items():
+        attention, layer = teacher.get_decoder().layers[index].self_attn, model.model.layers[index].self_attn
+        weight = next(attention.parameters())
+        layer.to_empty(device=weight.device).to(weight.dtype)
+        start = Start(student.initialization, teacher.config.initializer_range, generator, distances.get(index))
+        mixer.initialize(layer, attention, start)
     model.tie_weights()
     model.eval()
     if student.initialization.output_scale == "fitted":
-        fit_output_scales(teacher, model, generator)
+        calibrate_layers(teacher, model, generator)
     model.generation_config = copy.deepcopy(teacher.generation_config)
     return model
 
 
-def fit_output_scales(
+def exchanged_layers(model: KDAHybridForCausalLM) -> dict[int, Mixer]:
+    """The mixers of the layers whose attention is not the teacher's own, by layer."""
+    return {index: mixer for index, mixer in enumerate(mixers_of(model.config)) if not mixer.keeps_teacher_weights}
+
+
+def calibrate_layers(
     teacher: PreTrainedModel, model: KDAHybridForCausalLM, generator: torch.Generator | None = None
 ) -> None:
-    """Fit every KDA layer's output to the teacher's attention, each on what the teacher's layer is given."""
+    """Fit every exchanged layer to the teacher's attention, each on what the teacher's layer is given."""
+    exchanged = exchanged_layers(model)
+    attention = _attention(teacher, exchanged)
+    projections = {index: module.get_submodule("o_proj") for index, module in attention.items()}
     input_ids = calibration_tokens(model.config.vocab_size, generator)
-    traffic = _attention_traffic(teacher, linear_layers(model), input_ids)
-    for index, (hidden_states, attention_output) in traffic.items():
-        fit_output_scale(model.model.layers[index].self_attn, hidden_states, attention_output)
+    with recorded(attention, _input) as given, recorded(projections, _input) as attention_outputs:
+        _run_decoder(teacher, input_ids)
+    for index, mixer in exchanged.items():
+        mixer.calibrate(model.model.layers[index].self_attn, given[index], attention_outputs[index])
 
 
-def linear_layers(model: KDAHybridForCausalLM) -> list[int]:
-    """Indices of the layers whose attention is KDA."""
-    return [index for index, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
+def attention_distances(
+    teacher: PreTrainedModel, exchanged: Mapping[int, Mixer], student: StudentConfig
+) -> dict[int, Tensor]:
+    """Tokens that each head looks back on average, `[heads]` on the CPU, for the layers whose mixers start from it.
 
-
-@torch.no_grad()
-def attended_distances(teacher: PreTrainedModel, layers: list[int], input_ids: Tensor) -> dict[int, Tensor]:
-    """Tokens that each head of some layers looks back on average, `[heads]` on the CPU; no layer's weights are kept.
-
-    Raises `UserError` for a teacher that does not tell its attention weights.
+    Raises `UserError` for a teacher that does not return its attention weights.
     """
-    found: dict[int, Tensor] = {}
-    decoder = teacher.get_decoder()
+    layers = [index for index, mixer in exchanged.items() if mixer.needs_attention_distances(student.initialization)]
+    if not layers:
+        return {}
 
-    def take_weights(attention: nn.Module, _: Any, output: tuple[Tensor, Tensor | None]) -> None:
-        if output[1] is None:
+    def distance(call: Call) -> Tensor:
+        weights = call.returned[1]
+        if weights is None:
             raise UserError(
                 "student.initialization.memory",
-                f"attended needs attention weights, which {type(teacher).__name__} does not tell; say spread",
+                f"attended needs attention weights, which {type(teacher).__name__} does not return; use spread",
             )
-        found[places[attention]] = mean_attention_distance(output[1]).cpu()
+        return mean_attention_distance(weights).cpu()
 
-    places = {decoder.layers[index].self_attn: index for index in layers}
-    with ExitStack() as stack:
-        for attention in places:
-            stack.enter_context(attention.register_forward_hook(take_weights))
-        stack.callback(teacher.set_attn_implementation, teacher.config._attn_implementation)
-        teacher.set_attn_implementation("eager")  # no other tells its weights
-        _read(teacher, input_ids)
+    positions = getattr(teacher.config, "max_position_embeddings", ATTENTION_DISTANCE_TOKENS)
+    length = min(ATTENTION_DISTANCE_TOKENS, positions)
+    # A generator of its own: the random parameters are the same whether distances are measured or not.
+    input_ids = repeated_tokens(teacher.config.vocab_size, length, torch.Generator().manual_seed(student.seed))
+    implementation = teacher.config._attn_implementation
+    teacher.set_attn_implementation("eager")  # no other returns its weights
+    try:
+        with recorded(_attention(teacher, layers), distance) as found:
+            _run_decoder(teacher, input_ids)
+    finally:
+        teacher.set_attn_implementation(implementation)
     return found
-
-
-def _read(teacher: PreTrainedModel, input_ids: Tensor) -> None:
-    """Run the teacher's decoder for what its hooks take."""
-    teacher.get_decoder()(input_ids=input_ids.to(teacher.get_input_embeddings().weight.device), use_cache=False)
 
 
 def student_on_meta(teacher_config: PreTrainedConfig, student: StudentConfig) -> KDAHybridForCausalLM:
@@ -167,7 +161,7 @@ def student_on_meta(teacher_config: PreTrainedConfig, student: StudentConfig) ->
     base_config._name_or_path = ""  # a folder of this machine is nobody else's business
     config = KDAHybridConfig(
         base_config=base_config,
-        layer_types=layer_types(teacher_config.num_hidden_layers, student),
+        mixers=layer_mixers(teacher_config.num_hidden_layers, student),
         kv_heads=student.kv_heads,
         use_rope=student.keep_rope,
         attn_implementation=teacher_config._attn_implementation,
@@ -177,35 +171,30 @@ def student_on_meta(teacher_config: PreTrainedConfig, student: StudentConfig) ->
         return KDAHybridForCausalLM(config).to(teacher_config.dtype or torch.float32)
 
 
-def check_teacher(teacher: PreTrainedModel) -> None:
+def check_teacher(teacher: PreTrainedModel, student: StudentConfig) -> None:
     """Raise `UserError`, naming what is missing, for a model whose attention cannot be exchanged."""
+    check_linear_mixer(student.mixer)
     name = type(teacher).__name__
     if type(teacher.config) not in MODEL_MAPPING:
         raise UserError("teacher", f"{name} is no decoder of transformers' own and cannot be converted")
     layers = dict(teacher.get_decoder().named_children()).get("layers")
     if not isinstance(layers, nn.ModuleList):
         raise UserError("teacher", f"{name} cannot be converted: its decoder has no `layers`")
-    for index, layer in enumerate(layers):
+    for index, (layer, mixer) in enumerate(zip(layers, layer_mixers(len(layers), student), strict=True)):
         place = f"{name} cannot be converted: layer {index}"
         attention = dict(layer.named_children()).get("self_attn")
         if attention is None:
             raise UserError("teacher", f"{place} has no self_attn")
-        linear = {name: part for name, part in attention.named_children() if isinstance(part, nn.Linear)}
-        if missing := [part for part in PROJECTIONS if part not in linear]:
-            raise UserError("teacher", f"{place}.self_attn has no linear {', '.join(missing)}")
-        if unknown := sorted({each.split(".")[0] for each, _ in attention.named_parameters()} - {*PROJECTIONS, *NORMS}):
-            raise UserError("teacher", f"{place}.self_attn has {', '.join(unknown)}, for which KDA has no place")
-        query, key, value = (linear[part].out_features for part in PROJECTIONS[:3])
-        if query != linear["o_proj"].in_features or key != value:
-            raise UserError("teacher", f"{place}.self_attn has heads of different sizes for queries, keys and values")
+        if (problem := MIXERS[mixer].check(attention)) is not None:
+            raise UserError("teacher", f"{place}.self_attn {problem}")
 
 
-def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM) -> None:
-    """Give the student every tensor of the teacher but those of the exchanged attention.
+def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM, layers: Iterable[int]) -> None:
+    """Give the student every tensor of the teacher but those of the attention of `layers`.
 
     Raises `UserError` where the two do not have the same names, apart from that attention.
     """
-    exchanged = tuple(f"model.layers.{index}.self_attn." for index in linear_layers(model))
+    exchanged = tuple(f"model.layers.{index}.self_attn." for index in layers)
     kept = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(exchanged)}
     report = model.load_state_dict(kept, strict=False, assign=True)
     missing = [name for name in report.missing_keys if not name.startswith(exchanged)]
@@ -218,28 +207,18 @@ def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM) -> Non
             setattr(model.get_submodule(module), attribute, buffer)
 
 
+def _attention(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, nn.Module]:
+    return {index: model.get_decoder().layers[index].self_attn for index in layers}
+
+
 @torch.no_grad()
-def _attention_traffic(
-    teacher: PreTrainedModel, layers: list[int], input_ids: Tensor
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """What the attention of each of the layers is given, and what its heads make of it before `o_proj`."""
-    given: dict[int, Tensor] = {}
-    made: dict[int, Tensor] = {}
-    decoder = teacher.get_decoder()
-    with ExitStack() as stack:
-        for index in layers:
-            attention = decoder.layers[index].self_attn
+def _run_decoder(teacher: PreTrainedModel, input_ids: Tensor) -> None:
+    """For what is recorded meanwhile."""
+    teacher.get_decoder()(input_ids=input_ids.to(teacher.get_input_embeddings().weight.device), use_cache=False)
 
-            def take_input(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], index: int = index) -> None:
-                given[index] = args[0] if args else kwargs["hidden_states"]
 
-            def take_output(_: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
-                made[index] = args[0]
-
-            stack.enter_context(attention.register_forward_pre_hook(take_input, with_kwargs=True))
-            stack.enter_context(attention.o_proj.register_forward_pre_hook(take_output))
-        _read(teacher, input_ids)
-    return {index: (given[index], made[index]) for index in layers}
+def _input(call: Call) -> Tensor:
+    return call.input
 
 
 @contextmanager

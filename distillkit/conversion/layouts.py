@@ -1,4 +1,4 @@
-"""Which layers of the student keep full attention, and which become Kimi Delta Attention.
+"""Which layers of the student keep full attention, and which get another mixer.
 
 A layout is a rule for any number of layers. The three named ones are those compared in the write-up of
 AFM-4.5B's conversion: three KDA layers to one full layer (`hybrid`), as many full layers with the first four
@@ -11,8 +11,8 @@ HYBRID_PERIOD = 4
 FRONT_LAYERS = 4
 
 
-def layer_types(num_layers: int, student: StudentConfig) -> list[str]:
-    """The type of each of the student's layers: `linear_attention` (KDA) or `full_attention`.
+def layer_mixers(num_layers: int, student: StudentConfig) -> list[str]:
+    """The mixer of each of the student's layers: `full`, or `student.mixer`.
 
     Raises UserError for a layer of `full_attention_layers` that the teacher does not have.
     """
@@ -22,7 +22,7 @@ def layer_types(num_layers: int, student: StudentConfig) -> list[str]:
         full = _front_loaded(num_layers)
     else:
         full = _existing(student.full_attention_layers or [], num_layers)
-    return ["full_attention" if index in full else "linear_attention" for index in range(num_layers)]
+    return ["full" if index in full else student.mixer for index in range(num_layers)]
 
 
 def _hybrid(num_layers: int) -> list[int]:

@@ -9,7 +9,9 @@ from rich.console import Group
 from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
-from distillkit.student.network import KDAHybridForCausalLM, KimiDeltaAttention
+from distillkit.student.mixers.names import name_of
+from distillkit.student.mixers.registry import mixed_layers
+from distillkit.student.network import KDAHybridForCausalLM
 
 CONTEXT_LENGTHS = (4096, 32768, 131072)
 
@@ -74,47 +76,37 @@ class ConversionSummary:
 def summarize(teacher: PreTrainedModel, student: KDAHybridForCausalLM) -> ConversionSummary:
     """Count both models; they may lie on the meta device."""
     layers = [
-        LayerSummary(_mixer(new.self_attn, student), _count(old.self_attn), _count(new.self_attn))
-        for old, new in zip(teacher.get_decoder().layers, student.model.layers, strict=True)
+        LayerSummary(_label(name, student), _count(old.self_attn), _count(new.self_attn))
+        for name, old, new in zip(
+            student.config.mixers, teacher.get_decoder().layers, student.model.layers, strict=True
+        )
     ]
-    kda_layers = [layer.self_attn for layer in student.model.layers if isinstance(layer.self_attn, KimiDeltaAttention)]
-    full = [kind == "full_attention" for kind in student.config.layer_types]
     memory = [
         MemorySummary(
             tokens,
-            teacher_kv_cache=_kv_cache_bytes(teacher, tokens, [True] * len(full)),
-            student_kv_cache=_kv_cache_bytes(teacher, tokens, full),
-            student_state=sum(state_bytes(layer) for layer in kda_layers),
+            teacher_kv_cache=_kv_cache_bytes(teacher, teacher, tokens),
+            student_kv_cache=_kv_cache_bytes(student, teacher, tokens),
+            student_state=sum(mixer.state_bytes(layer) for layer, mixer in mixed_layers(student)),
         )
         for tokens in CONTEXT_LENGTHS
     ]
     return ConversionSummary(layers, _count(teacher), _count(student), memory)
 
 
-def state_bytes(kda: KimiDeltaAttention) -> int:
-    """Bytes of a KDA layer's state per sequence: the recurrent state in float32, and the convolutions' last inputs."""
-    recurrent = kda.num_heads * kda.head_dim**2 * torch.float32.itemsize
-    weights = [convolution.weight for convolution in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d)]
-    convolution = sum(weight.shape[0] * (weight.shape[-1] - 1) * weight.dtype.itemsize for weight in weights)
-    return recurrent + convolution
-
-
-def _kv_cache_bytes(teacher: PreTrainedModel, tokens: int, kept: Sequence[bool]) -> int:
-    """Keys and values of `tokens` tokens in the layers that are kept; no more than the window where one slides."""
+def _kv_cache_bytes(model: PreTrainedModel, teacher: PreTrainedModel, tokens: int) -> int:
+    """Keys and values of `tokens` tokens; no more than the window where the teacher's slides."""
     total = 0
-    for layer, cache_layer, keep in zip(
-        teacher.get_decoder().layers, DynamicCache(config=teacher.config).layers, kept, strict=True
+    for (layer, mixer), cache_layer in zip(
+        mixed_layers(model), DynamicCache(config=teacher.config).layers, strict=True
     ):
         cached_tokens = min(tokens, cache_layer.sliding_window) if cache_layer.is_sliding else tokens
-        channels = layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features
-        total += keep * cached_tokens * channels * teacher.dtype.itemsize
+        total += cached_tokens * mixer.cache_channels(layer) * teacher.dtype.itemsize
     return total
 
 
-def _mixer(attention: torch.nn.Module, student: KDAHybridForCausalLM) -> str:
-    if isinstance(attention, KimiDeltaAttention):
-        return "KDA"
-    return "full attention" if student.config.use_rope else "full attention, NoPE"
+def _label(mixer: str, student: KDAHybridForCausalLM) -> str:
+    label = name_of(mixer).label
+    return f"{label}, NoPE" if mixer == "full" and not student.config.use_rope else label
 
 
 def _count(module: torch.nn.Module) -> int:

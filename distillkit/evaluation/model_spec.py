@@ -121,7 +121,7 @@ class LoadedModel:
         return {
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "model_type": self.model.config.model_type,
-            "layers": getattr(config, "layer_types", None),  # only where layers differ
+            "layers": getattr(config, "mixers", None) or getattr(config, "layer_types", None),  # where layers differ
             "max_position_embeddings": getattr(config, "max_position_embeddings", None),  # missing without positions
         }
 

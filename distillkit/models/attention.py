@@ -1,7 +1,7 @@
 """What a decoder's attention is given and returns: recorded in a teacher, and asked of a student on the same inputs.
 
 Attention is what a decoder layer calls `self_attn`, whatever it computes: softmax attention, with positions or
-without, or Kimi Delta Attention.
+without, or another mixer.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from distillkit.config.errors import UserError
 from distillkit.models.decoder import decoder_inputs
+from distillkit.models.recorder import Call, recorded
 
 Attend = Callable[[], Float[Tensor, "batch tokens width"]]
 
@@ -46,21 +47,12 @@ def recorded_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterato
     Raises:
         UserError: a layer has no `self_attn`.
     """
-    records: dict[int, AttentionRecord] = {}
 
-    def keep(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        records[index] = AttentionRecord(given.detach(), _first(output).detach())
+    def keep(call: Call) -> AttentionRecord:
+        return AttentionRecord(call.input.detach(), call.output.detach())
 
-    handles = [
-        attention.register_forward_hook(partial(keep, index), with_kwargs=True)
-        for index, attention in _attention(model, layers).items()
-    ]
-    try:
+    with recorded(_attention(model, layers), keep) as records:
         yield records
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def attention_calls(
@@ -93,8 +85,8 @@ def _attend(
     """`layout`: (rows, tokens) in which the decoder sees the batch."""
     batch, tokens, width = hidden_states.shape
     hidden_states = hidden_states.to(_computing_dtype(attention, hidden_states.device.type))
-    output = _first(attention(hidden_states=hidden_states.reshape(*layout, width), **arguments))
-    return output.reshape(batch, tokens, width)
+    call = Call((), arguments, attention(hidden_states=hidden_states.reshape(*layout, width), **arguments))
+    return call.output.reshape(batch, tokens, width)
 
 
 @contextmanager
@@ -132,12 +124,6 @@ def _attention(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, nn.Mo
                 "attn_cosine compare; remove them",
             )
     return {index: modules[index].self_attn for index in layers}
-
-
-def _first(output: Any) -> Tensor:
-    """Attention returns its output alone, or before its weights."""
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first
 
 
 def _computing_dtype(attention: nn.Module, device_type: str) -> torch.dtype:

@@ -131,8 +131,7 @@ def _about_order(phases: list[RunConfig]) -> Iterator[UserError]:
 def _about_lengths(
     phases: list[RunConfig], teacher: PreTrainedConfig | None, student: PreTrainedConfig
 ) -> Iterator[UserError]:
-    kinds = getattr(student, "layer_types", None) or []
-    nope = sum(kind == "full_attention" for kind in kinds) if not getattr(student, "use_rope", True) else 0
+    nope = "full" in getattr(student, "mixers", []) and not getattr(student, "use_rope", True)
     longest = max(phase.sequence_length for phase in phases)
     reach = 0 if teacher is None else teacher.max_position_embeddings
     if nope and longest < reach:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.conversion.convert import check_teacher, student_on_meta
 from distillkit.models.loading import load_pretrained_config, where
-from distillkit.student.network import KimiDeltaAttention
+from distillkit.student.mixers.names import NAMES, name_of
 
 
 def read_config(path: str, key: str, kwargs: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
@@ -46,10 +47,9 @@ def student_config(run: RunConfig, teacher: PreTrainedConfig | None) -> PreTrain
         assert run.model is not None
         return read_config(run.model, "model", run.model_kwargs, run.trust_remote_code)
     assert teacher is not None
-    converted = student_on_meta(_sdpa(copy.deepcopy(teacher)), run.student)
     with torch.device("meta"):
-        check_teacher(AutoModelForCausalLM.from_config(teacher))
-    return converted.config
+        check_teacher(AutoModelForCausalLM.from_config(teacher), run.student)
+    return student_on_meta(_sdpa(copy.deepcopy(teacher)), run.student).config
 
 
 def student_model(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
@@ -66,28 +66,31 @@ def parameter_groups(model: PreTrainedModel, trained: list[nn.Parameter]) -> dic
     ids = {id(parameter) for parameter in trained}
     totals: Counter[str] = Counter()
     of_trained: Counter[str] = Counter()
-    linear = {f"{name}." for name, module in model.named_modules() if isinstance(module, KimiDeltaAttention) and name}
+    mixers = getattr(model.config, "mixers", None) or []
+    labels = {f".layers.{index}.self_attn.": name_of(mixer).label for index, mixer in enumerate(mixers)}
     for name, parameter in model.named_parameters():
-        group = _group(name, linear)
+        group = _group(name, labels)
         totals[group] += parameter.numel()
         of_trained[group] += parameter.numel() if id(parameter) in ids else 0
-    order = [group for group in GROUPS if totals[group]]
-    return {group: (totals[group], of_trained[group]) for group in order}
+    order = [*dict.fromkeys([*labels.values(), *GROUPS])]
+    return {group: (totals[group], of_trained[group]) for group in order if totals[group]}
 
 
-GROUPS = ("attention, KDA", "attention, full", "MLP", "embeddings and head", "norms", "other")
+GROUPS = (NAMES["full"].label, "MLP", "embeddings and head", "norms", "other")
 
 
-def _group(name: str, linear: set[str]) -> str:
-    if any(name.startswith(prefix) for prefix in linear):
-        return GROUPS[0]
+def _group(name: str, labels: Mapping[str, str]) -> str:
+    """labels: what tables call the mixer of each layer, by a part of its parameters' names."""
+    attention, mlp, embeddings, norms, other = GROUPS
+    if (label := next((label for part, label in labels.items() if part in name), None)) is not None:
+        return label
     if ".self_attn." in name:
-        return GROUPS[1]
+        return attention
     if ".mlp." in name:
-        return GROUPS[2]
+        return mlp
     if "embed" in name or name.startswith("lm_head"):
-        return GROUPS[3]
-    return GROUPS[4] if "norm" in name else GROUPS[5]
+        return embeddings
+    return norms if "norm" in name else other
 
 
 def parameters_in_files(path: str) -> int | None:

@@ -1,8 +1,8 @@
 """One training step simulated: the run's own modules on tensors without data, in a ledger that counts.
 
 What is estimated nowhere has not to be kept true: teacher, student, losses and autograd are those that will run. Only
-three things stand in for others where the run is on CUDA: fla's kernels (`kernels`), autocast's rules (`cuda_rules`)
-and the padding of a vocabulary that is no multiple of 64.
+three things stand in for others where the run is on CUDA: kernels of mixers (`Mixer.plan_on_cuda`), autocast's rules
+(`cuda_rules`) and the padding of a vocabulary that is no multiple of 64.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,11 +23,10 @@ from distillkit.models.chunked_logits import chunk_tokens_within
 from distillkit.models.decoder import head
 from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.cuda_rules import CudaAutocast
-from distillkit.planning.kernels import mix_as_kernels_do
 from distillkit.planning.ledger import Ledger, without_data
 from distillkit.planning.optimizer import optimizer_memory
 from distillkit.planning.settings import Settings
-from distillkit.student.network import KimiDeltaAttention
+from distillkit.student.mixers.registry import mixed_layers
 from distillkit.teacher.live import LiveTeacher
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller
@@ -120,9 +119,8 @@ def _materialize(
     def count(flops: int) -> None:
         ledger.flops[ledger.moment] += flops
 
-    for module in model.modules():
-        if isinstance(module, KimiDeltaAttention):
-            mix_as_kernels_do(module, count)
+    for layer, mixer in mixed_layers(model):
+        mixer.plan_on_cuda(layer, count)
     student = kind == "student weights"
     given = config.model_kwargs if student else getattr(config.teacher, "kwargs", {})
     dtype = settings.compute_dtype if student else model.dtype

@@ -5,6 +5,7 @@ the difference, as if the two had been measured on different items, which is nev
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from distillkit.reporting.document import Cell, Row, Table, Tone
 from distillkit.reporting.evaluated import SURE, Model, common_tasks, lengths, score, the_teacher
 from distillkit.reporting.numbers import NOTHING, Form
 from distillkit.reporting.reading import Json, number, section, shown
+from distillkit.student.mixers.names import mixers_in, name_of
 
 Better = Literal["higher", "lower"] | None
 Change = Literal["none", "difference", "multiple"]
@@ -124,13 +126,13 @@ def _cell(found: Measured, teacher: Measured | None, form: Form, better: Better,
 
 
 def _layers(model: Model) -> str:
-    """`23 KDA, 7 full attention` for a hybrid."""
-    kinds = model.about.get("layers")
-    if not isinstance(kinds, list) or not kinds:
+    """`23 KDA, 7 full attention` for a hybrid: what results say of the layers, where these differ."""
+    layers = model.about.get("layers")
+    if not isinstance(layers, list) or not layers:
         return NOTHING
-    linear = kinds.count("linear_attention")
-    parts = [(linear, "KDA"), (len(kinds) - linear, "full attention")]
-    return ", ".join(f"{how_many} {kind}" for how_many, kind in parts if how_many)
+    mixers = mixers_in({**model.about, "layer_types": layers}) or layers
+    counts = Counter(name_of(mixer).label for mixer in sorted(mixers, key=lambda mixer: mixer == "full"))
+    return ", ".join(f"{how_many} {label}" for label, how_many in counts.items())
 
 
 def _divergence(models: Sequence[Model]) -> Iterator[Row]:

@@ -30,6 +30,7 @@ from distillkit.reporting.sources import facts_of
 from distillkit.reporting.training_section import divergence_table, phase_table
 from distillkit.runs.names import CARD
 from distillkit.runs.writing import write_whole
+from distillkit.student.mixers.names import mixers_in, name_of
 
 EVALUATED = "distillkit evaluate"
 """Occurs in cards with results of an evaluation only."""
@@ -83,27 +84,28 @@ def _front_matter(run: Run, student: Json) -> Json:
     """What the hub indexes. Only models of the hub are named here: a name of this machine would be someone else's."""
     bases = [path for path in _origins(run) if path is not None]
     data = section(run.config, "dataset", "train_dataset").get("repo_id")
-    linear = ["kimi-delta-attention", "linear-attention"] if student.get("model_type") == "kda_hybrid" else []
+    tags = dict.fromkeys(tag for mixer in mixers_in(student) for tag in name_of(mixer).tags)
     known = {
         "base_model": bases[0] if len(bases) == 1 else bases,
         "datasets": [str(data)] if data else None,
         "library_name": "transformers",
         "license": _licence(run),
         "pipeline_tag": "text-generation",
-        "tags": ["distillation", "distillkit", *linear],
+        "tags": ["distillation", "distillkit", *tags],
     }
     return {key: value for key, value in known.items() if value}
 
 
 def _summary(run: Run, student: Json) -> str:
-    kinds = _layer_types(student)
-    linear = kinds.count("linear_attention")
+    mixers = mixers_in(student)
+    exchanged = [mixer for mixer in mixers if mixer != "full"]
     tokens = shown(numbers.count, run.results, "training", "tokens")
-    if not linear:
+    if not exchanged:
         return f"A student of {_teacher(run)}, distilled from it on {tokens} tokens."
-    which = "all" if linear == len(kinds) else f"{linear} of the {len(kinds)}"
+    which = "all" if len(exchanged) == len(mixers) else f"{len(exchanged)} of the {len(mixers)}"
+    titles = " and ".join(name_of(mixer).title for mixer in dict.fromkeys(exchanged))
     return (
-        f"{_teacher(run)} with Kimi Delta Attention in place of softmax attention in {which} layers, "
+        f"{_teacher(run)} with {titles} in place of softmax attention in {which} layers, "
         f"distilled from it on {tokens} tokens."
     )
 
@@ -145,17 +147,17 @@ def _usage(name: str, student: Json) -> str:
 
 
 def _architecture(student: Json) -> list[Part]:
-    kinds = _layer_types(student)
-    linear, full = (
-        _ranges([index for index, kind in enumerate(kinds) if kind == wanted])
-        for wanted in ("linear_attention", "full_attention")
-    )
+    mixers = mixers_in(student)
     heads = "its own keys and values for each query head" if student.get("kv_heads") == "expand" else "grouped heads"
-    taps = student.get("conv_size")
-    positions = "with the rotary embedding" if student.get("use_rope") else "without positions (NoPE)"
-    lines = [f"Kimi Delta Attention in layers {linear}: {heads}, short convolutions of {taps} tokens"]
-    lines += [f"full attention in layers {full}, {positions}"] if full else []
-    return [Bullets([*lines, "everything else as in the teacher"])] if linear else []
+    details = {
+        "kda": f": {heads}, short convolutions of {student.get('conv_size')} tokens",
+        "full": ", with the rotary embedding" if student.get("use_rope") else ", without positions (NoPE)",
+    }
+    lines = []
+    for mixer in dict.fromkeys(mixers):
+        layers = _ranges([index for index, each in enumerate(mixers) if each == mixer])
+        lines.append(f"{name_of(mixer).title} in layers {layers}{details.get(mixer, '')}")
+    return [Bullets([*lines, "everything else as in the teacher"])] if lines else []
 
 
 def _training(run: Run) -> list[Part]:
@@ -274,11 +276,6 @@ def _licence(run: Run) -> str | None:
         return None
     licence = front_matter.get("license") if isinstance(front_matter, dict) else None
     return licence if isinstance(licence, str) else None
-
-
-def _layer_types(student: Json) -> list[str]:
-    kinds = student.get("layer_types")
-    return kinds if isinstance(kinds, list) and "linear_attention" in kinds else []
 
 
 def _ranges(indices: Sequence[int]) -> str:

@@ -25,7 +25,6 @@ from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
 from distillkit.runs.folder import PhaseFolder
 from distillkit.runs.record import read_record
-from distillkit.student.network import KimiDeltaAttention
 from distillkit.teacher import Teacher
 from distillkit.teacher.opening import captured_tokenizer, open_teacher
 from distillkit.training.arguments import Arguments
@@ -114,8 +113,8 @@ def _freeze_all_but_attention(student: PreTrainedModel, freezing: Freezing, cons
 def checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None:
     """Gradient checkpointing, with the options that Trainer takes for it.
 
-    A checkpointed layer is run again just before its backward pass: what KDA's kernels keep in between is short-lived,
-    and to keep all of it is quicker than to make part of it a third time.
+    A checkpointed layer is run again just before its backward pass: what a mixer's kernels keep in between is
+    short-lived, and to keep all of it (`keep_intermediates`) is quicker than to make part of it a third time.
     """
     layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
     with warnings.catch_warnings():
@@ -124,7 +123,7 @@ def checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None
     for layer in student.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             for module in layer.modules():
-                if isinstance(module, KimiDeltaAttention):
+                if hasattr(module, "keep_intermediates"):
                     module.keep_intermediates = layer.gradient_checkpointing
 
 

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distillkit.config import StudentConfig, UserError
-from distillkit.conversion.layouts import layer_types
+from distillkit.conversion.layouts import layer_mixers
 
 
 def full_layers(num_layers: int, **student) -> list[int]:
-    types = layer_types(num_layers, StudentConfig.parse(student))
-    assert len(types) == num_layers
-    return [index for index, kind in enumerate(types) if kind == "full_attention"]
+    mixers = layer_mixers(num_layers, StudentConfig.parse(student))
+    assert len(mixers) == num_layers
+    return [index for index, mixer in enumerate(mixers) if mixer == "full"]
 
 
 def test_hybrid_keeps_the_last_of_each_four():

@@ -9,7 +9,7 @@ from transformers import ArceeConfig, AutoModelForCausalLM
 
 from distillkit.config import StudentConfig
 from distillkit.conversion import build_student, student_on_meta, summarize
-from distillkit.conversion.summary import state_bytes
+from distillkit.student.mixers.registry import MIXERS
 from tests.conversion.teachers import teacher_of, token_ids
 
 
@@ -51,7 +51,7 @@ def test_state_is_what_a_cache_holds(kv_heads):
     with torch.no_grad():
         layer = model(token_ids(batch=1), use_cache=True).past_key_values.layers[0]
     held = sum(state.numel() * state.element_size() for state in (layer.conv_state, layer.recurrent_state))
-    assert state_bytes(model.model.layers[0].self_attn) == held
+    assert MIXERS["kda"].state_bytes(model.model.layers[0].self_attn) == held
 
 
 def test_a_sliding_window_bounds_the_kv_cache():

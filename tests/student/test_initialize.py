@@ -9,7 +9,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distillkit.config import StudentConfig, UserError
 from distillkit.conversion import build_student
-from distillkit.student.mixers.kda.initialize import repeated_tokens, set_memory
+from distillkit.student.mixers.calibration import repeated_tokens
+from distillkit.student.mixers.kda.initialize import set_memory
 from distillkit.student.network.delta_rule import log_decay
 from tests.conversion.teachers import teacher_of, token_ids
 

@@ -268,6 +268,8 @@ def test_packed_rows_refuse_what_would_hide_their_boundaries_from_full_attention
     [
         ({"layer_types": [KDA] * 3}, "3 entries for 4 layers"),
         ({"layer_types": [KDA] * 3 + ["sliding"]}, "sliding"),
+        ({"mixers": ["kda"] * 3 + ["mamba"]}, r"mixers: \['mamba'\] are none of \['full', 'kda'\]"),
+        ({"mixers": ["kda"] * 4, "layer_types": [KDA] * 3 + ["full_attention"]}, "not those of the mixers"),
         ({"kv_heads": "shared"}, "kv_heads: 'shared'"),
         ({"gate_lower_bound": -6.0}, r"gate_lower_bound: -6.0 is not in \[-5, 0\)"),
     ],

@@ -1,1 +1,1 @@
-"""Token mixers of the student, one folder each."""
+"""What the product knows of each mixer beside its module in the network (docs/adding_a_mixer.md)."""

@@ -7,7 +7,7 @@ transformers' own ``LinearAttentionLayer`` does not count tokens, so a cache mad
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 
 class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -64,13 +64,3 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
         if self.conv_state is not None and self.recurrent_state is not None:
             self.conv_states[0] = self.conv_state[indices]
             self.recurrent_states[0] = self.recurrent_state[indices]
-
-
-def with_kda_layers(cache: Cache, layer_types: list[str]) -> Cache:
-    """Put a ``KDACacheLayer`` at every ``linear_attention`` place of ``cache`` that has none; returns ``cache``."""
-    while len(cache.layers) < len(layer_types):  # a DynamicCache made without a config adds its layers as they come
-        cache.layers.append(cache.layer_class_to_replicate())
-    for index, layer_type in enumerate(layer_types):
-        if layer_type == "linear_attention" and not isinstance(cache.layers[index], KDACacheLayer):
-            cache.layers[index] = KDACacheLayer()
-    return cache

@@ -1,17 +1,24 @@
-"""Configuration of a student: the teacher's own configuration, and what each layer mixes tokens with."""
+"""Configuration of a student: the teacher's own configuration, and the mixer of each layer."""
 
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from .mixers import MIXERS
+
+MIXER_OF = {"linear_attention": "kda", "full_attention": "full"}
+"""The mixer of each layer type in configurations that name no mixers."""
+
 
 class KDAHybridConfig(PretrainedConfig):
-    """A decoder whose attention is Kimi Delta Attention in some layers, or in all of them.
+    """A decoder whose attention is another mixer, as Kimi Delta Attention, in some layers or in all of them.
 
     Args:
         base_config: configuration of the teacher (a dict with its ``model_type``, or the object). It decides everything
             that is not attention, and the full-attention layers.
-        layer_types: one per layer, ``"linear_attention"`` (KDA) or ``"full_attention"``.
+        mixers: one per layer, of the names in ``mixers.MIXERS``: ``"kda"`` or ``"full"`` (full attention).
+        layer_types: one per layer, of transformers' names; follows from ``mixers``, or without it decides them:
+            ``"linear_attention"`` is KDA, ``"full_attention"`` full attention.
         use_rope: whether full-attention layers keep the teacher's rotary embedding; without it they are NoPE.
         kv_heads: ``"expand"``, KDA layers have a key and value head for each query head; ``"grouped"``, they have the
             teacher's number of them and repeat their outputs.
@@ -19,7 +26,8 @@ class KDAHybridConfig(PretrainedConfig):
         gate_lower_bound: lower bound of the logarithm of the decay (the safe gate); ``None`` for the plain gate.
 
     Raises:
-        ValueError: where ``layer_types`` and the number of layers disagree, or an option is not one of those above.
+        ValueError: where ``mixers``, ``layer_types`` and the number of layers disagree, or an option is not one of
+            those above.
     """
 
     model_type = "kda_hybrid"
@@ -28,6 +36,7 @@ class KDAHybridConfig(PretrainedConfig):
     def __init__(
         self,
         base_config: dict | PretrainedConfig | None = None,
+        mixers: list[str] | None = None,
         layer_types: list[str] | None = None,
         use_rope: bool = False,
         kv_heads: str = "expand",
@@ -40,7 +49,8 @@ class KDAHybridConfig(PretrainedConfig):
         if isinstance(base_config, dict):
             base_config = CONFIG_MAPPING[base_config["model_type"]](**base_config)
         self.base_config: PretrainedConfig = base_config
-        self.layer_types = layer_types or ["linear_attention"] * self.num_hidden_layers
+        self.mixers = mixers or _mixers(layer_types or ["linear_attention"] * self.num_hidden_layers)
+        self.layer_types = layer_types or [MIXERS[mixer].layer_type for mixer in self.mixers if mixer in MIXERS]
         self.use_rope = use_rope
         self.kv_heads = kv_heads
         self.conv_size = conv_size
@@ -51,11 +61,12 @@ class KDAHybridConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def _check(self) -> None:
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
-        unknown = set(self.layer_types) - {"linear_attention", "full_attention"}
-        if unknown:
-            raise ValueError(f"layer_types: {sorted(unknown)} are neither 'linear_attention' nor 'full_attention'")
+        if unknown := sorted(set(self.mixers) - set(MIXERS)):
+            raise ValueError(f"mixers: {unknown} are none of {sorted(MIXERS)}")
+        if len(self.mixers) != self.num_hidden_layers:
+            raise ValueError(f"mixers or layer_types: {len(self.mixers)} entries for {self.num_hidden_layers} layers")
+        if self.layer_types != [MIXERS[mixer].layer_type for mixer in self.mixers]:
+            raise ValueError(f"layer_types: {self.layer_types} are not those of the mixers {self.mixers}")
         if self.kv_heads not in ("expand", "grouped"):
             raise ValueError(f"kv_heads: {self.kv_heads!r} is neither 'expand' nor 'grouped'")
         if self.gate_lower_bound is not None and not -5 <= self.gate_lower_bound < 0:
@@ -97,3 +108,9 @@ class KDAHybridConfig(PretrainedConfig):
     @use_cache.setter
     def use_cache(self, value: bool) -> None:
         self.base_config.use_cache = value
+
+
+def _mixers(layer_types: list[str]) -> list[str]:
+    if unknown := sorted(set(layer_types) - set(MIXER_OF)):
+        raise ValueError(f"layer_types: {unknown} are neither 'linear_attention' nor 'full_attention'")
+    return [MIXER_OF[layer_type] for layer_type in layer_types]

@@ -106,6 +106,26 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = GatedRMSNorm(head_dim)
         self.o_proj = nn.Linear(key_dim, hidden_size, bias=o_bias)
 
+    @classmethod
+    def in_place_of(cls, attention: Any, config: Any, layer_idx: int) -> "KimiDeltaAttention":
+        """A layer, not initialised, with the heads and biases of the teacher's ``attention``.
+
+        ``config`` is the student's. The attention must have linear ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
+        """
+        num_heads = attention.q_proj.out_features // attention.head_dim
+        grouped = config.kv_heads == "grouped"
+        return cls(
+            hidden_size=attention.q_proj.in_features,
+            num_heads=num_heads,
+            num_kv_heads=attention.k_proj.out_features // attention.head_dim if grouped else num_heads,
+            head_dim=attention.head_dim,
+            layer_idx=layer_idx,
+            conv_size=config.conv_size,
+            gate_lower_bound=config.gate_lower_bound,
+            qkv_bias=attention.q_proj.bias is not None,
+            o_bias=attention.o_proj.bias is not None,
+        )
+
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -1,9 +1,9 @@
-"""The student: a decoder of transformers whose attention is exchanged, layer by layer, for Kimi Delta Attention.
+"""The student: a decoder of transformers whose attention is exchanged, layer by layer, for other mixers.
 
 The teacher's architecture is built from its own configuration and keeps its parameter names; only ``self_attn`` of the
-``linear_attention`` layers is another module, and the full-attention layers lose their rotary embedding unless the
-configuration keeps it. So one class serves Llama, Arcee, Mistral, Qwen2, Qwen3 and every other decoder whose layers
-have ``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
+exchanged layers is another module, and the full-attention layers lose their rotary embedding unless the configuration
+keeps it. So one class serves Llama, Arcee, Mistral, Qwen2, Qwen3 and every other decoder whose layers have
+``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
 """
 
 from typing import Any, ClassVar
@@ -14,11 +14,9 @@ from transformers import MODEL_MAPPING, GenerationConfig, GenerationMixin, PreTr
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import with_kda_layers
 from .configuration import KDAHybridConfig
 from .documents import Documents
-from .kda_attention import KimiDeltaAttention
-from .nope_attention import remove_rotary_embedding
+from .mixers import MIXERS, with_mixer_layers
 
 
 class KDAHybridForCausalLM(PreTrainedModel, GenerationMixin):
@@ -38,7 +36,7 @@ class KDAHybridForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict: ClassVar = ["A_log", "dt_bias"]  # their exponentials are the memory of a head
+    _keep_in_fp32_modules_strict: ClassVar = [name for mixer in MIXERS.values() for name in mixer.float32]
     _is_stateful = True  # a recurrent state cannot be cropped: no assisted generation
 
     def __init__(self, config: KDAHybridConfig) -> None:
@@ -91,42 +89,19 @@ class KDAHybridForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
-            with_kda_layers(model_kwargs["past_key_values"], self.config.layer_types)
+            with_mixer_layers(model_kwargs["past_key_values"], self.config.mixers)
         return result
 
 
 def exchange_attention(decoder: Any, config: KDAHybridConfig) -> None:
-    """Put KDA layers and NoPE layers into ``decoder``, as ``config.layer_types`` says.
-
-    Raises:
-        ValueError: if the decoder's layers have no ``self_attn`` with q, k, v and o projections.
-    """
-    for index, (layer, layer_type) in enumerate(zip(decoder.layers, config.layer_types, strict=True)):
-        attention = layer.self_attn
-        if layer_type == "full_attention":
-            attention.register_forward_pre_hook(_without_documents, with_kwargs=True)
-            if not config.use_rope:
-                remove_rotary_embedding(attention)
-            continue
-        head_dim = attention.head_dim
-        num_heads = attention.q_proj.out_features // head_dim
-        num_kv_heads = attention.k_proj.out_features // head_dim if config.kv_heads == "grouped" else num_heads
-        layer.self_attn = KimiDeltaAttention(
-            hidden_size=attention.q_proj.in_features,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            layer_idx=index,
-            conv_size=config.conv_size,
-            gate_lower_bound=config.gate_lower_bound,
-            qkv_bias=attention.q_proj.bias is not None,
-            o_bias=attention.o_proj.bias is not None,
-        )
+    """Put the mixers that ``config.mixers`` names into the layers of ``decoder``."""
+    for index, (layer, mixer) in enumerate(zip(decoder.layers, config.mixers, strict=True)):
+        layer.self_attn = MIXERS[mixer].build(layer.self_attn, config, index)
     decoder.register_forward_pre_hook(_DecoderInputs(config), with_kwargs=True)
 
 
 class _DecoderInputs:
-    """Adds to a decoder's inputs what KDA layers need: document boundaries and a cache with layers of theirs."""
+    """Adds to a decoder's inputs what mixers need: document boundaries and a cache with layers of theirs."""
 
     def __init__(self, config: KDAHybridConfig) -> None:
         self.config = config
@@ -134,7 +109,7 @@ class _DecoderInputs:
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if inputs is None:
-            raise TypeError("the decoder of a KDA student takes its inputs by name: input_ids=… or inputs_embeds=…")
+            raise TypeError("the decoder of a student takes its inputs by name: input_ids=… or inputs_embeds=…")
         kwargs = {**kwargs, **self._cache(decoder, kwargs)}
         cu_seqlens = kwargs.pop("cu_seqlens", None)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -163,9 +138,5 @@ class _DecoderInputs:
         if use_cache and cache is None and not checkpointing:
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            with_kda_layers(cache, self.config.layer_types)
+            with_mixer_layers(cache, self.config.mixers)
         return {"use_cache": use_cache and not checkpointing, "past_key_values": cache}
-
-
-def _without_documents(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return args, {name: value for name, value in kwargs.items() if name != "documents"}

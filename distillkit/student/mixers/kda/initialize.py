@@ -12,10 +12,11 @@ output makes each layer speak several times too loud.
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from distillkit.config import InitializationConfig
+from distillkit.models.recorder import recorded
 from distillkit.student.network import KimiDeltaAttention
 
 SHORTEST_MEMORY, LONGEST_SPREAD = 2.0, 256.0
@@ -120,10 +121,9 @@ def fit_output_scale(
     The scale is put into the output norm (one constant) and the bias of the output gate. A channel on which the layer
     knows nothing of the teacher's output is thereby made quiet.
     """
-    outputs: list[Tensor] = []
-    with kda.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0])):
+    with recorded({"output": kda.o_proj}, lambda call: call.input) as records:
         kda(hidden_states)
-    ours = outputs[0].flatten(0, 1).float()
+    ours = records["output"].flatten(0, 1).float()
     theirs = attention_output.flatten(0, 1).float()
     gate_bias = kda.g_proj.get_parameter("1.bias")
     gate = torch.sigmoid(gate_bias.float())
@@ -132,29 +132,3 @@ def fit_output_scale(
     opening = LOUDEST_GATE * (scale / loudest).clamp(min=QUIETEST_CHANNEL)
     kda.o_norm.weight.mul_(loudest / LOUDEST_GATE)
     gate_bias.copy_(torch.logit(opening))
-
-
-def mean_attention_distance(weights: Float[Tensor, "batch heads tokens tokens"]) -> Float[Tensor, " heads"]:
-    """Geometric mean of the distances in tokens over which each head attends, from its attention weights.
-
-    The first token does not count: what goes to it is what a head has no other place for. Nor do queries of the first
-    eighth, which have nowhere far to look.
-    """
-    tokens = weights.shape[-1]
-    places = torch.arange(tokens, device=weights.device)
-    start = tokens // 8
-    distance = (places[start:, None] - places[None, 1:]).clamp(min=1)
-    weights = weights[:, :, start:, 1:].float()
-    total = weights.sum(dim=(0, 2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((weights * distance.log()).sum(dim=(0, 2, 3)) / total).exp()
-
-
-def repeated_tokens(vocab_size: int, length: int, generator: torch.Generator | None) -> Int[Tensor, "1 length"]:
-    """Random token ids whose second half is the first again, so that heads that look for what was before find it."""
-    half = torch.randint(vocab_size, (1, length // 2), generator=generator)
-    return torch.cat([half, half], dim=1)
-
-
-def calibration_tokens(vocab_size: int, generator: torch.Generator | None) -> Int[Tensor, "2 256"]:
-    """Token ids drawn at random: they fit the output scale as well as text does, and need no data and no tokenizer."""
-    return torch.randint(vocab_size, (2, 256), generator=generator)

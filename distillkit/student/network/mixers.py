@@ -1,0 +1,54 @@
+"""The mixers that a layer of the student may have in place of its attention, by the names ``config.mixers`` gives them.
+
+A mixer mixes tokens along a sequence. It is called as the ``self_attn`` of a decoder layer of transformers is, with
+``documents`` (``Documents``, or none) among the keyword arguments, and returns ``(output, attention weights or None)``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .cache import KDACacheLayer
+from .full_attention import keep_full_attention
+from .kda_attention import KimiDeltaAttention
+
+
+@dataclass(frozen=True)
+class LayerMixer:
+    """How the network makes one kind of mixer.
+
+    layer_type: of transformers' names for layers; decides the attention mask and, by default, the cache layer.
+    build: from (the teacher's attention, ``KDAHybridConfig``, index of the layer), the module that stands in its place.
+    cache_layer: what it remembers between two calls, where that is not what transformers has for ``layer_type``.
+    float32: names of parameters that stay in float32 when a model is loaded in a narrower dtype.
+    """
+
+    layer_type: str
+    build: Callable[[nn.Module, Any, int], nn.Module]
+    cache_layer: type[CacheLayerMixin] | None = None
+    float32: tuple[str, ...] = ()
+
+
+MIXERS: dict[str, LayerMixer] = {
+    "kda": LayerMixer(
+        "linear_attention",
+        KimiDeltaAttention.in_place_of,
+        KDACacheLayer,
+        float32=("A_log", "dt_bias"),  # their exponentials are the memory of a head
+    ),
+    "full": LayerMixer("full_attention", keep_full_attention),
+}
+
+
+def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
+    """Put the cache layers of ``mixers`` into ``cache`` where it has others; returns ``cache``."""
+    while len(cache.layers) < len(mixers):  # a DynamicCache made without a config adds its layers as they come
+        cache.layers.append(cache.layer_class_to_replicate())
+    for index, mixer in enumerate(mixers):
+        cache_layer = MIXERS[mixer].cache_layer
+        if cache_layer is not None and not isinstance(cache.layers[index], cache_layer):
+            cache.layers[index] = cache_layer()
+    return cache
