@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -48,12 +49,12 @@ def write_first(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished files of this machine that nobody writes any more.
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete the unfinished files of this machine that nobody writes any more: of one file, or of a whole folder.
 
     Locks do not reach other machines on every file system, so what those write is left alone.
     """
-    for path in folder.glob(f".*.{_host()}.*{_UNFINISHED}"):
+    for path in folder.glob(f".{name}.{_host()}.*{_UNFINISHED}"):
         # A file that is gone was finished meanwhile; one that cannot be locked is being written.
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,7 +94,11 @@ def _publish_first(staged: Path, path: Path) -> None:
 
 @contextmanager
 def _whole_or_not_at_all(path: Path, publish: Callable[[Path, Path], object] = os.replace) -> Iterator[BinaryIO]:
-    """A file that becomes `path` when the block ends, and is gone when it does not end well."""
+    """A file that becomes `path` when the block ends, and is gone when it does not end well.
+
+    What a killed process left of the same file goes, too.
+    """
+    remove_leftovers(path.parent, glob.escape(path.name))
     staged = path.with_name(f".{path.name}.{_host()}.{secrets.token_hex(4)}{_UNFINISHED}")
     try:
         with _locked(staged) as file:

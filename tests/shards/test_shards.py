@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distillkit.config import UserError
-from distillkit.runs.writing import _whole_or_not_at_all, remove_leftovers, sha256
+from distillkit.runs.writing import _whole_or_not_at_all, remove_leftovers, sha256, write_whole
 from distillkit.shards import (
     Manifest,
     fitted_background,
@@ -157,6 +157,15 @@ def test_leftovers_of_the_living_stay(tmp_path):
     names = [elsewhere, "shard-00000.json", "shard-00000.parquet", "shard-00002.parquet"]
     assert sorted(os.listdir(tmp_path)) == names
     assert (tmp_path / "shard-00002.parquet").read_bytes() == b"half and half"
+
+
+def test_a_file_written_again_takes_what_a_killed_attempt_left_along(tmp_path):
+    here = socket.gethostname().replace(".", "-")
+    other = f".README.md.bak.{here}.01234567.unfinished"
+    for name in (f".README[1].md.{here}.01234567.unfinished", other):
+        (tmp_path / name).write_bytes(b"half")
+    write_whole(tmp_path / "README[1].md", b"whole")
+    assert sorted(os.listdir(tmp_path)) == [other, "README[1].md"]
 
 
 def test_two_writers_in_one_process_do_not_meet(tmp_path):
