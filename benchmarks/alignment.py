@@ -1,7 +1,7 @@
 """What attention alignment (`attn_mse`) is worth beside end-to-end distillation in the same time.
 
-    python benchmarks/alignment.py all --teacher FOLDER [--gguf-file NAME] --data train.parquet --eval valid.parquet
-    python benchmarks/alignment.py all … --batch 1 --sequence-length 64 --steps 2 --tokens 2000   # a try
+    python benchmarks/alignment.py --teacher FOLDER [--gguf-file NAME] --data train.parquet --eval valid.parquet
+    python benchmarks/alignment.py --teacher … --batch 1 --sequence-length 64 --steps 2 --tokens 2000   # a try
 
 A freshly converted hybrid learns for `--tokens` tokens by the one-phase recipe; another one first has its attention
 aligned for `--alignment-share` of the seconds that takes, and the one-phase recipe for the rest of them. How many

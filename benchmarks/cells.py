@@ -29,16 +29,37 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+MOVED = {
+    "recipes/smollm2_hybrid.yaml": "recipes/smollm2/hybrid.yaml",
+    "tests/model/test_cuda.py": "tests/student/test_cuda.py",
+    "tests/teacher/test_online.py": "tests/teacher/test_live.py",
+    "tests/test_varlen_attention.py": "tests/models/test_varlen_attention.py",
+}
+"""Files that result files name as they were called then, and their names now."""
+
+
+def named_now(text: str) -> str:
+    """Text with the present names of files."""
+    for then, now in MOVED.items():
+        text = text.replace(then, now)
+    return text
+
+
 def source(file: str, content: Json, command: str) -> str:
-    """Where numbers come from: the file, the commands that wrote it, and what they ran on."""
+    """Where numbers come from: the file, what they ran on, and the commands, folded if there are several."""
     machines = all_of("machine", content) or [{}]
     named = [machine.get("gpu") or machine.get("device") for machine in machines] + all_of("device", content)
     gpus = [gpu for gpu in dict.fromkeys(named) if gpu not in (None, "cpu", "cuda")]
     cpu = content.get("cpu") or machines[0].get("cpu")
     threads = f", {machines[0]['threads']} threads" if "threads" in machines[0] else ""
     device = " and ".join(gpus) or f"{cpu}{threads}"
-    commands = dict.fromkeys(all_of("command", content) or [command])
-    return f"[{file}](../benchmarks/results/{file}): {'; '.join(f'`{each}`' for each in commands)}, on {device}."
+    recorded = "; ".join(all_of("command", content)) or command
+    commands = [*dict.fromkeys(recorded.split("; "))]
+    origin = f"Source: [{file}](../benchmarks/results/{file}), measured on {device}"
+    if len(commands) == 1:
+        return f"{origin} by `{commands[0]}`."
+    block = "\n".join(["```sh", *commands, "```"])
+    return f"{origin}.\n\n<details><summary>Commands</summary>\n\n{block}\n\n</details>"
 
 
 def all_of(key: str, content: Json) -> list[Any]:

@@ -1,6 +1,6 @@
 """The section of the replication: students beside each other and beside what the write-up found at 4.5B parameters."""
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from cells import Part, grid
 from distillkit.reporting import numbers
@@ -17,51 +17,61 @@ TITLES = {
     "radlads": "hybrid, RADLADS",
     "hybrid_grouped": "hybrid, grouped heads",
     "hybrid_rope": "hybrid with RoPE",
-    "best": "hybrid, best recipe",
-    "best_kda_only": "KDA only, best recipe",
+    "best": "hybrid, closest recipe",
+    "best_kda_only": "KDA only, closest recipe",
 }
-"""Names of variants in tables."""
+"""Names of variants in tables. `best` has the steps of recipes/smollm2/closest.yaml."""
 
-SHORT_TITLES = {"radlads": "RADLADS", "hybrid_grouped": "grouped", "hybrid_rope": "with RoPE", "best": "best"}
+SHORT_TITLES = {"radlads": "RADLADS", "hybrid_grouped": "grouped", "hybrid_rope": "with RoPE", "best": "closest"}
 SHORT_TITLES |= {"best_kda_only": "KDA"}
+TRIALS = {"recall": "passages", "asked": "questions"}
+"""Names of trials in tables, where they are not those of the file: what the text had besides."""
 TASKS = {
     "niah_single_1": ("single", "Single needles in noise"),
     "niah_single_2": ("prose", "Single needles in prose"),
-    "niah_multikey_1": ("multikey", "Multikey needles"),
+    "niah_multikey_1": ("multikey", "One of several keys"),
 }
 """RULER's tasks: short and long names."""
+NOISE, PROSE = "niah_single_1", "niah_single_2"
 ALONE = ("kda_only", "best_kda_only")
 """Variants without full attention."""
 
 
 def title(name: str, short: bool = False) -> str:
     """Of the teacher, a variant, or a trial of one (`best-a-b`)."""
-    variant, _, trial = name.partition("-")
+    variant, *trial = name.split("-")
     if name == "teacher":
         return name
-    if short:
-        return ", ".join(filter(None, [SHORT_TITLES.get(variant, TITLES[variant]), trial.rpartition("-")[2]]))
-    return ", ".join(filter(None, [TITLES[variant], *trial.split("-")]))
+    trial = [TRIALS.get(each, each) for each in trial]
+    first = SHORT_TITLES.get(variant, TITLES[variant]) if short else TITLES[variant]
+    return ", ".join([first, *(trial[-1:] if short else trial)])
+
+
+def finished(content: Json) -> dict[str, Json]:
+    """The variants that did not fail."""
+    return {name: variant for name, variant in content["variants"].items() if "phases" in variant}
 
 
 def replication(content: Json) -> list[Part]:
     """Divergence, needles and claims; of a variant that failed, its error."""
-    variants = content["variants"]
-    done = {name: variant for name, variant in variants.items() if "phases" in variant}
+    done = finished(content)
     parts: list[Part] = []
     if done:
         parts += [
-            divergence(done),
-            *curve(done),
-            "By position in the document, rows of the long phase's length, by students that have seen short rows only:",
+            *divergence(done),
+            "### Divergence by position",
+            "KL by the position of the predicted token in its document, in rows of the longer length, before training "
+            "on such rows:",
             positions(done, "short"),
-            "The same after the long phase:",
+            "After the phase of longer rows:",
             positions(done, "long"),
             *found_needles(done, content.get("teacher", {})),
-            "Beside the write-up:",
+            *beyond(done),
+            "### Compared with the write-up",
             claims(done),
         ]
-    return parts + [f"{title(name)}: {variant['error']}" for name, variant in variants.items() if "error" in variant]
+    failed = {name: variant["error"] for name, variant in content["variants"].items() if "error" in variant}
+    return parts + [f"{title(name)}: {error}" for name, error in failed.items()]
 
 
 def last_student(variant: Json) -> str:
@@ -80,28 +90,47 @@ def kl(variant: Json, student: str, position: int = 0) -> float:
     return float("nan") if value is None else float(value)
 
 
-def divergence(done: dict[str, Json]) -> str:
+def trained_tokens(variant: Json, *, long: bool) -> int:
+    """Tokens in the phase of long rows, or in those before it."""
+    return sum(phase["tokens"] for phase in variant["phases"] if (phase["name"] == "long") is long)
+
+
+def divergence(done: dict[str, Json]) -> list[Part]:
     short, long = (numbers.count(int(length)) for length in [*next(iter(done.values()))["divergence"]][:2])
-    header = ["student", "tokens, short + long", "KL untrained", f"KL after short rows, at {short}"]
-    header += ["same likeliest token", "perplexity", "teacher's", f"KL after short rows, at {long}"]
-    header += [f"KL after long rows, at {short}", f"at {long}"]
-    lines = []
+    after_short, before_and_after = [], []
     for name, variant in done.items():
-        phases, end = variant["phases"], measured(variant, "short")
-        tokens = [sum(each["tokens"] for each in phases if (each["name"] == "long") is long) for long in (False, True)]
-        lines.append(
+        end, tokens = measured(variant, "short"), trained_tokens(variant, long=True)
+        after_short.append(
             [
                 title(name),
-                " + ".join(numbers.amount(each) for each in tokens if each),
-                numbers.shown(phases[0]["divergence"].get("before", {}).get("kl"), numbers.decimals),
-                numbers.shown(kl(variant, "short"), three),
+                numbers.amount(trained_tokens(variant, long=False)),
+                numbers.shown(variant["phases"][0]["divergence"].get("before", {}).get("kl"), numbers.decimals),
+                f"{three(kl(variant, 'short'))} ± {numbers.shown(end.get('standard_errors', {}).get('kl'), three)}",
                 numbers.shown(end.get("agreement"), numbers.percent),
                 numbers.shown(end.get("student_perplexity"), numbers.decimals),
-                numbers.shown(end.get("teacher_perplexity"), numbers.decimals),
-                *(numbers.shown(kl(variant, *at), three) for at in (("short", 1), ("long", 0), ("long", 1))),
             ]
         )
-    return grid(header, lines)
+        kls = (kl(variant, student, at) for at in (0, 1) for student in ("short", "long"))
+        before_and_after.append(
+            [
+                title(name),
+                numbers.amount(tokens) if tokens else numbers.NOTHING,
+                *(numbers.shown(each, three) for each in kls),
+            ]
+        )
+    teacher = next((measured(variant, "short").get("teacher_perplexity") for variant in done.values()), None)
+    header = ["student", "tokens", "KL after conversion", "KL", "same likeliest token", "perplexity"]
+    longer = ["student", f"tokens in rows of {long}"]
+    longer += [f"KL at {at}, {when}" for at in (short, long) for when in ("before", "after")]
+    return [
+        "### Divergence from the teacher",
+        f"After training on rows of {short} tokens, measured in such rows. KL is KL(teacher‖student) in nats per "
+        f"token, ± one standard error. The teacher's perplexity is {numbers.shown(teacher, numbers.decimals)}.",
+        grid(header, after_short),
+        *curve(done),
+        f"Before and after a last phase in rows of {long} tokens, measured in rows of {short} and of {long} tokens:",
+        grid(longer, before_and_after),
+    ]
 
 
 def three(value: float) -> str:
@@ -133,71 +162,105 @@ def curve(done: dict[str, Json]) -> list[Part]:
     return [line_chart("replication-kl", heading, lines, x_axis, y_axis)]
 
 
+POSITIONS = (0, 128, 1024, 2048, 4096, 8192)
+"""Bounds of the ranges of positions that are shown; the files have finer ones."""
+
+
 def positions(done: dict[str, Json], student: str) -> str:
-    """Divergence by how many tokens were there to predict from, a column for each variant."""
-    found = {
-        name: {(row["from"], row["to"]): row["kl"] for row in at_end.get("positions", [])}
-        for name, variant in done.items()
-        if (at_end := measured(variant, student, 1))
-    }
-    lines = [
-        [f"{start:,}–{end:,}", *(numbers.shown(rows.get((start, end)), three) for rows in found.values())]
-        for start, end in sorted({bucket for rows in found.values() for bucket in rows})
+    """Divergence by how many tokens were there to predict from, a column for each range of positions."""
+    found = {name: at_end["positions"] for name, each in done.items() if (at_end := measured(each, student, 1))}
+    ranges = [*pairwise(POSITIONS)]
+    rows = [
+        [title(name), *(numbers.shown(mean_kl(rows, *each), three) for each in ranges)] for name, rows in found.items()
     ]
-    return grid(["position", *map(title, found)], lines)
+    return grid(["student", *(f"{start:,}–{end:,}" for start, end in ranges)], rows)
+
+
+def mean_kl(rows: list[Json], start: int, end: int) -> float | None:
+    """Over the tokens of a range; nothing if it has none."""
+    within = [row for row in rows if start <= row["from"] and row["to"] <= end]
+    tokens = sum(row["tokens"] for row in within)
+    return sum(row["kl"] * row["tokens"] for row in within) / tokens if tokens else None
+
+
+def shares_of(rows: Json) -> dict[int, float]:
+    """The share that was found, by length of the prompt."""
+    return {int(length): rows[length]["correct"] / rows[length]["total"] for length in sorted(rows, key=int)}
 
 
 def found_needles(done: dict[str, Json], teacher: Json) -> list[Part]:
     """Of each task a table and a picture after the phases of short rows, and a table after that of long ones."""
     parts: list[Part] = []
     for task, (short_name, kind) in TASKS.items():
+        of_task: list[Part] = []
         for student in ("short", "long"):
             students = {name: each["needles"].get(student, {}) for name, each in done.items()}
-            models = {name: needles[task] for name, needles in students.items() if task in needles}
-            if not models:
+            shares = {name: shares_of(needles[task]) for name, needles in students.items() if task in needles}
+            if not shares:
                 continue
-            trained = next(done[name]["trained_length"][student] for name in models)
+            trained = next(done[name]["trained_length"][student] for name in shares)
             if task in teacher.get("needles", {}):
-                models = {"teacher": teacher["needles"][task], **models}
-            shares = {
-                name: {int(length): row["correct"] / row["total"] for length, row in rows.items()}
-                for name, rows in models.items()
-            }
+                shares = {"teacher": shares_of(teacher["needles"][task]), **shares}
             heading = f"{kind} found after training on {numbers.length(trained)}"
-            parts += [f"{heading} ({task}), by tokens of the prompt:", needle_table(shares)]
+            of_task += [
+                f"Found after training on rows of {numbers.length(trained)} tokens, by tokens of the prompt:",
+                *needle_table(shares),
+            ]
             if student == "short":
-                parts.append(needle_picture(f"replication-{short_name}", heading, shares, [*done], trained))
-            parts += by_depth(done, task, student, heading)
+                of_task.append(needle_picture(f"replication-{short_name}", heading, shares, [*done], trained))
+        if of_task:
+            parts += [f"### {kind}", f"RULER's `{task}`.", *of_task, *by_depth(done, task)]
     return parts
 
 
-def by_depth(done: dict[str, Json], task: str, student: str, heading: str) -> list[Part]:
-    """Where in the prompt the needles lay that KDA alone found."""
-    alone = {name: variant.get("needles_by_depth", {}) for name, variant in done.items() if base(name) in ALONE}
-    rows = [
-        (title(name), numbers.length(int(length)), found)
-        for name, by_student in alone.items()
-        for length, found in by_student.get(student, {}).get(task, {}).items()
-    ]
-    if not rows:
-        return []
-    depths = sorted({depth for *_, found in rows for depth in found}, key=float)
-    header = ["student", "prompt", *(whole_percent(float(depth)) for depth in depths)]
-    cells = [
-        [name, length, *("{:g} of {}".format(*found[each]) if each in found else numbers.NOTHING for each in depths)]
-        for name, length, found in rows
-    ]
-    return [f"{heading}, by KDA alone, by the share of the prompt that lies before them:", grid(header, cells)]
+def by_depth(done: dict[str, Json], task: str) -> list[Part]:
+    """Where in the prompt the needles lay that the best retriever among the students of KDA alone found."""
+    name = retriever(done)
+    parts: list[Part] = []
+    for student, tasks in done[name].get("needles_by_depth", {}).items() if name else ():
+        if not (by_length := tasks.get(task)):
+            continue
+        depths = sorted({depth for found in by_length.values() for depth in found}, key=float)
+        of = " or ".join(sorted({f"{total:g}" for found in by_length.values() for _, total in found.values()}))
+        rows: list[tuple[str, list[str]]] = []
+        for length, found in by_length.items():
+            rows.append((length, [f"{found[each][0]:g}" if each in found else numbers.NOTHING for each in depths]))
+        equal = [[*group] for _, group in groupby(rows, key=lambda row: row[1])]
+        lengths = [[numbers.length(int(length)) for length, _ in group] for group in equal]
+        names = [lengths[0] if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}" for lengths in lengths]
+        trained = numbers.length(done[name]["trained_length"][student])
+        parts += [
+            f"{title(name)}, trained on rows of {trained}: how many of {of} needles it found, by the length of the "
+            "prompt and the share of it that lies before the needle:",
+            grid(
+                ["prompt", *(whole_percent(float(each)) for each in depths)],
+                [[first, *group[0][1]] for first, group in zip(names, equal, strict=True)],
+            ),
+        ]
+    return parts
 
 
-def needle_table(shares: dict[str, dict[int, float]]) -> str:
-    """Shares by model and length of the prompt."""
-    lengths = sorted({length for found in shares.values() for length in found})
+def retriever(done: dict[str, Json]) -> str:
+    """The student of KDA alone that finds most needles in noise at the greatest length, of those measured by depth."""
+    alone = [name for name in done if base(name) in ALONE and done[name].get("needles_by_depth")]
+    return max(alone, key=lambda name: [*last_shares(done[name], NOISE).items()][-1:], default="")
+
+
+def last_shares(variant: Json, task: str) -> dict[int, float]:
+    """What the last student found, by length of the prompt."""
+    return shares_of(variant["needles"].get(last_student(variant), {}).get(task, {}))
+
+
+def needle_table(shares: dict[str, dict[int, float]]) -> list[Part]:
+    """Shares by model and length of the prompt; the five greatest lengths, so that a table stays narrow."""
+    lengths = sorted({length for found in shares.values() for length in found})[-5:]
+    found = {name: each for name, each in shares.items() if any(each.values())}
     rows = [
-        [title(name), *(numbers.shown(found.get(each), numbers.percent) for each in lengths)]
-        for name, found in shares.items()
+        [title(name), *(numbers.shown(each.get(at), numbers.percent) for at in lengths)] for name, each in found.items()
     ]
-    return grid(["", *map(numbers.length, lengths)], rows)
+    nothing = "; ".join(title(name) for name in shares if name not in found)
+    table: list[Part] = [grid(["", *map(numbers.length, lengths)], rows)] if found else []
+    return [*table, *([f"Nothing at any length: {nothing}."] if nothing else [])]
 
 
 def needle_picture(
@@ -215,63 +278,56 @@ def needle_picture(
     return line_chart(name, heading, drawn, x_axis, y_axis, [Mark(float(trained), "trained length")])
 
 
+def beyond(done: dict[str, Json]) -> list[Part]:
+    """Needles of the last students at their trained length and past it."""
+    rows, nothing = [], []
+    for name in (name for name in done if base(name) in ("hybrid", "best", *ALONE)):
+        trained = done[name]["trained_length"][last_student(done[name])]
+        for task, (_, kind) in TASKS.items():
+            found = last_shares(done[name], task)
+            at = [numbers.shown(found.get(times * trained), numbers.percent) for times in (1, 2, 4)]
+            if any(share for length, share in found.items() if length >= trained):
+                rows.append([title(name), kind.lower(), numbers.length(trained), *at])
+            elif found:
+                nothing.append(f"{title(name)} ({kind.lower()})")
+    header = ["student", "task", "trained length", "found at it", "at twice", "at four times"]
+    return [
+        "### Past the trained length",
+        "The write-up: the hybrid finds single needles at its trained length and fails past it; KDA alone finds single "
+        "needles past it, and several keys less and less. Here, by students after their last phase:",
+        *([grid(header, rows)] if rows else []),
+        *([f"Nothing from the trained length on: {'; '.join(nothing)}."] if nothing else []),
+    ]
+
+
 def claims(done: dict[str, Json]) -> str:
     """What the write-up claims of AFM-4.5B, and what these files show of SmolLM2-135M."""
+    name, student = closest(done)
+    lowest, tokens = kl(done[name], student), tokens_until(done[name], student)
+    found = f"{three(lowest)} after {numbers.amount(tokens)} tokens ({title(name)})"
+    lines = [["KL of about 0.2 after some 300M tokens", yes(lowest < 0.25), found]]
     ends = {name: kl(variant, last_student(variant)) for name, variant in done.items()}
-    lines = [["KL of about 0.2 after some 300M tokens", _lowest(done)]]
     layouts = [name for name in ("hybrid", "kda_only", "front_loaded") if name in ends]
     if len(layouts) == 3:
         order = sorted(layouts, key=ends.__getitem__)
-        found = "KL " + " < ".join(f"{title(name)} {ends[name]:.3f}" for name in order)
-        closer, worst = ends["hybrid"] < ends["kda_only"], order[-1] == "front_loaded"
+        found = "KL " + " < ".join(f"{title(name)} {three(ends[name])}" for name in order)
         lines += [
-            ["the hybrid recovers more than KDA alone", f"{'yes' if closer else 'no'}: {found}"],
-            ["front-loaded full attention is worst", f"{'yes' if worst else 'no'}: {found}"],
+            ["the hybrid is closer to the teacher than KDA alone", yes(ends["hybrid"] < ends["kda_only"]), found],
+            ["front-loaded full attention is worst", yes(order[-1] == "front_loaded"), found],
         ]
-    for alone in (name for name in done if base(name) == "best_kda_only"):
-        hybrid = alone.replace("best_kda_only", "best")
-        if hybrid in ends:
-            found = f"KL {title(hybrid)} {ends[hybrid]:.3f}, {title(alone)} {ends[alone]:.3f}"
-            lines.append(["(ours) the hybrid and KDA alone by the best recipe", found])
-    for names, claim in (
-        (("hybrid", "best"), "the hybrid finds single needles at its trained length, and crashes past it"),
-        (ALONE, "KDA alone finds single needles past its trained length, and several keys smoothly less"),
-    ):
-        named = [name for name in done if base(name) in names]
-        lines += [[claim if name == named[0] else "", f"{title(name)}, {_past(done[name])}"] for name in named]
-    for name, claim in (
-        ("radlads", "(RADLADS) alignment first"),
-        ("hybrid_grouped", "(ours) grouped heads"),
-        ("hybrid_rope", "(ours) RoPE kept"),
-    ):
-        if name in done and "hybrid" in done:
-            lines.append([claim, f"KL {ends[name]:.3f}, the one-phase hybrid {ends['hybrid']:.3f}"])
-    return grid(["AFM-4.5B, the write-up", "SmolLM2-135M, measured"], lines, words=True)
+    return grid(["AFM-4.5B, the write-up", "so here", "SmolLM2-135M, measured"], lines, words=True)
 
 
-def _lowest(done: dict[str, Json]) -> str:
-    """The lowest divergence of any student in short rows."""
+def yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def closest(done: dict[str, Json]) -> tuple[str, str]:
+    """The variant, and its student, of the lowest divergence in short rows."""
     students = [(name, student) for name in done for student in ("short", "long") if measured(done[name], student)]
-    name, student = min(students, key=lambda each: kl(done[each[0]], each[1]))
-    phases = done[name]["phases"]
-    tokens = sum(phase["tokens"] for phase in phases if student == "long" or phase["name"] != "long")
-    return f"{kl(done[name], student):.3f} after {numbers.amount(tokens)} tokens ({title(name)})"
+    return min(students, key=lambda each: kl(done[each[0]], each[1]))
 
 
-def _past(variant: Json) -> str:
-    """Needles of the last student, of each kind, from half its trained length to whatever was measured past it."""
-    student = last_student(variant)
-    trained = variant["trained_length"][student]
-    kinds = []
-    for task, (_, kind) in TASKS.items():
-        rows = {int(length): row for length, row in variant["needles"].get(student, {}).get(task, {}).items()}
-        found = [(each, rows[each]["correct"] / rows[each]["total"]) for each in sorted(rows) if each >= trained / 2]
-        if not found:
-            continue
-        if all(value == 0 for _, value in found):
-            kinds.append(f"{kind.lower()} none from {numbers.length(found[0][0])} on")
-            continue
-        at = ", ".join(f"{numbers.percent(value)} at {numbers.length(length)}" for length, value in found)
-        drop, length = max(((a[1] - b[1], b[0]) for a, b in pairwise(found)), default=(0.0, 0))
-        kinds.append(f"{kind.lower()} {at}" + (f" (largest step down at {numbers.length(length)})" if drop > 0 else ""))
-    return f"trained to {numbers.length(trained)}: " + "; ".join(kinds)
+def tokens_until(variant: Json, student: str) -> int:
+    """That this student was trained on."""
+    return trained_tokens(variant, long=False) + (trained_tokens(variant, long=True) if student == "long" else 0)

@@ -3,34 +3,35 @@
     python benchmarks/tables.py
 
 What stands between `<!-- NAME -->` and `<!-- end of NAME -->` is rewritten each time from NAME.json, and is empty as
-long as there is no such file. What stands outside stays. Pictures go to docs/pictures, each for light pages and for
-dark ones.
+long as there is no such file; `conclusions` comes from several files, `contents` from the page's headings. What stands
+outside stays: prose without measured numbers. Pictures go to docs/pictures, each for light pages and for dark ones.
 """
 
 import json
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from cells import Json, Part, grid, number, source
+from cells import Json, Part, grid, named_now, number, source
+from conclusions import conclusions
 from distillkit.reporting import numbers
 from distillkit.reporting.colours import paint, series
 from distillkit.reporting.document import Picture
 from distillkit.reporting.plots import Axis, Series, line_chart
 from frame import RESULTS, ROOT
 from outcomes import by_length
-from replicated import TITLES, replication
+from replicated import TITLES, replication, title
 
 PAGE = ROOT / "docs" / "results.md"
 PICTURES = "pictures"
 
-LABELS = {"row": "step", "variant": "start", "error": "", "file": "measured in", "training_seconds": "seconds"}
+LABELS = {"row": "step", "file": "measured in", "kl_before": "KL before training", "kl_after": "KL after training"}
 """Headers of columns that are not named as in the files."""
-UNITS = {"_per_second": "/s", "_gib": " GiB", "_mib": " MiB", "kl_": "KL ", "_": " "}
+UNITS = {"_per_second": "/s", "_gib": " GiB", "_mib": " MiB", "_": " "}
 """Parts of names as headers have them."""
 
 
@@ -42,13 +43,16 @@ def label(name: str) -> str:
     return name
 
 
-def flat(*columns: str, key: str = "rows") -> Callable[[Json], list[Part]]:
-    """Some columns of the rows under a key, or all."""
+def flat(*columns: str, key: str = "rows", shown: Callable[[Any], str] = number) -> Callable[[Json], list[Part]]:
+    """Some columns of the rows under a key, or all. An error stands in the first column that it leaves empty."""
+
+    def cells(row: Json, names: Sequence[str]) -> list[str]:
+        empty = next((name for name in names if row.get(name) is None), "")
+        return [shown(row["error"] if name == empty and "error" in row else row.get(name)) for name in names]
 
     def table(content: Json) -> list[Part]:
         names = columns or [*content[key][0]]
-        rows = [[number(row.get(name)) for name in names] for row in content[key]]
-        return [grid([*map(label, names)], rows)]
+        return [grid([*map(label, names)], [cells(row, names) for row in content[key]])]
 
     return table
 
@@ -59,53 +63,64 @@ def throughput(content: Json) -> list[Part]:
     shapes = f"Shapes: {content['shape']}, {content['layers'] or 'all'} layers"
     shapes += f"; one large bf16 product runs at {rate:,.0f} TFLOP/s." if rate else "."
     first = next((row.get("tokens_per_second") for row in content["rows"] if row["row"] == "reference"), None)
-    steps, times, kinds = [], [], []
+    steps, times = [], []
     for row in content["rows"]:
         if "error" in row:
-            steps.append([row["row"], row["error"], *[numbers.NOTHING] * 5])
+            steps.append([row["row"], row["error"], *[numbers.NOTHING] * 4])
             continue
         speed, share = row["tokens_per_second"], row.get("share_of_matmul_rate")
         rows = f"{row['batch']} {numbers.TIMES} {row['sequence_length']:,}"
         times_first = f"{numbers.TIMES}{speed / first:.2f}" if first else numbers.NOTHING
-        sizes = (number(row.get(name)) for name in ("peak_gib", "gflop_per_token"))
-        steps.append(
-            [row["row"], rows, numbers.rate(speed), times_first, *sizes, numbers.shown(share, numbers.percent)]
-        )
+        ends = [number(row.get("peak_gib")), numbers.shown(share, numbers.percent)]
+        steps.append([row["row"], rows, numbers.rate(speed), times_first, *ends])
         if "kernel_seconds" in row:
-            kinds = [*row["kernel_seconds"], "idle"]
-            seconds = [*row["kernel_seconds"].values(), row["without_kernels_seconds"]]
-            shares = (numbers.percent(max(each / sum(seconds), 0)) for each in seconds)
-            times.append([row["row"], numbers.seconds(sum(seconds)), *shares])
-    header = ["step", "rows", "tokens/s", "of the reference's", "peak GiB", "GFLOP/token", "of the matmul rate"]
+            kinds = dict(row["kernel_seconds"])
+            others = kinds.pop("other") + kinds.pop("optimizer")
+            seconds = [*(kinds[kind] for kind in KERNELS), others, row["without_kernels_seconds"]]
+            times.append([row["row"], *(numbers.percent(max(each / sum(seconds), 0)) for each in seconds)])
+    header = ["step", "rows", "tokens/s", "of the reference's", "peak GiB", "of the matmul rate"]
     parts: list[Part] = [shapes, grid(header, steps)]
     if times:
-        parts += ["Where a step's time goes, by the names of its kernels:", grid(["step", "time", *kinds], times)]
+        header = ["step", *KERNELS, "optimizer and other", "no kernel"]
+        parts += ["Shares of a step's time, by the names of its kernels:", grid(header, times)]
     return parts
 
 
+KERNELS = ("attention", "kda", "matmul")
+"""Kinds of kernels with a column of their own."""
+STATES = {
+    "kept": "filled by an earlier process",
+    "what smollm2-135m left": "filled by smollm2-135m only",
+    "tuned elsewhere": "empty; results of the package",
+}
+"""States of Triton's cache that are named otherwise in the file."""
+
+
 def start_up(content: Json) -> list[Part]:
-    header = ["shape", "Triton's cache", "first step", "second step", "first answer"]
-    names = [f"{name.replace(' ', '_')}_seconds" for name in header[2:]]
+    header = ["shapes", "Triton's cache", "first step", "second step", "first generation"]
+    names = [f"{name}_seconds" for name in ("first_step", "second_step", "first_answer")]
     lines = []
     for row in content["rows"]:
-        lines.append([row["shape"], row["triton_cache"], *(numbers.seconds(row[name]) for name in names)])
+        state = STATES.get(row["triton_cache"], row["triton_cache"])
+        lines.append([row["shape"], state, *(numbers.seconds(row[name]) for name in names)])
     return [grid(header, lines)]
 
 
 def decoding(content: Json, name: str) -> list[Part]:
-    """Tokens per second and bytes of cache, by context and model; and a picture of the first."""
+    """Speed, memory and time to read a prompt, by context and model; and a picture of the first."""
     models = {
         TITLES.get(model, model): {row["context"]: row for row in found["rows"]}
         for model, found in content["models"].items()
     }
     contexts = sorted({context for rows in models.values() for context in rows})
-    header = ["context", *(f"{model}, tokens/s" for model in models), *(f"{model}, cache" for model in models)]
-    lines = []
-    for context in contexts:
-        rows = [found.get(context) for found in models.values()]
-        speeds = [numbers.rate(row["decode_tokens_per_second"]) if row else numbers.NOTHING for row in rows]
-        kept = [numbers.bytes_(row["kv_cache_bytes"] + row["state_bytes"]) if row else numbers.NOTHING for row in rows]
-        lines.append([numbers.length(context), *speeds, *kept])
+
+    def table(cell: Callable[[Json], str]) -> str:
+        found = {at: [rows.get(at) for rows in models.values()] for at in contexts}
+        lines = [
+            [numbers.length(at), *(cell(row) if row else numbers.NOTHING for row in rows)] for at, rows in found.items()
+        ]
+        return grid(["context", *models], lines)
+
     drawn = []
     for position, (model, found) in enumerate(models.items()):
         speeds = [row["decode_tokens_per_second"] for row in found.values()]
@@ -114,9 +129,15 @@ def decoding(content: Json, name: str) -> list[Part]:
     x_axis = Axis("tokens in the context", numbers.length, log2=True, ticks=[float(context) for context in contexts])
     y_axis = Axis("tokens per second", numbers.rate, from_zero=True)
     picture = line_chart(name, "Decoding, by tokens in the context", drawn, x_axis, y_axis)
-    dtype = content["settings"]["dtype"]
-    shown = f"{content['what'].capitalize()}; {dtype}. Cache is keys and values and the students' state."
-    return [shown, grid(header, lines), picture]
+    return [
+        f"One row, {content['settings']['dtype']}. Tokens generated per second, by tokens in the context:",
+        table(lambda row: numbers.rate(row["decode_tokens_per_second"])),
+        picture,
+        "Memory of keys, values and KDA states:",
+        table(lambda row: numbers.bytes_(row["kv_cache_bytes"] + row["state_bytes"])),
+        "Time to read a prompt of that length:",
+        table(lambda row: numbers.seconds(row["time_to_first_token_seconds"])),
+    ]
 
 
 def before_and_after(content: Json) -> list[Part]:
@@ -124,8 +145,8 @@ def before_and_after(content: Json) -> list[Part]:
     rows = (
         ("kl", "KL(teacher‖student), nats per token", numbers.decimals),
         ("agreement", "same likeliest token", numbers.percent),
-        ("student_perplexity", "perplexity", numbers.decimals),
-        ("teacher_perplexity", "the teacher's", numbers.decimals),
+        ("student_perplexity", "perplexity of the student", numbers.decimals),
+        ("teacher_perplexity", "perplexity of the teacher", numbers.decimals),
     )
     ends = content["divergence"]
     lines = [[label, *(form(ends[end][name]) for end in ("before", "after"))] for name, label, form in rows]
@@ -159,7 +180,7 @@ def survival(content: Json) -> list[Part]:
     recipes = " and ".join(row["recipe"] for row in content["recipes"])
     weights = "those" if content["equal"] else "not those"
     kills = f"{content['kills']} kills at random moments of {recipes}"
-    return [f"{kills}; the weights at the end are {weights} of undisturbed runs, bit for bit."]
+    return [f"{kills}. The weights at the end are {weights} of uninterrupted runs, bit for bit."]
 
 
 def compression(content: Json) -> list[Part]:
@@ -168,10 +189,25 @@ def compression(content: Json) -> list[Part]:
         if rates := row.get("tokens_per_second"):
             speeds = (numbers.amount(rates[name]) for name in ("encode", "decode"))
             lines.append([row["name"], number(row["bytes_per_token"]), *speeds])
-    return [grid(["codec", "bytes per token", "encoded tokens/s", "decoded tokens/s"], lines)]
+    return [grid(["codec", "bytes per token", "tokens/s, encoding", "tokens/s, decoding"], lines)]
 
 
-STARTS = flat("variant", "kl_before", "kl_after", key="results")
+def starts(content: Json) -> list[Part]:
+    names = {"ours": "`memory: attended` (default)", "memory spread": "`memory: spread`"}
+    rows = [{**row, "start": names[row["variant"]]} for row in content["results"]]
+    return flat("start", "kl_before", "kl_after")({"rows": rows})
+
+
+def plan_times(content: Json) -> list[Part]:
+    """Steps of the replication are named by the student and its phase."""
+
+    def step(name: str) -> str:
+        return re.sub(r"(?<=: )best[\w-]*", lambda variant: title(variant[0]), name)
+
+    columns = ("step", "compiled", "planned_tokens_per_second", "measured_tokens_per_second", "ratio", "file")
+    return flat(*columns)({"rows": [{**row, "step": step(row["step"])} for row in content["rows"]]})
+
+
 SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "parity": flat(),
     "replication": replication,
@@ -185,15 +221,13 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "smollm2_hybrid": before_and_after,
     "quickstart": before_and_after,
     "alignment": alignment,
-    "initialization": flat(
-        "short_convolution", "output_scale", "kl_before", "kl_after", "training_seconds", key="results"
-    ),
-    "initialization_memory": STARTS,
-    "initialization_short": STARTS,
+    "initialization": flat("short_convolution", "output_scale", "decay", "kl_before", "kl_after", key="results"),
+    "initialization_memory": starts,
+    "initialization_short": starts,
     "memory": flat("row", "estimated_gib", "measured_gib", "ratio", "tokens_per_second"),
-    "plan_times": flat("step", "compiled", "planned_tokens_per_second", "measured_tokens_per_second", "ratio", "file"),
+    "plan_times": plan_times,
     "losses": flat("method", "tokens", "peak_mib", "seconds"),
-    "attention": flat("attention", "tokens", "documents", "tokens_per_second", "peak_mib", "error"),
+    "attention": flat("attention", "tokens", "tokens_per_second", "peak_mib"),
     "delta_rule": flat("form", "tokens", "peak_mib", "seconds"),
     "needles": needles,
     "survival": survival,
@@ -201,27 +235,15 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
 }
 """What is shown of each result file."""
 
-COMMANDS = {"alignment": "python benchmarks/alignment.py all"}
-"""The command that wrote a file which does not contain it, if that is not the name of the benchmark alone."""
-
-HEADINGS = {
-    "parity": """## Parity on CUDA
-
-All tests that need a GPU: the KDA layer with fla's kernels beside the PyTorch form and the recurrence in float64, in
-bf16 and float32, packed, cached, heads of 64 and 128 (tests/student), and what else of the package runs on CUDA.""",
-    "replication": """## The miniature replication
-
-The KDA write-up ("Distilling Kimi Delta Attention into AFM-4.5B", December 2025) turned 4.5B parameters into three
-students. Here SmolLM2-135M-Instruct becomes the same three, each with the same budget of tokens, and some more: RADLADS
-from alignment on, grouped heads, RoPE kept in the layers of full attention. Needles are RULER's.""",
-    "throughput": """## Throughput and memory
-
-Steps of the one-phase recipe on random weights, teacher included. `reference` is a training loop as one writes it
-first: all logits at once, eager, every layer checkpointed.""",
-    "decoding_afm": """## Decoding at AFM-4.5B's shapes""",
-    "decoding": """## Decoding of SmolLM2-135M""",
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+COMMANDS = {
+    "alignment": f"--teacher teacher --gguf-file {SMOLLM2} --data train.parquet --eval valid.parquet --tokens 7000000",
+    "compression": f"--teacher {SMOLLM2} --data valid.parquet",
+    "decoding": f"--teacher {SMOLLM2} --decode-tokens 32 --repeats 1",
+    "needles": f"--model {SMOLLM2} --samples 2",
+    "survival": "--max-steps 24",
 }
-"""What stands above a section if its file is there."""
+"""The options, from its settings, of the benchmark that wrote a file which does not contain its command."""
 
 
 def section(name: str, results: Path) -> list[Part]:
@@ -230,10 +252,24 @@ def section(name: str, results: Path) -> list[Part]:
     if not file.exists():
         return []
     content: Any = json.loads(file.read_text())
-    heading = [HEADINGS[name]] if name in HEADINGS else []
     note = [f"Note: {content['note']}."] if "note" in content else []
-    command = COMMANDS.get(name, f"python benchmarks/{name}.py")
-    return [*heading, *SECTIONS[name](content), *note, source(file.name, content, command)]
+    command = " ".join(["python", f"benchmarks/{name}.py", *filter(None, [COMMANDS.get(name)])])
+    parts = [*SECTIONS[name](content), *note, source(file.name, content, command)]
+    return [named_now(part) if isinstance(part, str) else part for part in parts]
+
+
+HEADING = re.compile(r"^(##+) (.*)$", re.MULTILINE)
+
+
+def anchor(heading: str) -> str:
+    """The name that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def contents(page: str) -> str:
+    """A list of links to all headings."""
+    lines = [f"{'  ' * (len(level) - 2)}- [{name}](#{anchor(name)})" for level, name in HEADING.findall(page)]
+    return "\n".join(line for line in lines if line != "- [Contents](#contents)")
 
 
 def markdown(part: Part) -> str:
@@ -245,6 +281,11 @@ def markdown(part: Part) -> str:
 
 
 SECTION = re.compile(r"<!-- (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
+CONTENTS = re.compile(r"<!-- contents -->.*?<!-- end of contents -->", re.DOTALL)
+
+
+def block(name: str, parts: Sequence[Part]) -> str:
+    return "\n\n".join([f"<!-- {name} -->", *map(markdown, parts), f"<!-- end of {name} -->"])
 
 
 def written(page: str, results: Path = RESULTS) -> tuple[str, list[Picture]]:
@@ -252,11 +293,15 @@ def written(page: str, results: Path = RESULTS) -> tuple[str, list[Picture]]:
     pictures: list[Picture] = []
 
     def rewritten(match: re.Match[str]) -> str:
-        parts = section(match[1], results)
+        name = match[1]
+        if name == "contents":  # is made of all the others
+            return match[0]
+        parts = conclusions(results) if name == "conclusions" else section(name, results)
         pictures.extend(part for part in parts if isinstance(part, Picture))
-        return "\n\n".join([f"<!-- {match[1]} -->", *map(markdown, parts), f"<!-- end of {match[1]} -->"])
+        return block(name, parts)
 
-    return SECTION.sub(rewritten, page), pictures
+    page = SECTION.sub(rewritten, page)
+    return CONTENTS.sub(lambda _: block("contents", [contents(page)]), page), pictures
 
 
 if __name__ == "__main__":

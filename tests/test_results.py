@@ -3,10 +3,13 @@
 import importlib
 import json
 import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -24,7 +27,92 @@ def tables():
 def test_the_page_is_what_its_script_makes_of_the_result_files(tables):
     page = PAGE.read_text(encoding="utf-8")
     assert tables.written(page)[0] == page, "run: python benchmarks/tables.py"
-    assert set(tables.SECTION.findall(page)) == set(tables.SECTIONS)
+    assert set(tables.SECTION.findall(page)) == {*tables.SECTIONS, "conclusions", "contents"}
+
+
+def test_prose_has_no_measured_numbers(tables):
+    prose = re.sub(
+        r"`[^`]*`|\[[^]]*\]\([^)]*\)|AFM-4\.5B|4\.5B parameters", "", tables.SECTION.sub("", PAGE.read_text("utf-8"))
+    )
+    assert not re.findall(r"\d+\.\d+|\d+ ?%|\d+ ?(?:[GMk]iB|tokens/s|seconds|minutes)", prose)
+
+
+def test_the_contents_list_every_heading_once_and_in_order(tables):
+    page = PAGE.read_text(encoding="utf-8")
+    headings = [heading for heading in re.findall(r"^##+ (.*)$", page, re.MULTILINE) if heading != "Contents"]
+    links = re.findall(
+        r"^ *- \[(.*)\]\(#(.*)\)$", page.split("<!-- contents -->")[1].split("<!-- end of")[0], re.MULTILINE
+    )
+    assert [name for name, _ in links] == headings and len(set(headings)) == len(headings)
+    assert headings[0] == "Conclusions" and page.index("## Conclusions") < page.index("## Contents")
+
+
+def test_conclusions_are_those_of_the_result_files(tables, tmp_path):
+    def table(results):
+        (part,) = importlib.import_module("conclusions").conclusions(results)
+        return part.splitlines()[2:]
+
+    lines = table(tables.RESULTS)
+    assert len(lines) == 5 and "\n".join(lines) in PAGE.read_text(encoding="utf-8")
+    for file in ("replication", "throughput", "decoding_afm", "memory", "plan_times"):
+        shutil.copy(tables.RESULTS / f"{file}.json", tmp_path)
+
+    def changed(file, change):
+        content = json.loads((tmp_path / f"{file}.json").read_text())
+        change(content)
+        (tmp_path / f"{file}.json").write_text(json.dumps(content))
+
+    changed("replication", lambda each: each["variants"]["hybrid"]["divergence"]["2048"]["short"].update(kl=0.125))
+    changed(
+        "replication", lambda each: each["teacher"]["needles"]["niah_single_1"]["16384"].update(correct=5, total=20)
+    )
+    changed("throughput", lambda each: each["rows"][0].update(tokens_per_second=4321))
+    changed("decoding_afm", lambda each: each["models"]["teacher"]["rows"][-1].update(kv_cache_bytes=3 * 2**30))
+    changed("plan_times", lambda each: each["rows"][3].update(ratio=0.5))
+    found = table(tmp_path)
+    for line, now in zip(
+        found, ("KL 0.125", "25.0% at 16k", "4,321", "teacher: 3 GiB", "tokens/s within 50.0%"), strict=True
+    ):
+        assert now in line and line not in lines
+    (tmp_path / "plan_times.json").unlink()
+    assert table(tmp_path) == found[:4]
+
+
+def test_files_that_the_page_and_the_notes_name_exist(tables):
+    notes = [note for file in tables.RESULTS.glob("*.json") for note in all_notes(json.loads(file.read_text("utf-8")))]
+    assert notes
+    for text in [PAGE.read_text(encoding="utf-8"), *notes]:
+        for path in re.findall(r"(?<![\w./-])(?:distillkit|recipes|benchmarks|tests|scripts|docs)/[\w./-]*\w", text):
+            assert (ROOT / path).exists(), path
+
+
+def all_notes(content):
+    """Of a result file and its parts."""
+    if isinstance(content, list):
+        return [note for each in content for note in all_notes(each)]
+    if not isinstance(content, dict):
+        return []
+    own = [content["note"]] if isinstance(content.get("note"), str) else []
+    return own + [note for each in content.values() for note in all_notes(each)]
+
+
+def test_commands_on_the_page_have_options_that_exist(tables):
+    frame = importlib.import_module("frame")
+    page = PAGE.read_text(encoding="utf-8")
+    commands = re.findall(r"^python benchmarks/\w+\.py.*$", page, re.MULTILINE) + re.findall(
+        r"`(python benchmarks/\w+\.py[^`\n]*)`", page
+    )
+    assert len(commands) > 20
+    for command in commands:
+        script, *words = shlex.split(command)[1:]
+        module = importlib.import_module(Path(script).stem)
+        options = [
+            each
+            for each in vars(module).values()
+            if isinstance(each, type) and each.__module__ == module.__name__ and issubclass(each, frame.Options)
+        ]
+        if options and module.__name__ != "parity":  # whose words go to pytest
+            HfArgumentParser(options).parse_args(words)  # exits where an option or a choice is unknown
 
 
 def test_pictures_are_those_of_the_result_files(tables):
@@ -66,12 +154,12 @@ def test_claims_follow_the_measured_order_and_a_failed_variant_keeps_its_error(t
     content = {"variants": {**variants, "best": {"error": "out of memory"}}, "command": "made up"}
     (tmp_path / "replication.json").write_text(json.dumps(content))
     page, pictures = tables.written("<!-- replication -->\n<!-- end of replication -->", tmp_path)
-    assert "| yes: KL hybrid 0.250 < front-loaded 0.400 < KDA only 0.500 |" in page  # the hybrid beats KDA alone
-    assert "| no: KL hybrid 0.250 < front-loaded 0.400 < KDA only 0.500 |" in page  # front-loaded is not worst
-    assert "| KL of about 0.2 after some 300M tokens | 0.250 after 3k tokens (hybrid) |" in page
-    assert "trained to 1k: single needles in noise 100.0% at 1k, 25.0% at 2k (largest step down at 2k)" in page
-    assert "trained to 1k: single needles in noise none from 1k on |" in page
-    assert "hybrid, best recipe: out of memory" in page
+    assert "| yes | KL hybrid 0.250 < front-loaded 0.400 < KDA only 0.500 |" in page  # the hybrid beats KDA alone
+    assert "| no | KL hybrid 0.250 < front-loaded 0.400 < KDA only 0.500 |" in page  # front-loaded is not worst
+    assert "| KL of about 0.2 after some 300M tokens | no | 0.250 after 3k tokens (hybrid) |" in page
+    assert "| hybrid | single needles in noise | 1k | 100.0% | 25.0% | – |" in page
+    assert "Nothing from the trained length on: KDA only (single needles in noise)." in page
+    assert "hybrid, closest recipe: out of memory" in page
     assert {picture.name for picture in pictures} == {"replication-kl", "replication-single"}
 
 
