@@ -6,8 +6,9 @@
 fla's kernels are tuned at their first call, per number and size of heads and dtype, and Triton keeps the outcome in
 TRITON_CACHE_DIR. Each shape is timed in three new processes: with an empty cache, with the one that the first left, and
 with an empty one and the configurations that the package brings for some GPUs and shapes
-(distillkit/student/network/tuned). A process makes a student of two KDA layers, takes a forward and backward pass over packed documents as training does
-(float32 masters under bf16 autocast), and then, cast to bf16, prefills and decodes as evaluation does.
+(distillkit/student/network/tuned). A process makes a student of two KDA layers, takes a forward and backward pass over
+packed documents as training does (float32 masters under bf16 autocast), and then, cast to bf16, prefills and decodes as
+evaluation does.
 
 `--keep FOLDER` writes down what was tuned, in the files that fla reads: FLA_CONFIG_DIR=FOLDER distillkit CONFIG.yaml.
 `--from FOLDER` times a process that begins with such files. They serve the same GPU, heads and dtypes.
