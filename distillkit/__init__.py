@@ -1,4 +1,4 @@
-"""distillkit: knowledge distillation, from a softmax-attention teacher to a Kimi Delta Attention student.
+"""distillkit: knowledge distillation of language models, and conversion to students with linear attention.
 
 `convert`, `distill` and `evaluate` are the commands of the same names. After `import distillkit`, transformers'
 `AutoModelForCausalLM` loads students.

@@ -29,7 +29,7 @@ from distillkit.capture.sharing import Share, find_share
 from distillkit.capture.summary import CaptureSummary, measure_fidelity, print_summary
 from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.compression import Codec
-from distillkit.config.capture import CaptureConfig
+from distillkit.config.capture import CaptureConfig, check_capture_ready
 from distillkit.config.errors import UserError
 from distillkit.config.yaml_files import as_section
 from distillkit.console import INTERRUPTED, print_line
@@ -59,6 +59,7 @@ def capture(
         SystemExit: with code 130, after Ctrl-C.
     """
     config = as_section(CaptureConfig, config)
+    check_capture_ready(config)
     share = find_share(shard)
     if config.engine == "vllm" and shard is None and share.count > 1:
         raise UserError(

@@ -17,19 +17,21 @@ class UserError(Exception):
     """A mistake of the user's in one line: the key that is wrong, and the problem with its remedy.
 
     key: of the YAML (`loss_functions[1].temperature`), an option (`--gpu`) or a file; None where none can be named.
+    located: the phase that is wrong is named already.
     """
 
-    def __init__(self, key: str | os.PathLike[str] | None, problem: str) -> None:
+    def __init__(self, key: str | os.PathLike[str] | None, problem: str, *, located: bool = False) -> None:
         self.key = os.fspath(key) if key else None
+        self.located = located
         self.problem = " ".join(problem.split())
         super().__init__(self.key, self.problem)
 
     def __str__(self) -> str:
         return self.problem if self.key is None else f"{self.key}: {self.problem}"
 
-    def under(self, section: str) -> "UserError":
+    def under(self, section: str, *, located: bool = False) -> "UserError":
         """The same problem of a key inside `section`: `tokens` under `phases[1]` is `phases[1].tokens`."""
-        return UserError(join_keys(section, self.key or ""), self.problem)
+        return UserError(join_keys(section, self.key or ""), self.problem, located=located)
 
 
 class KeyProblem(UserError, ValueError):

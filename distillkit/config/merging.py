@@ -6,7 +6,7 @@ from typing import Any
 from distillkit.config.tokens import budgets, without_budget
 from distillkit.config.training_args import RENAMED
 
-_OTHER_THING = ("kind", "repo_id", "disk_path")
+_IDENTITY_KEYS = ("kind", "repo_id", "disk_path")
 """A section with another value of one of these replaces the former section instead of being merged into it."""
 
 
@@ -30,4 +30,4 @@ def merged(former: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def _about_another(former: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
-    return any(name in changes and changes[name] != former.get(name) for name in _OTHER_THING)
+    return any(name in changes and changes[name] != former.get(name) for name in _IDENTITY_KEYS)

@@ -19,7 +19,7 @@ from distillkit.config.yaml_files import read_changed
 
 logger = logging.getLogger(__name__)
 
-WHERE_THE_ORIGINAL_IS = ("gguf_file", "revision", "code_revision", "subfolder", "variant")
+ORIGIN_KWARGS = ("gguf_file", "revision", "code_revision", "subfolder", "variant")
 """Keyword arguments of `from_pretrained` that do not apply to a student saved by the phase before."""
 
 
@@ -58,11 +58,11 @@ class Phase:
 
     def located(self, error: UserError) -> UserError:
         """An error about this phase's configuration, with its key as in the YAML."""
-        if self.changes is None:
+        if self.changes is None or error.located:
             return error
         if self.names(error.key):
-            return error.under(f"phases[{self.index}]")
-        return UserError(error.key, f"{error.problem} (in phase {self.name!r}, which has the top level's)")
+            return error.under(f"phases[{self.index}]", located=True)
+        return UserError(error.key, f"{error.problem} (in phase {self.name!r})", located=True)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _whole(top: dict[str, Any], phase: PhaseConfig, index: int, before: str | No
     whole = merged(inherited, changes)
     whole["output_path"] = str(Path(top["output_path"]) / "phases" / f"{index + 1}-{phase.name}")
     if before is not None:
-        kwargs = {name: each for name, each in top["model_kwargs"].items() if name not in WHERE_THE_ORIGINAL_IS}
+        kwargs = {name: each for name, each in top["model_kwargs"].items() if name not in ORIGIN_KWARGS}
         whole |= {"model": before, "student": None, "model_kwargs": kwargs}
     whole["training_args"] = _arguments(whole, top, phase)
     if isinstance(whole["dataset"], Mapping):

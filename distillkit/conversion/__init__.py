@@ -1,4 +1,4 @@
-"""Conversion: a pretrained transformer becomes an untrained student with Kimi Delta Attention."""
+"""Conversion: a pretrained transformer becomes an untrained student with another mixer in place of attention."""
 
 from distillkit.conversion.convert import build_student as build_student
 from distillkit.conversion.convert import convert as convert

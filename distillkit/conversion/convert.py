@@ -53,6 +53,7 @@ def convert(
         raise UserError(
             "output_path", f"{os.fspath(output_path)!r} exists already; name a new folder, or remove it first"
         )
+    check_linear_mixer(student.mixer)
     teacher = load_model(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs)
     places = where(teacher_kwargs)
     tokenizer = load_tokenizer(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **places)

@@ -6,6 +6,7 @@ of them in front (`front_loaded`), and no full attention at all (`kda_only`).
 """
 
 from distillkit.config import StudentConfig, UserError
+from distillkit.student.mixers.names import FULL
 
 HYBRID_PERIOD = 4
 FRONT_LAYERS = 4
@@ -22,7 +23,7 @@ def layer_mixers(num_layers: int, student: StudentConfig) -> list[str]:
         full = _front_loaded(num_layers)
     else:
         full = _existing(student.full_attention_layers or [], num_layers)
-    return ["full" if index in full else student.mixer for index in range(num_layers)]
+    return [FULL if index in full else student.mixer for index in range(num_layers)]
 
 
 def _hybrid(num_layers: int) -> list[int]:

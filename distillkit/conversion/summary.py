@@ -9,7 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
-from distillkit.student.mixers.names import name_of
+from distillkit.formatting import byte_text
+from distillkit.student.mixers.names import FULL, name_of
 from distillkit.student.mixers.registry import mixed_layers
 from distillkit.student.network import KDAHybridForCausalLM
 
@@ -69,7 +70,7 @@ class ConversionSummary:
         table.add_column("student state", justify="right")
         for row in self.memory:
             sizes = (row.teacher_kv_cache, row.student_kv_cache, row.student_state)
-            table.add_row(f"{row.tokens // 1024}k", *map(_readable, sizes))
+            table.add_row(f"{row.tokens // 1024}k", *map(byte_text, sizes))
         return table
 
 
@@ -106,12 +107,8 @@ def _kv_cache_bytes(model: PreTrainedModel, teacher: PreTrainedModel, tokens: in
 
 def _label(mixer: str, student: KDAHybridForCausalLM) -> str:
     label = name_of(mixer).label
-    return f"{label}, NoPE" if mixer == "full" and not student.config.use_rope else label
+    return f"{label}, NoPE" if mixer == FULL and not student.config.use_rope else label
 
 
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _readable(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"

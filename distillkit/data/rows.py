@@ -97,11 +97,11 @@ def tokenize_rows(
         desc="tokenising",
     )
     if row_format.assistant_only_loss and len(documents) < len(rows):
-        _warn_of_silent_assistant(len(rows) - len(documents), len(rows), key)
+        _warn_of_missing_assistant(len(rows) - len(documents), len(rows), key)
     return documents.with_format(None)
 
 
-def _warn_of_silent_assistant(silent: int, rows: int, key: str) -> None:
+def _warn_of_missing_assistant(silent: int, rows: int, key: str) -> None:
     """Warns of conversations without a token of the assistant's. Raises `UserError` where there are no others."""
     if silent == rows:
         raise UserError(

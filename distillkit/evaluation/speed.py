@@ -63,22 +63,21 @@ def measure_speed(model: PreTrainedModel, settings: SpeedConfig, context: int) -
 
 def cache_bytes(cache: Cache) -> dict[str, int]:
     """Memory of a cache: `kv_cache_bytes`, which grow with the number of tokens, and `state_bytes`."""
-    keys_and_values, states = [], []
+    keys_and_values: list[Tensor] = []
+    states: list[Tensor] = []
     for layer in cache.layers:
-        tensors = vars(layer)
-        keys_and_values += [tensors.get("keys"), tensors.get("values")]
-        for name in ("conv_states", "recurrent_states"):
-            states += tensors.get(name, {}).values()
+        for name, held in vars(layer).items():
+            tensors = [each for each in (held.values() if isinstance(held, dict) else [held]) if torch.is_tensor(each)]
+            (keys_and_values if name in ("keys", "values") else states).extend(tensors)
     return {"kv_cache_bytes": _bytes(keys_and_values), "state_bytes": _bytes(states)}
 
 
-def _bytes(tensors: Iterable[Tensor | None]) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' storages, each counted once: a view of a long tensor keeps all of it."""
     storages = {}
     for tensor in tensors:
-        if tensor is not None:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

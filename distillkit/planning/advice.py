@@ -18,6 +18,7 @@ from distillkit.planning.meta_models import parameters_in_files
 from distillkit.planning.result import PhasePlan, RunPlan
 from distillkit.planning.settings import Settings
 from distillkit.planning.tokens import Schedule
+from distillkit.student.mixers.names import FULL
 from distillkit.training.freezing import freeze
 from distillkit.training.optimizers import LOSSY_ADDENDS
 
@@ -52,7 +53,8 @@ def _about_places(config: RunConfig, plan: RunPlan) -> Iterator[UserError]:
     output = Path(config.output_path).expanduser()
     if output.is_dir() and any(output.iterdir()) and not config.resume:
         yield UserError(
-            "output_path", f"{config.output_path!r} exists and is not empty; use --resume to go on, or another folder"
+            "output_path",
+            f"{config.output_path!r} exists and is not empty; use --resume to continue it, or another folder",
         )
     parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
@@ -131,7 +133,7 @@ def _about_order(phases: list[RunConfig]) -> Iterator[UserError]:
 def _about_lengths(
     phases: list[RunConfig], teacher: PreTrainedConfig | None, student: PreTrainedConfig
 ) -> Iterator[UserError]:
-    nope = "full" in getattr(student, "mixers", []) and not getattr(student, "use_rope", True)
+    nope = FULL in getattr(student, "mixers", []) and not getattr(student, "use_rope", True)
     longest = max(phase.sequence_length for phase in phases)
     reach = 0 if teacher is None else teacher.max_position_embeddings
     if nope and longest < reach:
@@ -261,8 +263,8 @@ def _about_rows(
     config: RunConfig, settings: Settings, student: PreTrainedModel, teacher: PreTrainedConfig | None, gpu: GPU
 ) -> Iterator[UserError]:
     length = config.sequence_length
-    asked = any(loss.function != "cross_entropy" for loss in config.loss_functions)
-    if teacher is not None and asked and length > teacher.max_position_embeddings:
+    uses_teacher = any(loss.function != "cross_entropy" for loss in config.loss_functions)
+    if teacher is not None and uses_teacher and length > teacher.max_position_embeddings:
         yield UserError(
             "sequence_length",
             f"{length:,} tokens, but the teacher was trained for {teacher.max_position_embeddings:,}, "

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.conversion.convert import check_teacher, student_on_meta
 from distillkit.models.loading import load_pretrained_config, where
-from distillkit.student.mixers.names import NAMES, name_of
+from distillkit.student.mixers.names import FULL, name_of
 
 
 def read_config(path: str, key: str, kwargs: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
@@ -76,7 +76,7 @@ def parameter_groups(model: PreTrainedModel, trained: list[nn.Parameter]) -> dic
     return {group: (totals[group], of_trained[group]) for group in order if totals[group]}
 
 
-GROUPS = (NAMES["full"].label, "MLP", "embeddings and head", "norms", "other")
+GROUPS = (name_of(FULL).label, "MLP", "embeddings and head", "norms", "other")
 
 
 def _group(name: str, labels: Mapping[str, str]) -> str:

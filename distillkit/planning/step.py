@@ -141,8 +141,8 @@ def _checkpoint_layers(student: PreTrainedModel, settings: Settings, cuda: bool)
 
 def chunk_tokens(losses: list[LossConfig], rows: int, cuda: bool) -> int:
     """Tokens of which the vocabulary head makes logits at one time, for a head of so many rows."""
-    asked = [loss.sparse_chunk_length for loss in losses if loss.sparse_chunk_length is not None]
-    return min(asked, default=chunk_tokens_within(CUDA_CHUNK_BYTES if cuda else CPU_CHUNK_BYTES, rows))
+    configured = [loss.sparse_chunk_length for loss in losses if loss.sparse_chunk_length is not None]
+    return min(configured, default=chunk_tokens_within(CUDA_CHUNK_BYTES if cuda else CPU_CHUNK_BYTES, rows))
 
 
 def _step(
@@ -228,14 +228,14 @@ def _booked(ledger: Ledger) -> Callable[[Tensor], None]:
 
 
 def _batch(batch: Batch) -> dict[str, Tensor]:
-    """Every row is one document and every token counts: the dearest batch of the size."""
+    """Every row is one document and every token counts: the batch of this size that costs most."""
     input_ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
     position_ids = torch.arange(batch.tokens).repeat(batch.rows, 1)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}
 
 
 def _padding(model: PreTrainedModel, ledger: Ledger, kind: str, cuda: bool) -> list[Tensor]:
-    """The copy of a head whose rows are no multiple of 64, on CUDA (`losses.vocabulary_head.padded`)."""
+    """The copy of a head whose rows are no multiple of 64, on CUDA (`models.chunked_logits.padded`)."""
     weight, _ = head(model)
     missing = -weight.shape[0] % 64
     if not cuda or not missing:

@@ -12,10 +12,10 @@ from typing import Literal
 
 from distillkit.reporting import numbers
 from distillkit.reporting.document import Cell, Row, Table, Tone
-from distillkit.reporting.evaluated import SURE, Model, common_tasks, lengths, score, the_teacher
+from distillkit.reporting.evaluated import Z_95, Model, common_tasks, lengths, score, the_teacher
 from distillkit.reporting.numbers import NOTHING, Form
 from distillkit.reporting.reading import Json, number, section, shown
-from distillkit.student.mixers.names import mixers_in, name_of
+from distillkit.student.mixers.names import FULL, mixers_in, name_of
 
 Better = Literal["higher", "lower"] | None
 Change = Literal["none", "difference", "multiple"]
@@ -119,7 +119,7 @@ def _cell(found: Measured, teacher: Measured | None, form: Form, better: Better,
     note = multiple or numbers.signed(difference, form).removesuffix("%")
     if better is None or difference == 0:
         return Cell(text, note=f"({note})")
-    if abs(difference) <= SURE * math.hypot(found.error or 0, teacher.error or 0):
+    if abs(difference) <= Z_95 * math.hypot(found.error or 0, teacher.error or 0):
         return Cell(text, note=f"({note} ≈)")
     tone: Tone = "better" if (difference > 0) == (better == "higher") else "worse"
     return Cell(text, tone, f"({note}{',' if note.endswith('less') else ''} {tone})")
@@ -131,7 +131,7 @@ def _layers(model: Model) -> str:
     if not isinstance(layers, list) or not layers:
         return NOTHING
     mixers = mixers_in({**model.about, "layer_types": layers}) or layers
-    counts = Counter(name_of(mixer).label for mixer in sorted(mixers, key=lambda mixer: mixer == "full"))
+    counts = Counter(name_of(mixer).label for mixer in sorted(mixers, key=lambda mixer: mixer == FULL))
     return ", ".join(f"{how_many} {label}" for label, how_many in counts.items())
 
 

@@ -9,7 +9,7 @@ from distillkit.reporting.colours import series
 from distillkit.reporting.numbers import numbered, slug
 from distillkit.reporting.reading import Evaluation, Json, number, rows, section
 
-SURE = 1.96
+Z_95 = 1.96
 """Standard errors that a difference of chance stays within in 95 of 100 cases."""
 
 
@@ -102,8 +102,8 @@ def score(model: Model, tasks: Sequence[str], length: int, depth: float | None =
     if not total:
         return None
     correct = sum(row["correct"] for row in found)
-    samples = total + SURE**2
-    share = (correct + SURE**2 / 2) / samples
+    samples = total + Z_95**2
+    share = (correct + Z_95**2 / 2) / samples
     return correct / total, math.sqrt(max(share * (1 - share), 0) / samples)
 
 

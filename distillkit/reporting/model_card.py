@@ -30,7 +30,7 @@ from distillkit.reporting.sources import facts_of
 from distillkit.reporting.training_section import divergence_table, phase_table
 from distillkit.runs.names import CARD
 from distillkit.runs.writing import write_whole
-from distillkit.student.mixers.names import mixers_in, name_of
+from distillkit.student.mixers.names import FULL, is_student, mixers_in, name_of
 
 EVALUATED = "distillkit evaluate"
 """Occurs in cards with results of an evaluation only."""
@@ -98,7 +98,7 @@ def _front_matter(run: Run, student: Json) -> Json:
 
 def _summary(run: Run, student: Json) -> str:
     mixers = mixers_in(student)
-    exchanged = [mixer for mixer in mixers if mixer != "full"]
+    exchanged = [mixer for mixer in mixers if mixer != FULL]
     tokens = shown(numbers.count, run.results, "training", "tokens")
     if not exchanged:
         return f"A student of {_teacher(run)}, distilled from it on {tokens} tokens."
@@ -129,7 +129,7 @@ def _results(run: Run, evaluations: Sequence[Evaluation]) -> list[Part]:
 
 def _usage(name: str, student: Json) -> str:
     known, options = "", ""
-    if student.get("model_type") == "kda_hybrid":
+    if is_student(student):
         known = (
             "import distillkit  # knows the architecture; to install it: pip install . in a clone of its repository\n"
             "# or without it: trust_remote_code=True below, which runs the code beside the weights\n\n"
@@ -148,15 +148,11 @@ def _usage(name: str, student: Json) -> str:
 
 def _architecture(student: Json) -> list[Part]:
     mixers = mixers_in(student)
-    heads = "its own keys and values for each query head" if student.get("kv_heads") == "expand" else "grouped heads"
-    details = {
-        "kda": f": {heads}, short convolutions of {student.get('conv_size')} tokens",
-        "full": ", with the rotary embedding" if student.get("use_rope") else ", without positions (NoPE)",
-    }
     lines = []
     for mixer in dict.fromkeys(mixers):
         layers = _ranges([index for index, each in enumerate(mixers) if each == mixer])
-        lines.append(f"{name_of(mixer).title} in layers {layers}{details.get(mixer, '')}")
+        name = name_of(mixer)
+        lines.append(f"{name.title} in layers {layers}{name.details(student)}")
     return [Bullets([*lines, "everything else as in the teacher"])] if lines else []
 
 

@@ -37,7 +37,7 @@ def freeze(model: nn.Module, frozen_res: Sequence[str] = (), frozen_modules: Seq
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     if trainable == 0:
-        raise UserError("frozen_res, frozen_modules", "together they freeze every parameter, nothing is left to train")
+        raise UserError("frozen_res", "together they freeze every parameter, nothing is left to train")
     shared = [
         (name, other)
         for name in sorted(matched)

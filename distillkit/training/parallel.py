@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainingArguments
 
 from distillkit.config import UserError
+from distillkit.console import FAILED, USAGE_ERROR
 
 Result = TypeVar("Result")
 
@@ -44,7 +45,7 @@ def main_process_first(arguments: TrainingArguments, work: Callable[[], Result])
     try:
         result = work()
     except Exception as error:
-        broadcast_object_list([2 if isinstance(error, UserError) else 1])  # as the command line exits
+        broadcast_object_list([USAGE_ERROR if isinstance(error, UserError) else FAILED])
         raise
     broadcast_object_list([None])
     return result

@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from distillkit.config import Phase, Run, UserError
+from distillkit.config.readiness import check_ready
 from distillkit.config.resolve import AnyRun, as_run
 from distillkit.console import INTERRUPTED, print_line
 from distillkit.losses import check_losses
@@ -49,6 +50,7 @@ def distill(
     """
     run = as_run(run, overrides)
     console = console or Console()
+    check_ready(run)
     _check_losses(run)
     check_token(run.config)
     try:
@@ -66,7 +68,10 @@ def distill(
 def _train(run: Run, console: Console) -> None:
     """All phases that are left, and then the results of the whole."""
     build = _ArgumentsBuilder()
-    arguments = [build(phase) for phase in reversed(run.phases)][-1]  # what cannot be is refused now, not at its turn
+    for phase in reversed(
+        run.phases
+    ):  # what is wrong in a later phase is refused now; the first one's are in force last
+        arguments = build(phase)
     main_process = arguments.trainer.process_index == 0
     console.quiet = console.quiet or not main_process
     finished = main_process_first(arguments.trainer, lambda: open_run(run, main_process=main_process))

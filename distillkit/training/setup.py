@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
-from distillkit.config import HFTeacherConfig, RunConfig
+from distillkit.config import HFTeacherConfig, RunConfig, StudentConfig, UserError
 from distillkit.config.losses import align_attention_alone
-from distillkit.config.resolve import WHERE_THE_ORIGINAL_IS
+from distillkit.config.resolve import ORIGIN_KWARGS
 from distillkit.console import print_line
 from distillkit.conversion.convert import convert_model
 from distillkit.models.attention import trained_attention
@@ -25,6 +25,7 @@ from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
 from distillkit.runs.folder import PhaseFolder
 from distillkit.runs.record import read_record
+from distillkit.student.mixers.registry import check_linear_mixer
 from distillkit.teacher import Teacher
 from distillkit.teacher.opening import captured_tokenizer, open_teacher
 from distillkit.training.arguments import Arguments
@@ -33,7 +34,7 @@ from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_
 from distillkit.training.parallel import main_process_first, place_model
 from distillkit.training.precision import cast_for_training, compute_dtype
 
-NOT_FOR_CHECKPOINTS = (*WHERE_THE_ORIGINAL_IS, "torch_dtype", "dtype")
+NOT_FOR_CHECKPOINTS = (*ORIGIN_KWARGS, "torch_dtype", "dtype")
 """Keyword arguments of from_pretrained that hold for the original student, not for a checkpoint of it."""
 
 
@@ -160,6 +161,8 @@ def _load_teacher(
     teacher = config.teacher
     if not isinstance(teacher, HFTeacherConfig):
         return None
+    if config.student is not None:
+        check_linear_mixer(config.student.mixer)
     model = load_model(
         teacher.path, key="teacher.path", **{"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
     )
@@ -179,12 +182,23 @@ def _convert(
     """Convert the teacher into `untrained`, which one process does, unless the same was done there already."""
     assert config.student is not None
     recipe = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
-    if not folder.main_process or (folder.untrained.exists() and folder.record.converted == recipe):
+    if not folder.main_process or (folder.untrained.exists() and _same_recipe(folder.record.converted, recipe)):
         return
     for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
         shutil.rmtree(remains, ignore_errors=True)
     console.print(convert_model(model, _load_teachers_tokenizer(config, teacher), folder.untrained, config.student))
     folder.update_record(converted=recipe)
+
+
+def _same_recipe(former: dict[str, Any] | None, recipe: dict[str, Any]) -> bool:
+    """Keys that an earlier version did not have count as their defaults."""
+    if former is None:
+        return False
+    try:
+        student = StudentConfig.parse(former["student"]).model_dump(mode="json")
+    except UserError:
+        return False
+    return {**former, "student": student} == recipe
 
 
 def _load_tokenizers(config: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:

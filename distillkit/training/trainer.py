@@ -1,4 +1,4 @@
-"""transformers' Trainer, taught to distil.
+"""transformers' Trainer for distillation.
 
 Optimizers, schedulers, trackers and DDP are Trainer's. What is here is what differs: the loss is a sum over the whole
 optimizer step divided by the step's counted tokens; the teacher runs outside of the module that is trained; a
@@ -25,6 +25,7 @@ from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.optimizers import protect_updates
+from distillkit.training.parallel import divide_batch
 from distillkit.training.saving import save_student
 
 PROJECTIONS = "projections.safetensors"
@@ -102,6 +103,10 @@ class DistillationTrainer(Trainer):
         # DDP averages the gradients of the ranks; these are parts of one sum.
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """A micro-batch on this process's device, or its part of it."""
+        return divide_batch(super()._prepare_inputs(inputs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer by name. Raises UserError where it needs a package that is not there."""

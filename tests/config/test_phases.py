@@ -202,8 +202,16 @@ def test_what_is_written_down_of_a_run_with_phases_is_the_run() -> None:
     assert written["phases"][1]["evaluation"] is None and "loss_functions" not in written["phases"][1]
 
 
+def test_an_error_that_names_its_phase_is_not_located_again() -> None:
+    """A later phase's error, found while an earlier one trains, is not the earlier one's, even where both have the key."""
+    first, second = resolve(config_of({"name": "a", "frozen_res": ["x"]}, {"name": "b"})).phases
+    later = second.located(UserError("frozen_res", "'y' matches no parameter"))
+    assert str(first.located(later)) == "frozen_res: 'y' matches no parameter (in phase 'b')"
+    assert str(first.located(UserError("frozen_res", "is wrong"))) == "phases[0].frozen_res: is wrong"
+
+
 HS = [{"function": "hs_cosine", "weight": 1}]
-INHERITED = "(in phase 'second', which has the top level's)"
+INHERITED = "(in phase 'second')"
 
 
 @pytest.mark.parametrize(
@@ -272,7 +280,7 @@ def test_what_a_phase_inherits_and_cannot_use_is_said_to_be_inherited() -> None:
         )
     assert str(caught.value) == (
         "loss_functions[0].function: hs_cosine needs a teacher of kind: hf; dataset has no hidden states "
-        "(in phase 'captured', which has the top level's)"
+        "(in phase 'captured')"
     )
 
 

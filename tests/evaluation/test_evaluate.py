@@ -160,6 +160,14 @@ def test_a_mapping_and_a_path_are_configurations_too(places, whole, tmp_path):
         assert {**again, "started": 0, "finished": 0} == {**results, "started": 0, "finished": 0}
 
 
+def test_from_python_a_runs_results_are_not_overwritten_either(places, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    keys = described(places, tmp_path, "near").model_dump(mode="json")
+    with pytest.raises(UserError, match="output_path: .* contains a run, whose results.json would be overwritten"):
+        run(keys)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_results_that_were_made_elsewhere_are_named(places, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(described(places, out, "near"))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distillkit.config.errors import UserError
-from distillkit.config.resolve import WHERE_THE_ORIGINAL_IS
+from distillkit.config.resolve import ORIGIN_KWARGS
 from distillkit.models import loading
 from distillkit.models.loading import WHERE, load_model, load_pretrained_config, load_tokenizer
 
@@ -216,4 +216,4 @@ def test_nothing_of_transformers_is_reported_as_deprecated(folder, caplog):
 
 
 def test_a_phase_takes_over_no_argument_that_says_where_the_first_student_was():
-    assert set(WHERE) < set(WHERE_THE_ORIGINAL_IS)
+    assert set(WHERE) < set(ORIGIN_KWARGS)

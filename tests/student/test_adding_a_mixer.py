@@ -4,15 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import distillkit.student.mixers.registry as registry
 import distillkit.student.network.mixers as network
 from distillkit.config import StudentConfig, UserError
 from distillkit.conversion import build_student, summarize
-from distillkit.planning.step import mixed_layers
+from distillkit.evaluation.speed import cache_bytes
+from distillkit.planning import plan_run
+from distillkit.student.mixers.registry import mixed_layers
+from distillkit.training import distill
 from tests.conversion.teachers import teacher_of, token_ids
 from tests.pages import blocks
+from tests.training.tiny import save_inputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_mixer.md"
 
@@ -83,6 +88,33 @@ def test_it_trains_and_loads_again(page, tmp_path):
     assert loaded.config.mixers == ["mean"] * 4
     with torch.no_grad():
         assert torch.equal(loaded(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_a_run_plans_trains_evaluates_and_describes_it(page, tmp_path):
+    """What the page promises: `plan`, the run, `evaluate` and the model card know the mixer."""
+    inputs = save_inputs(tmp_path / "inputs")
+    recipe = {
+        "student": {"mixer": "mean", "full_attention_layers": [1]},
+        "teacher": {"kind": "hf", "path": inputs["teacher"]},
+        "output_path": str(tmp_path / "run"),
+        "sequence_length": 64,
+        "dataset": {"train_dataset": {"disk_path": inputs["text"]}},
+        "training_args": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "use_cpu": True},
+    }
+    groups = plan_run(recipe, gpu="h100").phases[0].groups
+    folder = distill(recipe, Console(quiet=True))
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    assert student.config.mixers == ["mean", "full"]
+    mean = student.model.layers[0].self_attn
+    assert groups["mean"][0] == sum(parameter.numel() for parameter in mean.parameters())
+    untrained = AutoModelForCausalLM.from_pretrained(folder / "untrained")
+    assert not torch.equal(mean.v_proj.weight, untrained.model.layers[0].self_attn.v_proj.weight)
+    card = (folder / "README.md").read_text()
+    assert "mean in place of softmax attention in 1 of the 2 layers" in card
+    assert "mean in layers 0" in card and "full attention in layers 1, without positions" in card
+    with torch.no_grad():
+        cache = student(torch.zeros(2, 9, dtype=torch.long), use_cache=True).past_key_values
+    assert cache_bytes(cache)["state_bytes"] == 2 * registry.MIXERS["mean"].state_bytes(mean)
 
 
 @pytest.mark.parametrize("name", ["mean", "full", "KDA"])

@@ -8,8 +8,9 @@ from distillkit.config import UserError
 from distillkit.student.mixers.full import FullAttention
 from distillkit.student.mixers.kda.mixer import KDA
 from distillkit.student.mixers.mixer import Mixer
+from distillkit.student.mixers.names import FULL
 
-MIXERS: dict[str, Mixer] = {"kda": KDA(), "full": FullAttention()}
+MIXERS: dict[str, Mixer] = {"kda": KDA(), FULL: FullAttention()}
 """By the names of `student.network.mixers.MIXERS`, which the YAML uses, too."""
 
 
@@ -22,7 +23,7 @@ def check_linear_mixer(name: str) -> None:
 
 def mixers_of(config: PreTrainedConfig) -> list[Mixer]:
     """The mixer of each layer of a model: those that a student's configuration names, full attention in any other."""
-    names = getattr(config, "mixers", None) or ["full"] * config.num_hidden_layers
+    names = getattr(config, "mixers", None) or [FULL] * config.num_hidden_layers
     return [MIXERS[name] for name in names]
 
 

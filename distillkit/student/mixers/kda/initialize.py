@@ -6,7 +6,7 @@ found to matter (`benchmarks/initialization.py`, figures in `initialization.json
 `benchmarks/results`): the short convolutions start as the identity, small enough for queries and keys that the SiLU
 behind it is almost linear; each head forgets at one rate, by default as far back as the teacher's head looks; and the
 size of the layer's output is fitted to the teacher's, channel by channel. Without the last, the normalisation of KDA's
-output makes each layer speak several times too loud.
+output makes each layer's output several times too large.
 """
 
 import math
@@ -25,10 +25,10 @@ SHORTEST_MEMORY, LONGEST_SPREAD = 2.0, 256.0
 LINEAR_TAP = 0.1
 """Size of the identity before a SiLU that is to be almost linear; queries and keys are brought to length one anyway."""
 
-LOUDEST_GATE = 0.8
+LARGEST_GATE = 0.8
 """Opening of the output gate of the channel with the largest scale; the others are less open."""
 
-QUIETEST_CHANNEL = 0.02
+SMALLEST_SCALE = 0.02
 """Smallest scale of a channel, relative to the largest: no gate starts so far closed that it cannot learn."""
 
 
@@ -119,7 +119,7 @@ def fit_output_scale(
     attention_output: what its heads made of it, before the output projection.
 
     The scale is put into the output norm (one constant) and the bias of the output gate. A channel on which the layer
-    knows nothing of the teacher's output is thereby made quiet.
+    does not follow the teacher's output is thereby scaled down.
     """
     with recorded({"output": kda.o_proj}, lambda call: call.input) as records:
         kda(hidden_states)
@@ -129,6 +129,6 @@ def fit_output_scale(
     gate = torch.sigmoid(gate_bias.float())
     scale = gate * (ours * theirs).sum(0) / ours.square().sum(0).clamp(min=torch.finfo(torch.float32).tiny)
     loudest = scale.max().clamp(min=torch.finfo(torch.float32).eps)
-    opening = LOUDEST_GATE * (scale / loudest).clamp(min=QUIETEST_CHANNEL)
-    kda.o_norm.weight.mul_(loudest / LOUDEST_GATE)
+    opening = LARGEST_GATE * (scale / loudest).clamp(min=SMALLEST_SCALE)
+    kda.o_norm.weight.mul_(loudest / LARGEST_GATE)
     gate_bias.copy_(torch.logit(opening))
