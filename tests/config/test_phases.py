@@ -203,7 +203,7 @@ def test_what_is_written_down_of_a_run_with_phases_is_the_run() -> None:
 
 
 def test_an_error_that_names_its_phase_is_not_located_again() -> None:
-    """A later phase's error, found while an earlier one trains, is not the earlier one's, even where both have the key."""
+    """A later phase's error, found while an earlier one trains, is not that one's."""
     first, second = resolve(config_of({"name": "a", "frozen_res": ["x"]}, {"name": "b"})).phases
     later = second.located(UserError("frozen_res", "'y' matches no parameter"))
     assert str(first.located(later)) == "frozen_res: 'y' matches no parameter (in phase 'b')"

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from distillkit.cli import main
-from distillkit.config import DatasetSource
+from distillkit.config import DatasetSource, UserError
 from distillkit.config.evaluate import EvaluateConfig, ModelConfig
 from distillkit.data import build_dataset
 from distillkit.evaluation import evaluate, measure_divergence
@@ -163,7 +163,7 @@ def test_a_mapping_and_a_path_are_configurations_too(places, whole, tmp_path):
 def test_from_python_a_runs_results_are_not_overwritten_either(places, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     keys = described(places, tmp_path, "near").model_dump(mode="json")
-    with pytest.raises(UserError, match="output_path: .* contains a run, whose results.json would be overwritten"):
+    with pytest.raises(UserError, match=r"output_path: .* contains a run, whose results.json would be overwritten"):
         run(keys)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
