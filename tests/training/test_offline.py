@@ -123,11 +123,11 @@ def test_a_dataset_without_a_manifest_is_read_as_the_configuration_says(inputs, 
     [
         (
             {"logprob_compressor": {**COMPRESSED["logprob_compressor"], "exact_k": 16}},
-            r"^teacher\.logprob_compressor\.exact_k: is 16, but dataset\.train_dataset was captured with 8; remove",
+            r"^teacher\.logprob_compressor\.exact_k: is 16, but dataset\.train_dataset was captured with 8, according to its manifest; remove",
         ),
         (
             {"legacy_logit_compression": {"vocab_size": BYTES, "k": 32, "exact_k": 8, "polynomial_degree": 2}},
-            r"^teacher\.legacy_logit_compression: dataset\.train_dataset was captured with logprob_compressor; remove",
+            r"^teacher\.legacy_logit_compression: dataset\.train_dataset was captured with logprob_compressor, according to its manifest; remove",
         ),
         ({"vocab_size": 300}, r"^teacher\.vocab_size: is 300, but the outputs of dataset\.train_dataset are over 259"),
     ],
