@@ -45,15 +45,16 @@ class TransformersEngine:
                     outside += _outside(dense, part).to(outside)
                 parts.append(part)
             ids, logprobs = (torch.cat(each) for each in zip(*((p.ids, p.logprobs) for p in parts), strict=True))
+            if bool(logprobs.isnan().any()):
+                self._teacher.check_outputs(self._collated([rows[index] for index in batch]))
             yield TopKBatch(batch, SparseDistribution(ids, logprobs))
 
     @torch.no_grad()
     def whole(self, rows: Sequence[Row]) -> Iterator[DenseDistribution]:
         """The teacher's logits at each token of the rows, run as one batch, a chunk of tokens at a time."""
-        batch = collate([{**row, "labels": row["input_ids"]} for row in rows], pad_token_id=0)
+        on_device = self._collated(rows)
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        tokens = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).flatten().nonzero().squeeze(-1)
-        on_device = {name: batch[name].to(self.device) for name in ("input_ids", "position_ids")}
+        tokens = (torch.arange(on_device["input_ids"].shape[1]) < lengths[:, None]).flatten().nonzero().squeeze(-1)
         chunks = self._teacher.signal(on_device).distribution(tokens.to(self.device))
         most = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES_ELSEWHERE)
         step = max(1, most // (4 * self.vocabulary_size))
@@ -61,6 +62,10 @@ class TransformersEngine:
             dense = chunks(slice(start, start + step))
             assert isinstance(dense, DenseDistribution)
             yield dense
+
+    def _collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        batch = collate([{**row, "labels": row["input_ids"]} for row in rows], pad_token_id=0)
+        return {name: batch[name].to(self.device) for name in ("input_ids", "position_ids")}
 
 
 def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[int]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from distillkit.capture.engines import Row, TopKBatch
 from distillkit.config import HFTeacherConfig, UserError
 from distillkit.distribution import SparseDistribution
-from distillkit.models.loading import load_pretrained_config
+from distillkit.models.loading import load_pretrained_config, refuse_adapter
 
 TOKENS_AT_ONCE = 2**15
 """Tokens of the requests in one call of vLLM: it returns Python numbers, about 100 bytes for each of k per token."""
@@ -53,6 +53,7 @@ class VLLMEngine:
         kwargs = {"dtype" if name == "torch_dtype" else name: value for name, value in teacher.kwargs.items()}
         where = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
         config = load_pretrained_config(teacher.path, key="teacher.path", trust_remote_code=trust_remote_code, **where)
+        refuse_adapter(teacher.path, where, "teacher.path")
         longest = kwargs.pop("max_model_len", sequence_length + 1)  # and the token that is generated
         if longest <= sequence_length:
             raise UserError(
@@ -92,6 +93,10 @@ class VLLMEngine:
             distribution = SparseDistribution(
                 torch.cat([each.ids for each in found]), torch.cat([each.logprobs for each in found])
             )
+            if bool(distribution.logprobs.isnan().any()):
+                raise UserError(
+                    "teacher.path", "vllm gives NaN for it: its dtype is too narrow (give bfloat16), or it is damaged"
+                )
             yield TopKBatch(batch, distribution)
 
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem
-from distillkit.config.section import AnyMapping, PathText, Section
+from distillkit.config.section import KeywordArguments, PathText, Section
 
 SUITES = ("divergence", "benchmarks", "needles", "speed")
 
@@ -48,7 +48,7 @@ class ModelConfig(Section):
     """A model to be measured."""
 
     path: PathText = Field(description="a folder (of a model, a run, or a checkpoint), a hub id or a .gguf file")
-    kwargs: AnyMapping = Field(
+    kwargs: KeywordArguments = Field(
         default={}, description="keyword arguments of from_pretrained: dtype, gguf_file, revision, device_map, ..."
     )
     trained_length: int | None = Field(

@@ -10,7 +10,7 @@ from distillkit.config.errors import KeyProblem, did_you_mean, shown
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
 from distillkit.config.phases import PhaseConfig, check_names
 from distillkit.config.run_evaluation import RunEvaluationConfig
-from distillkit.config.section import AnyMapping, PathText, Section, TextList, none_is_empty
+from distillkit.config.section import AnyMapping, KeywordArguments, PathText, Section, TextList, none_is_empty
 from distillkit.config.student import StudentConfig
 from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig
 from distillkit.config.tokens import TokenBudget, check_one_budget
@@ -55,7 +55,9 @@ class RunConfig(Section):
     )
     teacher: TeacherConfig = Field(description="the model that the student learns from; kind: hf or dataset")
     trust_remote_code: bool = Field(False, description="run code that comes with the student, teacher or tokenizer")
-    model_kwargs: AnyMapping = Field(default={}, description="keyword arguments of from_pretrained for the student")
+    model_kwargs: KeywordArguments = Field(
+        default={}, description="keyword arguments of from_pretrained for the student"
+    )
     model_auto_class: str | None = Field(
         "AutoModelForCausalLM", description="the class of transformers that loads the student"
     )

@@ -46,6 +46,11 @@ def _empty_dict(value: Any) -> Any:
     return {} if value is None else value
 
 
+def _given(value: Any) -> Any:
+    value = _empty_dict(value)
+    return {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
+
+
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A folder, file or hub id; `~` is the home folder."""
 
@@ -54,3 +59,6 @@ TextList = Annotated[list[str], BeforeValidator(none_is_empty, json_schema_input
 
 AnyMapping = Annotated[dict[str, Any], BeforeValidator(_empty_dict, json_schema_input_type=dict[str, Any] | None)]
 """A mapping that is passed on as it is; a key without a value is the empty mapping."""
+
+KeywordArguments = Annotated[dict[str, Any], BeforeValidator(_given, json_schema_input_type=dict[str, Any] | None)]
+"""Keyword arguments of a function; one that is null is not given, as are all without a value."""

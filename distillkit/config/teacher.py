@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from distillkit.config.compression import LegacyLogitCompressionConfig, LogprobCompressorConfig
 from distillkit.config.errors import KeyProblem
-from distillkit.config.section import AnyMapping, PathText, Section
+from distillkit.config.section import KeywordArguments, PathText, Section
 
 _BACKGROUND = (
     "the distribution of the probability that a sparse teacher does not list: a captured dataset, or its "
@@ -19,7 +19,7 @@ class HFTeacherConfig(Section):
 
     kind: Literal["hf"] = Field("hf", description="hf: a model that runs beside the student")
     path: PathText = Field(description="the teacher: a folder, a hub id or a .gguf file")
-    kwargs: AnyMapping = Field(
+    kwargs: KeywordArguments = Field(
         default={},
         description="keyword arguments of from_pretrained: attn_implementation, dtype (or torch_dtype), gguf_file, "
         "revision, device_map, ...",

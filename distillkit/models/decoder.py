@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distillkit.config.errors import UserError
+from distillkit.models.finite import HALF, is_finite
 from distillkit.models.hidden_states import HiddenStateTaps
+from distillkit.models.recorder import Call, recorded
 from distillkit.models.varlen_attention import VARLEN, document_boundaries
 
 
@@ -66,7 +68,7 @@ def check_head(model: PreTrainedModel, role: str) -> None:
     """Make sure that logits are head · final hidden states: no soft-capping, no scale, nothing in between.
 
     Raises:
-        UserError: the model's own logits differ; the line names `role` (the YAML's key).
+        UserError: the model's own logits differ, or are not finite; the line names `role` (the YAML's key).
     """
     weight, bias = head(model)
     input_ids = torch.arange(8, device=weight.device).remainder(weight.shape[0]).unsqueeze(0)
@@ -77,9 +79,35 @@ def check_head(model: PreTrainedModel, role: str) -> None:
     ours = nn.functional.linear(hidden.to(weight), weight, bias).float()
     theirs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float().to(ours.device)
     model.train(training)
+    if overflowed(theirs):
+        raise UserError(role, where_not_finite(model, input_ids, position_ids))
     if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
         raise UserError(
             role,
             f"{type(model).__name__} changes its logits after the head (soft-capping or a scale, for example), "
             "which the losses here do not follow",
         )
+
+
+def overflowed(logits: Float[Tensor, "*shape"]) -> bool:
+    """Whether a logit is NaN or +inf. -inf is a token that cannot be."""
+    return not bool((logits < torch.inf).all())
+
+
+@torch.no_grad()
+def where_not_finite(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], position_ids: Int[Tensor, "batch tokens"]
+) -> str:
+    """The problem of a model whose logits of this batch are not finite: behind which module that begins."""
+    modules = {name: module for name, module in model.get_decoder().named_modules() if name}
+    # A module ends after those in it, so that the first entry is the innermost.
+    with recorded(modules, _returns_finite) as finite:
+        decode(model, input_ids, position_ids)
+    place = next((name for name, good in finite.items() if not good), "the head")
+    hint = HALF if model.dtype == torch.float16 else "its weights or configuration are damaged"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{type(model).__name__} in {dtype} gives NaN or infinity, first behind {place}; {hint}"
+
+
+def _returns_finite(call: Call) -> bool:
+    return not isinstance(call.output, Tensor) or is_finite(call.output)

@@ -1,8 +1,9 @@
 """Loading of models, tokenizers and configurations: transformers', with what a user of this package may rely on.
 
 Weights come from safetensors or GGUF, never from pickles, which can run anything when they are read. Code that comes
-with a model is run only when asked for. A GGUF file becomes an ordinary model that can be trained and saved. Errors
-of transformers become one line.
+with a model is run only when asked for. A GGUF file becomes an ordinary model that can be trained and saved. A model
+is what its files hold: nothing is filled up with random numbers, nothing is left out. Errors of transformers become
+one line.
 """
 
 import functools
@@ -18,11 +19,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from distillkit.config.errors import UserError
+from distillkit.models.finite import first_names, weights_problem
+from distillkit.models.gguf_files import HUB, configuration_changes, gguf_parsed_once, gguf_path, unread_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,8 @@ def load_model(
         default: that of the checkpoint, float32 for quantised GGUF. `attn_implementation` "flash_attention_2" falls
         back to "sdpa", with one warning per process, where flash-attention cannot run.
 
-    Raises `UserError` for what does not exist, is not in one of the two formats, or wants remote code unasked.
+    Raises `UserError` for what does not exist, is not in one of the two formats, or wants remote code unasked, and
+    where the files do not hold the whole model and nothing else, or hold NaN or infinity.
     """
     if kwargs.pop("use_safetensors", None) is False:
         raise UserError(key, "use_safetensors cannot be false: weights are read from safetensors or GGUF only")
@@ -63,13 +68,62 @@ def load_model(
     if kwargs.get("attn_implementation") == "flash_attention_2" and not is_flash_attn_2_available():
         _warn_without_flash_attention()
         kwargs["attn_implementation"] = "sdpa"
+    refuse_adapter(location, kwargs, key)
     if gguf_file is None:
         _require_safetensors(location, key)
         kwargs["use_safetensors"] = True
-    else:
-        kwargs |= {"gguf_file": gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
-    with _as_user_error(location, key), _gguf_parsed_once():
-        return loader.from_pretrained(location, trust_remote_code=trust_remote_code, **kwargs)
+    with _as_user_error(location, key), gguf_parsed_once(), _without_load_report():
+        if gguf_file is not None:
+            gguf_file = gguf_path(location, gguf_file, kwargs, key)
+            kwargs = {**configuration_changes(gguf_file, key), **kwargs}
+            kwargs |= {"gguf_file": gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused here, in one line
+        model, report = loader.from_pretrained(location, trust_remote_code=trust_remote_code, **kwargs)
+        if gguf_file is not None:
+            report["unexpected_keys"].update(unread_tensors(model, gguf_file, key))
+    _refuse_differences(report, location, key)
+    if (problem := weights_problem(model)) is not None:
+        raise UserError(key, f"{location!r}: {problem}")
+    _follow_untied_head(model, location)
+    return model
+
+
+def check_headers(model: PreTrainedModel, path: str, key: str) -> None:
+    """Raises `UserError` where a folder's safetensors, by their headers, are not all and only the tensors of a model.
+
+    A folder without safetensors passes. model: on the meta device, of the folder's configuration.
+    """
+    folder = Path(path).expanduser()
+    refuse_adapter(str(folder), {}, key)
+    with _as_user_error(str(folder), key, "the weights of "), _without_load_report():
+        files = _safetensors_files(folder)
+        if not files:
+            return
+        headers = {name: tensor for file in files for name, tensor in _header(file).items()}
+        _, report = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=headers,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _refuse_differences(report, str(folder), key)
+
+
+def refuse_adapter(location: str, kwargs: Mapping[str, Any], key: str) -> None:
+    """Raises `UserError` for a model with an adapter (LoRA, for example), which would be left out."""
+    if os.path.isfile(location):
+        return
+    places = {name: kwargs[name] for name in HUB if name in kwargs}
+    with _as_user_error(location, key):
+        if find_adapter_config_file(location, **places) is None:
+            return
+    raise UserError(
+        key,
+        f"{location!r} has an adapter (adapter_config.json), which is not applied here; merge it into the weights "
+        "(peft: merge_and_unload, then save_pretrained), or remove it",
+    )
 
 
 def load_tokenizer(
@@ -77,7 +131,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model named as for `load_model`. Raises `UserError` where there is none."""
     location, gguf_file = _locate(path, kwargs, key)
-    with _as_user_error(location, key, "the tokenizer of "), _gguf_parsed_once():
+    with _as_user_error(location, key, "the tokenizer of "), gguf_parsed_once():
+        if gguf_file is not None:
+            gguf_file = gguf_path(location, gguf_file, kwargs, key)
         return AutoTokenizer.from_pretrained(
             location, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **kwargs
         )
@@ -88,9 +144,10 @@ def load_pretrained_config(
 ) -> PreTrainedConfig:
     """The configuration of a model named as for `load_model`, without its weights."""
     location, gguf_file = _locate(path, kwargs, key)
-    if gguf_file is not None:
-        kwargs["gguf_file"] = gguf_file
-    with _as_user_error(location, key, "the configuration of "), _gguf_parsed_once():
+    with _as_user_error(location, key, "the configuration of "), gguf_parsed_once():
+        if gguf_file is not None:
+            gguf_file = gguf_path(location, gguf_file, kwargs, key)
+            kwargs = {**configuration_changes(gguf_file, key), "gguf_file": gguf_file, **kwargs}
         return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **kwargs)
 
 
@@ -154,6 +211,59 @@ def _require_safetensors(location: str, key: str) -> None:
     raise UserError(key, f"{location!r} holds no weights (*.safetensors or *.gguf)")
 
 
+def _safetensors_files(folder: Path) -> list[Path]:
+    """Those that transformers reads: the one file, or the parts in the index."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if one.exists() or not index.exists():
+        return [one] if one.exists() else []
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+def _header(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file without their data, which is not read."""
+    with safe_open(file, "pt") as opened:
+        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _refuse_differences(report: Mapping[str, Any], location: str, key: str) -> None:
+    """Raises `UserError` where a model and its files differ; a tied head and buffers may be in one of the two only.
+
+    report: of `from_pretrained`, `output_loading_info`.
+    """
+    missing, unexpected = (sorted(report[name]) for name in ("missing_keys", "unexpected_keys"))
+    shapes = [f"{name} {list(found)}, not {list(wanted)}" for name, found, wanted in sorted(report["mismatched_keys"])]
+    problems = [
+        f"{len(names)} {what} ({first_names(names)})"
+        for what, names in (
+            ("missing", missing),
+            ("that the model does not have", unexpected),
+            ("of another shape than its configuration says", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(
+            key,
+            f"the weights in {location!r} are not those of this model: tensors {'; '.join(problems)}; "
+            "download or save it again, with its own config.json",
+        )
+
+
+def _follow_untied_head(model: PreTrainedModel, location: str) -> None:
+    """Where the configuration ties the head but the files hold another one, it is the files that count.
+
+    transformers leaves such a head untied, but would tie it at the next opportunity: in the student, or once saved.
+    """
+    if model.get_expanded_tied_weights_keys(all_submodels=True).keys() <= model.all_tied_weights_keys.keys():
+        return
+    model.config.tie_word_embeddings = False
+    logger.warning(
+        "%s: its config.json ties the head to the embeddings, but its files hold a head of its own, which is used",
+        location,
+    )
+
+
 def _pickled(location: str, key: str, files: str) -> UserError:
     return UserError(
         key,
@@ -191,44 +301,44 @@ def _warn_without_flash_attention() -> None:
 
 
 @contextmanager
-def _as_user_error(location: str, key: str, what: str = "") -> Iterator[None]:
-    """Turns what transformers raises about a model into a `UserError`."""
+def _without_load_report() -> Iterator[None]:
+    """Without what transformers logs of differences between a model and its files, of which this module tells."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.funcName not in ("log_state_dict_report", "tie_weights")
+
+    reports = logging.getLogger("transformers.modeling_utils")
+    reports.addFilter(others)
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        text = str(error).strip() or type(error).__name__
+    finally:
+        reports.removeFilter(others)
+
+
+@contextmanager
+def _as_user_error(location: str, key: str, what: str = "") -> Iterator[None]:
+    """Turns whatever a library raises while it reads a model's files into a `UserError`.
+
+    That may be anything: a damaged file, a value of another type in a configuration, code of the model's own.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = str(error).strip()
         if "trust_remote_code" in text:
             raise UserError(
                 key, f"{location!r} runs code of its own; set trust_remote_code: true if you have read and trust it"
             ) from error
         if "cannot be loaded with `safetensors`" in text:
             raise _pickled(location, key, "no *.safetensors") from error
+        if isinstance(error, TypeError) and "unexpected keyword argument" in text:
+            raise UserError(key, f"cannot load {location!r}: {text}") from error
         if not os.path.isdir(location):
             what = f"{what}{location!r}, which is no folder here and so taken for a hub id"
         else:
             what = f"{what}{location!r}"
-        raise UserError(key, f"cannot load {what}: {text.splitlines()[0]}") from error
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise UserError(key, f"cannot load {location!r}: {error}") from error
-
-
-@contextmanager
-def _gguf_parsed_once() -> Iterator[None]:
-    """Within it, a GGUF file is parsed once, and the table of tensor names is made once.
-
-    transformers 5.23 parses the file for the configuration and again for the weights, and makes the table for each
-    module of the model: 16 s for SmolLM2-135M, of which 5 s remain. Both depend on their arguments alone.
-    """
-    try:
-        import gguf
-    except ImportError:  # only needed for GGUF files; transformers says so then
-        yield
-        return
-    slow = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
-    vars(gguf).update({name: functools.cache(function) for name, function in slow.items()})
-    try:
-        yield
-    finally:
-        vars(gguf).update(slow)
+        explained = isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)) and text
+        line = text.splitlines()[0] if explained else f"{type(error).__name__}: {text}"
+        raise UserError(key, f"cannot load {what}: {line}") from error

@@ -13,7 +13,7 @@ from distillkit.models.decoder import head
 from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.gpus import CONTEXT, GPU, find_gpu, seconds
 from distillkit.planning.ledger import Ledger, without_data
-from distillkit.planning.meta_models import read_config, teacher_on_meta
+from distillkit.planning.meta_models import check_files, read_config, teacher_on_meta
 from distillkit.planning.result import CapturePlan
 from distillkit.planning.tokens import amount
 
@@ -25,6 +25,7 @@ def plan_capture(config: CaptureConfig, *, gpu: str = "H100") -> CapturePlan:
     """The plan of a capture. Raises `UserError` where the teacher's configuration cannot be read."""
     device = find_gpu(gpu)
     teacher_config = read_config(config.teacher.path, "teacher.path", config.teacher.kwargs, config.trust_remote_code)
+    check_files(config.teacher.path, "teacher.path", teacher_config, config.teacher.kwargs, config.trust_remote_code)
     teacher = teacher_on_meta(teacher_config, config.teacher, config.trust_remote_code)
     parameters = sum(parameter.numel() for parameter in teacher.parameters())
     rows = head(teacher)[0].shape[0]

@@ -1,11 +1,9 @@
 """The models of a run on the meta device: their shapes, from configurations and the headers of weight files alone."""
 
 import copy
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.conversion.convert import check_teacher, student_on_meta
-from distillkit.models.loading import load_pretrained_config, where
+from distillkit.models.loading import check_headers, load_pretrained_config, where
 from distillkit.student.mixers.names import FULL, name_of
 
 
@@ -93,19 +91,11 @@ def _group(name: str, labels: Mapping[str, str]) -> str:
     return norms if "norm" in name else other
 
 
-def parameters_in_files(path: str) -> int | None:
-    """Numbers in the safetensors files of a local folder, from their headers; None where there are none."""
-    files = sorted(Path(os.path.expanduser(path)).glob("*.safetensors")) if os.path.isdir(path) else []
-    total = 0
-    for file in files:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, tensor in header.items():
-            size = 1
-            for length in tensor["shape"] if name != "__metadata__" else [0]:
-                size *= length
-            total += size
-    return total if files else None
+def check_files(path: str, key: str, config: PreTrainedConfig, kwargs: dict[str, Any], trust_remote_code: bool) -> None:
+    """Raises `UserError` where a local folder holds other weights than its configuration describes."""
+    unknown = where(kwargs) or getattr(config, "quantization_config", None) is not None
+    if not unknown and os.path.isdir(os.path.expanduser(path)):
+        check_headers(_on_meta(_sdpa(copy.deepcopy(config)), torch.float32, trust_remote_code), path, key)
 
 
 def _sdpa(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -16,6 +16,7 @@ from distillkit.planning.advice import about_phase, about_run, remedies
 from distillkit.planning.disk import disk_use
 from distillkit.planning.gpus import GPU, find_gpu, seconds
 from distillkit.planning.meta_models import (
+    check_files,
     parameter_groups,
     read_config,
     student_config,
@@ -61,6 +62,11 @@ def _plan(run: Run, device: GPU, gpus: int) -> RunPlan:
     config = run.phases[0].config
     teacher = _teacher_config(config)
     student = student_config(config, teacher)
+    options = config.trust_remote_code
+    if isinstance(config.teacher, HFTeacherConfig) and teacher is not None:
+        check_files(config.teacher.path, "teacher.path", teacher, config.teacher.kwargs, options)
+    if config.model is not None:
+        check_files(config.model, "model", student, config.model_kwargs, options)
     planned = [_plan_phase(phase, student, device, gpus) for phase in run.phases]
     first = planned[0]
     parameters = sum(total for total, _ in first.plan.groups.values())

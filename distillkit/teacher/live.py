@@ -7,11 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distillkit.config.errors import UserError
 from distillkit.distribution import DenseDistribution, Distribution, SparseDistribution
 from distillkit.models.attention import AttentionRecord, recorded_attention
-from distillkit.models.chunked_logits import ChunkedHead
-from distillkit.models.decoder import decode, head
+from distillkit.models.chunked_logits import ChunkedHead, chunk_tokens_within
+from distillkit.models.decoder import decode, head, overflowed, where_not_finite
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
+
+_CHECKED_BYTES = 2**28
 
 
 class LiveTeacher(Teacher):
@@ -64,6 +67,19 @@ class LiveTeacher(Teacher):
                 for index, record in records.items()
             },
         )
+
+    def check_outputs(self, batch: Mapping[str, Tensor]) -> None:
+        """See `Teacher`; the outputs are computed again."""
+        rows = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device)
+        distribution, step = (
+            self.signal(batch).distribution(rows),
+            chunk_tokens_within(_CHECKED_BYTES, len(self._head.matrix)),
+        )
+        chunks = (distribution(slice(start, start + step)) for start in range(0, len(rows), step))
+        if any(isinstance(chunk, DenseDistribution) and overflowed(chunk.logits) for chunk in chunks):
+            device = self.model.get_input_embeddings().weight.device
+            inputs = (batch[name].to(device) for name in ("input_ids", "position_ids"))
+            raise UserError("teacher.path", where_not_finite(self.model, *inputs))
 
     @torch.no_grad()
     def _distribution(

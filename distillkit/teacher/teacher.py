@@ -71,5 +71,8 @@ class Teacher(ABC):
     def signal(self, batch: Mapping[str, Tensor], request: SignalRequest = DISTRIBUTION) -> TeacherSignal:
         """The requested outputs for a batch, on the batch's device."""
 
+    def check_outputs(self, batch: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Raises `UserError` where a live teacher's outputs for the batch are not finite: where that begins."""
+
     def check_rows(self, rows: Dataset, key: str) -> None:  # noqa: B027
         """Raises UserError, with `key`, where `columns` of the rows cannot be this teacher's outputs."""

@@ -139,7 +139,7 @@ def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArgume
         kwargs.setdefault("attn_implementation", "flash_attention_2")
     return load_model(
         path,
-        key="model",
+        key="model" if str(path) == config.model else "output_path",
         auto_class=config.model_auto_class or "AutoModelForCausalLM",
         trust_remote_code=config.trust_remote_code,
         dtype=torch.float32,

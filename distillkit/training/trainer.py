@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
@@ -66,6 +67,7 @@ class DistillationTrainer(Trainer):
         self._unread_tokens = torch.zeros((), dtype=torch.long)
         self._preference_pairs: dict[str, Tensor] = {}
         self._kept_signal: TeacherSignal | None = None
+        self._step_batches: list[Any] = []
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -76,6 +78,7 @@ class DistillationTrainer(Trainer):
             torch.stack([(shifted_labels(batch["labels"]) != IGNORED_LABEL).sum(), batch["lengths"].sum()])
             for batch in batches
         ]
+        self._step_batches = batches
         counted, tokens = self._over_ranks((torch.stack(counts).sum(0) if counts else torch.zeros(2)).to(device))
         self._preference_pairs = self._count_preference_pairs(batches)
         self._window.begin(self.state.num_input_tokens_seen)
@@ -130,10 +133,15 @@ class DistillationTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm, before the optimizer's step. Raises UserError where that step would wreck the weights.
 
+        The error is the teacher's where its outputs are the reason.
+
         Optimizers that round stochastically may even make zeros of NaNs, which nobody would see.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None and not math.isfinite(norm):
+            if self.teacher is not None:
+                for batch in map(self._prepare_inputs, self._step_batches):
+                    self.teacher.check_outputs(batch)
             raise UserError(
                 "training_args.learning_rate",
                 f"the gradient of step {self.state.global_step + 1} is {float(norm)}; the "
@@ -218,8 +226,14 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The projections. The student was loaded from the checkpoint as any model is, before the trainer was made."""
-        if self.model.objective.state_dict():
-            self.model.objective.load_state_dict(load_file(Path(resume_from_checkpoint) / PROJECTIONS))
+        if not self.model.objective.state_dict():
+            return
+        path = Path(resume_from_checkpoint) / PROJECTIONS
+        try:
+            self.model.objective.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            problem = " ".join(str(error).split())
+            raise UserError("output_path", f"{path} does not hold the projections of this run: {problem}") from error
 
 
 class _LogWindow:

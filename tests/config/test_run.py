@@ -211,3 +211,13 @@ def test_overrides() -> None:
     assert config.layer_mapping == [(1, 2)]
     assert config.student is not None
     assert config.student.layout == "kda_only"
+
+
+def test_a_keyword_argument_that_is_null_is_not_given():
+    """So one that a file inherits from another can be taken back."""
+    kwargs = {"gguf_file": None, "device_map": None, "dtype": "bfloat16"}
+    config = RunConfig.parse(
+        {**ONLINE, "teacher": {"kind": "hf", "path": "org/teacher", "kwargs": kwargs}, "model_kwargs": {"dtype": None}}
+    )
+    assert isinstance(config.teacher, HFTeacherConfig)
+    assert (config.teacher.kwargs, config.model_kwargs) == ({"dtype": "bfloat16"}, {})

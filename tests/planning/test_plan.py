@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from rich.console import Console
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distillkit.config import UserError
 from distillkit.config.capture import CaptureConfig
@@ -60,7 +63,9 @@ def test_phases_have_plans_of_their_own(teacher, text):
     first, second = plan.phases
     assert (first.schedule.steps, second.schedule.steps) == (100, 100)
     assert (first.sequence_length, second.sequence_length) == (256, 512)
-    assert first.trained == sum(total for group, (total, _) in first.groups.items() if group in ("KDA", "full attention"))
+    assert first.trained == sum(
+        total for group, (total, _) in first.groups.items() if group in ("KDA", "full attention")
+    )
     assert second.trained > first.trained
     data = json.loads(json.dumps(plan.as_dict()))
     assert data["phases"][1]["schedule"]["tokens"] == 102_400
@@ -237,3 +242,36 @@ def test_a_capture_is_planned_from_its_codec(teacher, text, tmp_path):
     assert "use 512" in plan.errors[0]
     assert "bytes per token" in printed(plan)
     json.dumps(plan.as_dict())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (2**63 - 1).to_bytes(8, "little") + b"{}",
+        bytes(8) + b"{}",
+        (200_000).to_bytes(8, "little") + b"[" * 200_000,
+        (2).to_bytes(8, "little") + b"[]",
+        b"",
+    ],
+)
+def test_a_hostile_header_is_told_in_one_line(teacher, text, content):
+    (Path(teacher) / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"teacher\.path: cannot load the weights of .*Error"):
+        plan_run(run(teacher, text))
+
+
+def test_files_that_hold_another_model_are_told(teacher, text):
+    weights = {name: torch.zeros(1).expand(shape.shape) for name, shape in llama_shapes(teacher).items()}
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, Path(teacher) / "model.safetensors")
+    plan_run(run(teacher, text))
+    weights.pop("model.norm.weight")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, Path(teacher) / "model.safetensors")
+    with pytest.raises(UserError, match=r"teacher\.path: .* tensors 1 missing \(model\.norm\.weight\)"):
+        plan_run(run(teacher, text))
+    with pytest.raises(UserError, match=r"^model: .* tensors 1 missing"):
+        plan_run(run(teacher_folder(Path(teacher).with_name("whole")), text, student=None, model=teacher))
+
+
+def llama_shapes(folder):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()

@@ -289,3 +289,28 @@ def test_a_token_is_convolved_as_in_its_sequence(dtype):
         outputs.append(output)
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected)
     assert torch.equal(state, last)
+
+
+@pytest.mark.parametrize("kv_heads", ["expand", "grouped"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_what_a_file_lacks_is_initialised(tmp_path, family, kv_heads):
+    """Not what the memory held before; what the file has stays."""
+    config = KDAHybridConfig(base_config(family), layer_types=LAYOUTS["hybrid"], kv_heads=kv_heads)
+    model = KDAHybridForCausalLM(config)
+    kept = {name: value for name, value in model.state_dict().items() if "layers.0." not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with torch.device("meta"):
+        raw = KDAHybridForCausalLM(config)
+    raw.to_empty(device="cpu")
+    for parameter in raw.parameters():
+        parameter.data.fill_(torch.nan)
+    raw.init_weights()
+    loaded = KDAHybridForCausalLM.from_pretrained(tmp_path)
+    for each in (raw, loaded):
+        assert all(parameter.isfinite().all() for parameter in each.parameters())
+        assert each.model.layers[0].self_attn.A_log.eq(0).all()
+        assert 0 < each.model.layers[0].self_attn.q_conv1d.weight.abs().max() <= 0.5
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in kept.items())
+    trained = loaded.model.layers[0].self_attn.A_log.data.fill_(3)
+    loaded.init_weights()
+    assert trained.eq(3).all()

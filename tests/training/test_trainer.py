@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distillkit.config import LossConfig, UserError
@@ -209,3 +209,29 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path, max_gr
     with pytest.raises(UserError, match=r"training_args\.learning_rate: the gradient of step 1 is nan; the run has"):
         trainer.train()
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+
+
+def test_a_gradient_that_the_teacher_spoils_is_called_the_teachers(tmp_path):
+    trainer = make_trainer(tmp_path, losses=CE_KL, max_steps=3)
+    trainer.teacher.model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
+    with pytest.raises(
+        UserError, match=r"teacher\.path: .* gives NaN or infinity, first behind layers\.1\.mlp\.down_proj"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "one missing"])
+def test_projections_that_a_checkpoint_lacks_are_not_begun_anew(tmp_path, damage):
+    trainer = make_trainer(tmp_path, teacher_layers=4)
+    path = tmp_path / "projections.safetensors"
+    projections = trainer.model.objective.state_dict()
+    save_file(projections, path)
+    trainer._load_from_checkpoint(str(tmp_path))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        save_file(dict(list(projections.items())[1:]), path)
+    with pytest.raises(UserError, match=r"output_path: .*projections\.safetensors does not hold the projections of"):
+        trainer._load_from_checkpoint(str(tmp_path))

@@ -38,7 +38,11 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, conv_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, conv_size))
-        bound = 1 / math.sqrt(conv_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As of a convolution of PyTorch."""
+        bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
 
 
@@ -105,6 +109,11 @@ class KimiDeltaAttention(nn.Module):
         )
         self.o_norm = GatedRMSNorm(head_dim)
         self.o_proj = nn.Linear(key_dim, hidden_size, bias=o_bias)
+
+    def reset_parameters(self) -> None:
+        """Those that are in no module of its own."""
+        nn.init.zeros_(self.A_log)
+        nn.init.zeros_(self.dt_bias)
 
     @classmethod
     def in_place_of(cls, attention: Any, config: Any, layer_idx: int) -> "KimiDeltaAttention":

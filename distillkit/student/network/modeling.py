@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -48,6 +49,20 @@ class KDAHybridForCausalLM(PreTrainedModel, GenerationMixin):
         self._no_split_modules = self.model._no_split_modules
         exchange_attention(self.model, config)
         self.post_init()
+
+    @init.guard_torch_init_functions()
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Also what the decoder's class does not know: modules of mixers that have PyTorch's ``reset_parameters``.
+
+        What was initialised or loaded before stays as it is.
+        """
+        for layer in self.model.layers:
+            for module in layer.self_attn.modules():
+                known = isinstance(module, nn.Linear) or getattr(module, "_is_hf_initialized", False)
+                if hasattr(module, "reset_parameters") and not known:
+                    module.reset_parameters()
+        super().initialize_weights()
 
     def forward(
         self,
