@@ -25,12 +25,12 @@ from torch import Tensor
 from distillkit.capture.engines import Engine, Row
 from distillkit.capture.preparation import Capture, check_vocabulary, prepare, remove_prepared
 from distillkit.capture.progress import CaptureProgress
-from distillkit.capture.sharing import Share, find_share
 from distillkit.capture.summary import CaptureSummary, measure_fidelity, print_summary
 from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError
+from distillkit.config.sharing import Share, find_share
 from distillkit.config.yaml_files import as_section
 from distillkit.console import INTERRUPTED, print_line
 from distillkit.models.decoder import check_head
@@ -185,8 +185,8 @@ def _finish(planned: Capture, engine: Engine | None, tokens: int, seconds: float
     if len(records) == len(planned.plan.shards):
         background = planned.folder / BACKGROUND if planned.plan.background else None
         shards = list(records.values())
-        write_tokenizer(planned.folder, planned.tokenizer)
-        write_manifest(planned.folder, planned.plan.manifest(shards, background))
+        tokenizer_files = write_tokenizer(planned.folder, planned.tokenizer)
+        write_manifest(planned.folder, planned.plan.manifest(shards, background, tokenizer_files))
         if isinstance(engine, TransformersEngine):
             fidelity = measure_fidelity(planned, engine)
         remove_prepared(planned.config)
