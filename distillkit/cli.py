@@ -4,6 +4,7 @@ Each command imports what it runs, because that imports torch: `--help` and a mi
 """
 
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from distillkit.config.capture import CaptureConfig, check_capture_ready, load_c
 from distillkit.config.evaluate_options import EvaluateOptions, check_evaluate_ready, load_evaluate_config
 from distillkit.config.readiness import check_model_path, check_ready, named_source
 from distillkit.config.schema import Kind, json_schema
+from distillkit.config.sharing import find_share
 from distillkit.config.student import KVHeads, Layout
 from distillkit.config.synthetic import check_synthetic_ready, load_synthetic_config
 from distillkit.console import FAILED, USAGE_ERROR
@@ -327,6 +329,7 @@ def capture(
     ] = None,
 ) -> None:
     """Store a teacher's outputs for a text. After an interruption the same command continues."""
+    find_share(shard)
     described = load_capture_config(config, overrides or [])
     check_capture_ready(described)
     from distillkit.capture.run import capture
@@ -353,6 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = next((word for word in words if not word.startswith("-")), "")
     if first.endswith((".yaml", ".yml")):
         words.insert(0, "distill")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a log in ASCII gets ? for the signs that it has not
+            stream.reconfigure(errors="replace")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals, not for log files
     # transformers imports torchao where it is installed, which then warns about its kernels for other devices.

@@ -1,5 +1,6 @@
 """The command line: a mistake is one line and exit code 2, and torch is not imported to say so."""
 
+import io
 import json
 import subprocess
 import sys
@@ -140,6 +141,7 @@ def test_an_interrupted_command_ends_quietly(
             "error: training_args.lerning_rate: unknown key; did you mean",
         ),
         ([str(SEED), "teacher.path=./none"], 2, "error: teacher.path: no such file or folder"),
+        (["capture", str(SEED), "--shard", "0/4"], 2, "error: --shard: must be i/n with i from 1 to n, such as 1/4"),
     ],
 )
 def test_torch_is_not_imported_to_answer(words: list[str], code: int, line: str) -> None:
@@ -287,3 +289,11 @@ def test_an_error_of_the_system_names_a_file_only_where_it_has_one(
         monkeypatch.setattr("distillkit.training.distill", failing)
         assert main(planned) == 2
         assert capsys.readouterr().err == line
+
+
+def test_a_log_that_has_not_all_signs_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", log)
+    assert main(["capture", "∥.yaml"]) == 2
+    log.flush()
+    assert log.buffer.getvalue() == b"error: ?.yaml: no such file\n"

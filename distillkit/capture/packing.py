@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import track
 from trl.data_utils import pack_dataset
@@ -43,7 +44,7 @@ from distillkit.shards import (
     write_manifest,
     write_shard,
 )
-from distillkit.shards.names import CARD, PLAN
+from distillkit.shards.names import BACKGROUND, CARD, PLAN, inside
 from distillkit.teacher.captured_tokenizer import copy_tokenizer
 
 TOKENS_PER_SHARD = 2**19
@@ -132,27 +133,44 @@ def _damaged(out: Path, made_from: dict[str, Any]) -> list[str]:
     record, written = _read_made_from(out)
     if record != made_from:
         raise UserError("OUT", f"{out} exists already and holds something else; name a new folder")
+    for name in written:
+        inside(out, name, _RECORD)  # what it names may be deleted
     return [name for name, digest in written.items() if not (out / name).is_file() or sha256(out / name) != digest]
 
 
 def _take_apart(out: Path, partial: Path, damaged: Sequence[str]) -> None:
     """Turn a complete folder into one that a killed run would have left."""
+    _clear(partial)
     for name in damaged:
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
     out.rename(partial)
+
+
+def _clear(partial: Path) -> None:
+    """Delete what a killed run left. Raises `UserError` for a folder that no run made."""
+    if not partial.exists():
+        return
+    remove_leftovers(partial)
+    if not partial.is_symlink() and ((partial / _RECORD).is_file() or not any(partial.iterdir())):
+        shutil.rmtree(partial)
+        return
+    raise UserError("OUT", f"{partial}, where it would be packed first, holds something else; move it away")
 
 
 def _read_made_from(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What a folder was packed from, and the SHA-256 of its files once complete; both empty for any other folder."""
-    record = read_json(folder / _RECORD)
-    return record, record.pop("written", {})
+    try:
+        record = read_json(folder / _RECORD)
+        written = TypeAdapter(dict[str, str]).validate_python(record.pop("written", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}, {}
+    return record, written
 
 
 def _open(partial: Path, made_from: dict[str, Any]) -> None:
     """The folder to write into: as a killed run left it, or empty where that run packed something else."""
-    if partial.exists() and _read_made_from(partial)[0] != made_from:
-        shutil.rmtree(partial)
+    if _read_made_from(partial)[0] != made_from:
+        _clear(partial)
     partial.mkdir(parents=True, exist_ok=True)
     remove_leftovers(partial)
     write_whole(partial / _RECORD, json.dumps(made_from, indent=2).encode())
@@ -171,7 +189,8 @@ def _finish(
             (partial / record.file).with_suffix(".json").unlink()
     else:
         if manifest.background is not None:
-            write_whole(partial / manifest.background, (_folder(source) / manifest.background).read_bytes())
+            write_whole(partial / BACKGROUND, (_folder(source) / manifest.background).read_bytes())
+            manifest = replace(manifest, background=BACKGROUND)
         copy_tokenizer(_folder(source), partial)
         packed_to = made_from["sequence_length"]
         write_manifest(partial, replace(manifest, shards=tuple(records), packed_to=packed_to))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,7 @@ from distillkit.losses.labels import IGNORED_LABEL
 from distillkit.runs.writing import sha256, write_first
 from distillkit.shards import Manifest, ShardRecord
 from distillkit.shards.names import PLAN
+from distillkit.shards.sealed import read_sealed, write_sealed
 
 FORMAT = 1
 """Version of the file, increased when its meaning changes."""
@@ -73,7 +74,9 @@ class Plan:
         content = [self.format, _binding(self), self.vocabulary_size, *text]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def manifest(self, records: list[ShardRecord], background: Path | None) -> Manifest:
+    def manifest(
+        self, records: list[ShardRecord], background: Path | None, tokenizer_files: dict[str, str]
+    ) -> Manifest:
         """The manifest of the complete dataset."""
         capture = {**self.capture, "rows_sha256": self.rows_sha256}
         return Manifest(
@@ -87,6 +90,7 @@ class Plan:
             shards=tuple(records),
             background=None if background is None else background.name,
             background_sha256=None if background is None else sha256(background),
+            tokenizer_files=tokenizer_files,
             packed_to=capture["sequence_length"] if capture["dataset"]["packing"] else None,
         )
 
@@ -107,16 +111,7 @@ def make_plan(
     digest, labels, lengths = _scan(rows)
     starts = range(0, len(rows), config.rows_per_shard)
     plan = Plan(
-        teacher={
-            **config.teacher.model_dump(mode="json", include={"path", "kwargs"}),
-            "architecture": (teacher.architectures or [type(teacher).__name__])[0],
-            "commit": vars(teacher).get("_commit_hash"),  # of a hub id
-            "weights_sha256": weights,
-        },
-        codec={"kind": codec.kind, "config": codec.config.model_dump(mode="json")},
-        capture=config.model_dump(mode="json", exclude=NOT_IN_CAPTURE),
-        tokenizer_sha256=tokenizer_hash(tokenizer),
-        vocabulary_size=vocabulary_size,
+        **_without_rows(config, codec, teacher, weights, tokenizer, vocabulary_size),
         rows_sha256=digest,
         labels=labels,
         background=config.engine == "transformers" and codec.k < vocabulary_size,
@@ -125,6 +120,48 @@ def make_plan(
         versions=_versions(),
     )
     return Plan(**json.loads(json.dumps(asdict(plan))))
+
+
+def refuse_other_capture(
+    folder: Path,
+    config: CaptureConfig,
+    codec: Codec,
+    teacher: PreTrainedConfig,
+    weights: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary_size: int,
+) -> None:
+    """Raises `UserError` where another capture was begun in the folder, as far as that shows without the rows."""
+    if (folder / PLAN).exists():
+        begun = _read(folder / PLAN)
+        _refuse_differences(
+            folder, replace(begun, **_without_rows(config, codec, teacher, weights, tokenizer, vocabulary_size)), begun
+        )
+
+
+def _without_rows(
+    config: CaptureConfig,
+    codec: Codec,
+    teacher: PreTrainedConfig,
+    weights: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary_size: int,
+) -> dict[str, Any]:
+    """The fields of a plan that do not depend on rows, as they are after a round trip through JSON."""
+    described = {
+        "teacher": {
+            **config.teacher.model_dump(mode="json", include={"path", "kwargs"}),
+            "architecture": (teacher.architectures or [type(teacher).__name__])[0],
+            "commit": vars(teacher).get("_commit_hash"),  # of a hub id
+            "weights_sha256": weights,
+        },
+        "codec": {"kind": codec.kind, "config": codec.config.model_dump(mode="json")},
+        "capture": config.model_dump(mode="json", exclude=NOT_IN_CAPTURE),
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "vocabulary_size": vocabulary_size,
+    }
+    restored: dict[str, Any] = json.loads(json.dumps(described))
+    return restored
 
 
 def settle_plan(folder: Path, plan: Plan) -> Plan:
@@ -139,29 +176,27 @@ def settle_plan(folder: Path, plan: Plan) -> Plan:
         if foreign and not path.exists():  # another process may have written the plan meanwhile
             raise UserError("output_path", f"{str(folder)!r} holds {foreign[0]}, but no capture; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(plan), indent=2, ensure_ascii=False, sort_keys=True)
-        write_first(path, (text + "\n").encode())
+        write_sealed(path, plan, write_first)
     settled = _read(path)
-    for key, problem in _differences(plan, settled):
+    _refuse_differences(folder, plan, settled)
+    return settled
+
+
+def _refuse_differences(folder: Path, now: Plan, then: Plan) -> None:
+    for key, problem in _differences(now, then):
         remedy = "restore it, or choose another output_path"
         raise UserError(key, f"{problem} when the capture in {str(folder)!r} began; {remedy}")
-    return settled
 
 
 def _read(path: Path) -> Plan:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
-        raise UserError(
-            "output_path",
-            f"{path} has format {content['format']}, but this version of distillkit reads format {FORMAT}; continue "
-            "with the version that began the capture, or choose another folder",
-        )
-    if not isinstance(content, dict) or set(content) != {field.name for field in fields(Plan)}:
-        raise UserError("output_path", f"{path} is not the plan of a capture; choose another folder")
-    return Plan(**content)
+        return read_sealed(path, Plan, FORMAT)
+    except UserError as error:  # another format
+        remedy = "continue with the version that began the capture, or choose another folder"
+        raise UserError("output_path", f"{path} {error.problem}; {remedy}") from error
+    except (OSError, ValueError) as error:
+        remedy = "restore it, or choose another folder"
+        raise UserError("output_path", f"{path} is not the plan of a capture ({error}); {remedy}") from error
 
 
 def _differences(now: Plan, then: Plan) -> Iterator[tuple[str, str]]:

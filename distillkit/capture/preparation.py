@@ -12,7 +12,7 @@ from filelock import FileLock
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distillkit.capture.engines import Row
-from distillkit.capture.plan import Plan, make_plan, settle_plan
+from distillkit.capture.plan import Plan, make_plan, refuse_other_capture, settle_plan
 from distillkit.compression import Codec, build_codec
 from distillkit.config.capture import CaptureConfig, check_shard_size
 from distillkit.config.errors import UserError
@@ -83,11 +83,11 @@ def prepare(config: CaptureConfig) -> Capture:
     check_vocabulary(config, text.vocab_size)
     _warn_of_long_rows(config, text)
     tokenizer = load_tokenizer(teacher.path, **options)
+    folder, weights = Path(config.output_path), weights_sha256(teacher.path, teacher.kwargs)
+    refuse_other_capture(folder, config, codec, pretrained, weights, tokenizer, text.vocab_size)
     kept = {"prepared_dataset_path": config.dataset.prepared_dataset_path or str(_prepared_beside(config))}
     rows, _ = build_datasets(config.dataset.model_copy(update=kept), tokenizer, config.sequence_length)
-    weights = weights_sha256(teacher.path, teacher.kwargs)
     plan = make_plan(config, codec, pretrained, weights, tokenizer, rows, text.vocab_size)
-    folder = Path(config.output_path)
     settled = settle_plan(folder, plan)
     if settled.versions != plan.versions:
         then = ", ".join(f"{name} {number}" for name, number in settled.versions.items())

@@ -25,12 +25,12 @@ from torch import Tensor
 from distillkit.capture.engines import Engine, Row
 from distillkit.capture.preparation import Capture, check_vocabulary, prepare, remove_prepared
 from distillkit.capture.progress import CaptureProgress
-from distillkit.capture.sharing import Share, find_share
 from distillkit.capture.summary import CaptureSummary, measure_fidelity, print_summary
 from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig, check_capture_ready
 from distillkit.config.errors import UserError
+from distillkit.config.sharing import Share, find_share
 from distillkit.config.yaml_files import as_section
 from distillkit.console import INTERRUPTED, print_line
 from distillkit.models.decoder import check_head
@@ -59,7 +59,6 @@ def capture(
         SystemExit: with code 130, after Ctrl-C.
     """
     config = as_section(CaptureConfig, config)
-    check_capture_ready(config)
     share = find_share(shard)
     if config.engine == "vllm" and shard is None and share.count > 1:
         raise UserError(
@@ -67,6 +66,7 @@ def capture(
             "vllm chooses GPUs by itself, so torchrun's processes would use the same ones; start one process with "
             "teacher.kwargs.tensor_parallel_size, or several with CUDA_VISIBLE_DEVICES and --shard i/n",
         )
+    check_capture_ready(config)
     console = console or Console()
     console.quiet = shard is None and share.index > 0  # of torchrun's processes only the first one prints
     transformers.utils.logging.disable_progress_bar()
@@ -186,8 +186,8 @@ def _finish(planned: Capture, engine: Engine | None, tokens: int, seconds: float
     if len(records) == len(planned.plan.shards):
         background = planned.folder / BACKGROUND if planned.plan.background else None
         shards = list(records.values())
-        write_tokenizer(planned.folder, planned.tokenizer)
-        write_manifest(planned.folder, planned.plan.manifest(shards, background))
+        tokenizer_files = write_tokenizer(planned.folder, planned.tokenizer)
+        write_manifest(planned.folder, planned.plan.manifest(shards, background, tokenizer_files))
         if isinstance(engine, TransformersEngine):
             fidelity = measure_fidelity(planned, engine)
         remove_prepared(planned.config)

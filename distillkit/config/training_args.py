@@ -131,3 +131,5 @@ def _check_bounds(name: str, value: float) -> None:
         raise KeyProblem(name, f"must be > 0, got {value:g}")
     if name in NOT_NEGATIVE and not value >= 0:
         raise KeyProblem(name, f"must be >= 0, got {value:g}")
+    if name == "max_steps" and value == 0:
+        raise KeyProblem(name, "must be > 0, or -1 to train for num_train_epochs; a run of no steps trains nothing")

@@ -15,7 +15,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from distillkit.config.data import DatasetConfig, DatasetSource
 from distillkit.config.errors import UserError
-from distillkit.data.packing import count_tokens, keep_rows, pack_documents, refuse_packed_rows, split_documents
+from distillkit.data.packing import (
+    any_counts,
+    count_tokens,
+    keep_rows,
+    pack_documents,
+    refuse_packed_rows,
+    split_documents,
+)
 from distillkit.data.prepared import file_states, load_or_prepare
 from distillkit.data.rows import RowFormat, holds_conversations, tokenize_rows
 from distillkit.data.signals import aligned_rows
@@ -23,7 +30,7 @@ from distillkit.data.sources import load_source
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Version of the rows on disk, increased when the same configuration gives other rows than before."""
 
 _HELD_OUT_SEED = 42
@@ -90,6 +97,12 @@ def build_dataset(
         rows = prepare()
     else:
         rows = load_or_prepare(prepared_path, _made_from(source, tokenizer, preparation), prepare)
+    if not any_counts(rows):
+        raise UserError(
+            key,
+            "no token counts: all labels are -100, or no document has a second token (the first is never predicted); "
+            "name text that has something to predict",
+        )
     tokens = count_tokens(rows)
     filled = tokens / (len(rows) * sequence_length)
     logger.info("%s: %d rows of %d tokens, %.1f %% filled", key, len(rows), sequence_length, 100 * filled)

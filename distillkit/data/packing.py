@@ -105,6 +105,12 @@ def count_tokens(rows: Dataset) -> int:
     return sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for batch in batches)
 
 
+def any_counts(rows: Dataset) -> bool:
+    """Whether a label of any row counts. Reads no further than the first that does."""
+    batches = rows.select_columns("labels").with_format("arrow").iter(batch_size=100)
+    return any(pc.any(pc.not_equal(pc.list_flatten(batch["labels"]), IGNORED_LABEL)).as_py() for batch in batches)
+
+
 def piece_lengths(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
     """Lengths of the pieces of documents: each is as long as a row, except the last of each document."""
     pieces = -(-lengths // sequence_length)

@@ -20,11 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template, common_prefix_length, is_conversational, maybe_convert_to_chatml
+from trl.data_utils import apply_chat_template, common_prefix_length, maybe_convert_to_chatml
 
 from distillkit.config.errors import UserError
 from distillkit.data.assistant import assistant_encoder, training_template
 from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.models.special_tokens import encode_texts
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,9 @@ def _check_eos_labels(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBa
 def holds_conversations(rows: Dataset, text_field: str, key: str) -> bool:
     """Whether rows are messages of several roles, rather than texts or tokens."""
     column = _content_column(rows.column_names, text_field, key)
-    return column in ("messages", "conversations") or (column == "prompt" and isinstance(rows[0][column], list))
+    if column != "prompt":
+        return column in ("messages", "conversations")
+    return isinstance(next((prompt for prompt in rows[column] if prompt is not None), None), list)
 
 
 Document = tuple[list[int], list[int]]
@@ -238,15 +241,17 @@ def _read_completions(
     """Prompts and completions. A prompt ends where its tokens, encoded alone, differ from those of the whole."""
     if not rows:
         return []
-    conversational = is_conversational(rows[0])
+    both = [row[name] for row in rows for name in ("prompt", "completion")]
+    conversational = all(isinstance(each, list) for each in both)
     if conversational:
         rows = [_render(row, tokenizer, key) for row in rows]
     else:
-        _require_text([row[name] for row in rows for name in ("prompt", "completion")], key, "prompt and completion")
+        _require_text(both, key, "prompt and completion")
     wholes = _encode([row["prompt"] + row["completion"] for row in rows], tokenizer, key, complete=not conversational)
     if not completion_only:
         return [(whole, list(whole)) for whole in wholes]
-    prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=not conversational).input_ids
+    prompts = [row["prompt"] for row in rows]
+    prompts = _encode(prompts, tokenizer, key, complete=False) if conversational else encode_texts(tokenizer, prompts)
     documents = []
     for prompt, whole in zip(prompts, wholes, strict=True):
         start = common_prefix_length(prompt, whole)
@@ -314,32 +319,51 @@ def _template_errors(key: str) -> Iterator[None]:
 
 def _conversation(row: dict[str, Any]) -> tuple[dict[str, Any], list[Any] | None]:
     """A row as chat templates and TRL's functions take it, and its tools."""
-    row = {name: value for name, value in row.items() if name != "chat_template_kwargs" or value is not None}
+    row = _without_empty_fields(row)
     tools = row.pop("tools", None)
     tools = json.loads(tools) if isinstance(tools, str) else tools
     row = maybe_convert_to_chatml(row)
     for name in {"messages", "prompt", "completion"} & set(row):
-        row[name] = [_clean_message(message) for message in row[name]]
+        row[name] = [_usual_message(message) for message in row[name]]
     return row, tools
 
 
-def _clean_message(message: dict[str, Any]) -> dict[str, Any]:
-    """Usual names of roles, without the empty fields that a table adds because other rows have them."""
-    message = {name: value for name, value in message.items() if value is not None}
-    return {**message, "role": _ROLES.get(message["role"], message["role"])}
+def _without_empty_fields(value: Any) -> Any:
+    """Without the fields that a table adds, empty, to tool calls, tools and messages because those of others have them.
+
+    A table does not say which fields were empty in the first place.
+    """
+    if isinstance(value, dict):
+        return {name: _without_empty_fields(each) for name, each in value.items() if each is not None}
+    return [_without_empty_fields(each) for each in value] if isinstance(value, list) else value
+
+
+def _usual_message(message: dict[str, Any]) -> dict[str, Any]:
+    """With the usual name of its role, and its content as one text.
+
+    Content may be in parts (`{"type": "text", "text": ...}`), which a template of texts would print as code.
+    """
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise ValueError(f"its content has a part of type {kind!r}; a student of text reads parts of type text")
+        content = "".join(part["text"] for part in content)
+    given = {} if content is None else {"content": content}
+    return {**message, **given, "role": _ROLES.get(message["role"], message["role"])}
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, key: str, *, complete: bool) -> list[list[int]]:
-    """Token ids. A complete document gets the tokenizer's special tokens and ends with one EOS."""
+    """Token ids. A complete document gets the tokenizer's special tokens and ends with one EOS; others are as given."""
     if not texts:
         return []
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=complete, verbose=False).input_ids
-    if complete:
-        eos_token_id = _eos_token_id(tokenizer, key)
-        for input_ids in encoded:
-            if input_ids[-1:] != [eos_token_id]:
-                input_ids.append(eos_token_id)
-    return encoded
+    if not complete:
+        rendered: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        return rendered
+    eos_token_id = _eos_token_id(tokenizer, key)
+    encoded = encode_texts(tokenizer, texts, closed=True)
+    return [ids if ids[-1:] == [eos_token_id] else [*ids, eos_token_id] for ids in encoded]
 
 
 def _eos_token_id(tokenizer: PreTrainedTokenizerBase, key: str) -> int:

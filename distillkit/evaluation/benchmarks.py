@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config.errors import UserError, did_you_mean
 from distillkit.config.evaluate import BenchmarksConfig
+from distillkit.models.special_tokens import prompt_tokenizer
 
 
 def run_benchmark(
@@ -53,7 +54,12 @@ def run_benchmark(
         raise UserError("benchmarks.tasks", f"lm-eval has no task {task!r}{did_you_mean(task, tasks.all_tasks)}")
     with _without_bars():
         results = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size),
+            HFLM(
+                pretrained=model,
+                tokenizer=prompt_tokenizer(tokenizer),
+                backend="causal",
+                batch_size=settings.batch_size,
+            ),
             tasks=[task],
             task_manager=tasks,
             num_fewshot=settings.num_fewshot,

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from wonderwords import RandomWord
 
 from distillkit.config.errors import UserError
+from distillkit.models.special_tokens import encode_texts
 
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
@@ -112,7 +113,7 @@ def build_prompt(
 ) -> Prompt:
     """The prompt of at most `length` tokens with its needle at `depth` (0: before the haystack, 1: after it).
 
-    Special tokens are those that the tokenizer adds by itself; no chat template is applied.
+    Special tokens are those that the tokenizer puts before a text by itself; no chat template is applied.
 
     Raises:
         UserError: `length` is too short for needles and question, or the task needs an essay and there is none.
@@ -226,7 +227,7 @@ def _longest_that_fits(
 
     def tokenized(size: int, filling: int = 0) -> tuple[str, list[int]]:
         text = compose(size, filling)
-        return text, tokenizer(text, verbose=False)["input_ids"]
+        return text, encode_texts(tokenizer, [text])[0]
 
     close_enough = length - length // 200
     low, best = 0, tokenized(0)

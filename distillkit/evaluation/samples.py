@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from distillkit.config.errors import UserError
+from distillkit.models.special_tokens import encode_texts
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -13,6 +16,15 @@ class Sample:
 
     prompt: str
     continuation: str
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
+    """Raises `UserError` for a prompt without a token: nothing can continue it."""
+    for index, ids in enumerate(encode_texts(tokenizer, prompts)):
+        if not ids:
+            raise UserError(
+                f"evaluation.prompts[{index}]", f"{prompts[index]!r} becomes no token; give some text, or remove it"
+            )
 
 
 @torch.no_grad()
@@ -45,11 +57,9 @@ def generate_samples(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for prompt in prompts:
             torch.manual_seed(seed)
-            inputs = tokenizer(prompt, return_tensors="pt").to(device)
-            output = student.generate(
-                inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
-            )
-            written = output[0, inputs["input_ids"].shape[1] :]
+            input_ids = torch.tensor(encode_texts(tokenizer, [prompt]), device=device)
+            output = student.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
+            written = output[0, input_ids.shape[1] :]
             samples.append(Sample(prompt, tokenizer.decode(written, skip_special_tokens=True)))
     student.train(training)
     return samples

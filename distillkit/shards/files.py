@@ -7,16 +7,15 @@ same bytes.
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.runs.writing import write_whole
 from distillkit.shards.names import shard_name
+from distillkit.shards.sealed import read_sealed, write_sealed
 
 _ROWS_PER_GROUP = 64
 
@@ -32,12 +31,6 @@ class ShardRecord:
     sha256: str
     plan: str | None = None
     """SHA-256 of the capture's plan."""
-
-    @staticmethod
-    def from_json(content: Any) -> ShardRecord:
-        """Raises KeyError, TypeError or ValueError for anything but a record."""
-        start, stop = content["rows"]
-        return ShardRecord(**{**content, "rows": (start, stop)})
 
 
 def write_shard(
@@ -58,16 +51,15 @@ def write_shard(
     write_whole(path, content)
     tokens = sum(len(chunk.flatten()) for chunk in table["input_ids"].chunks)
     record = ShardRecord(path.name, rows, tokens, len(content), hashlib.sha256(content).hexdigest(), plan)
-    text = json.dumps(asdict(record), indent=2, sort_keys=True) + "\n"
-    write_whole(folder / f"{shard_name(index)}.json", text.encode())
+    write_sealed(folder / f"{shard_name(index)}.json", record)
     return record
 
 
 def read_record(folder: Path, index: int) -> ShardRecord | None:
-    """The record of a complete shard; None for one that has yet to be written."""
+    """The record of a complete shard; None for one that has yet to be written, or whose record is damaged."""
     path, shard = folder / f"{shard_name(index)}.json", folder / f"{shard_name(index)}.parquet"
     try:
-        record = ShardRecord.from_json(json.loads(path.read_bytes()))
-        return record if shard.stat().st_size == record.bytes else None
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_sealed(path, ShardRecord)
+        return record if (record.file, record.bytes) == (shard.name, shard.stat().st_size) else None
+    except (OSError, ValueError):
         return None

@@ -5,15 +5,15 @@ It holds no times: the same capture gives the same file.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distillkit.config.errors import UserError
 from distillkit.runs.writing import write_whole
 from distillkit.shards.files import ShardRecord
-from distillkit.shards.names import CARD, MANIFEST
+from distillkit.shards.names import CARD, MANIFEST, TOKENIZER, inside
+from distillkit.shards.sealed import read_sealed, write_sealed
 
 _CARD = """---
 configs:
@@ -52,6 +52,8 @@ class Manifest:
     """Tokens that rows were packed to; None where a row is a document or a piece of one."""
     background_sha256: str | None = None
     """None where it is unknown."""
+    tokenizer_files: dict[str, str] | None = None
+    """SHA-256 of the files in the folder of the teacher's tokenizer, by name; None where they are unknown."""
     format: int = FORMAT
 
     @property
@@ -71,25 +73,28 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, complete or not at all, and a `README.md` by which the datasets library finds the rows."""
     card = _CARD.format(teacher=manifest.teacher.get("path", ""), codec=manifest.codec_kind)
     write_whole(folder / CARD, card.encode())
-    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, sort_keys=True)
-    write_whole(folder / MANIFEST, (text + "\n").encode())
+    write_sealed(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a captured dataset; None where there is none, as in published datasets.
 
-    Raises `UserError` where the file is no manifest, or has a newer format.
+    Raises `UserError` where the file is no manifest, is damaged, has a newer format, or names a file that is not in
+    the folder: the dataset may be somebody else's.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return None
+
+    def check(manifest: Manifest) -> None:
+        for shard in manifest.shards:
+            inside(folder, shard.file, f"{MANIFEST}: shards")
+        if manifest.background is not None:
+            inside(folder, manifest.background, f"{MANIFEST}: background")
+        for name in manifest.tokenizer_files or ():
+            inside(folder, f"{TOKENIZER}/{name}", f"{MANIFEST}: tokenizer_files")
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise UserError(
-                path, f"has format {content['format']}, but this version of distillkit reads format {FORMAT}"
-            )
-        shards = tuple(ShardRecord.from_json(record) for record in content["shards"])
-        return Manifest(**{**{field.name: content[field.name] for field in fields(Manifest)}, "shards": shards})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(path, f"is no manifest of a captured dataset ({type(error).__name__}: {error})") from error
+        return read_sealed(path, Manifest, FORMAT, check)
+    except (OSError, ValueError) as error:
+        raise UserError(path, f"is no manifest of a captured dataset: {error}") from error

@@ -11,19 +11,23 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from distillkit.config.errors import UserError
 from distillkit.data import tokenizer_hash
 from distillkit.models.loading import load_tokenizer
-from distillkit.runs.writing import remove_leftovers, write_whole
+from distillkit.runs.writing import remove_leftovers, sha256, write_whole
 from distillkit.shards import Manifest
-from distillkit.shards.names import TOKENIZER
+from distillkit.shards.names import TOKENIZER, files_of
 
 
-def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save a tokenizer, each file complete or not at all. The same tokenizer gives the same bytes."""
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Save a tokenizer, each file complete or not at all; returns the SHA-256 of each, by name.
+
+    The same tokenizer gives the same bytes.
+    """
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         tokenizer.backend_tokenizer.no_truncation()  # the state of its last call would be saved too
         tokenizer.backend_tokenizer.no_padding()
     with TemporaryDirectory() as staged:
         tokenizer.save_pretrained(staged)
         _copy(Path(staged), folder / TOKENIZER)
+        return {name: sha256(path) for name, path in files_of(Path(staged)).items()}
 
 
 def copy_tokenizer(captured: Path, folder: Path) -> None:
@@ -46,8 +50,8 @@ def read_tokenizer(captured: Path, manifest: Manifest) -> PreTrainedTokenizerBas
 
 
 def _copy(source: Path, target: Path) -> None:
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        copied = target / path.relative_to(source)
+    for name, path in files_of(source).items():
+        copied = target / name
         copied.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(copied.parent)
         write_whole(copied, path.read_bytes())

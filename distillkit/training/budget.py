@@ -16,6 +16,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import Trainer
 
+from distillkit.config.errors import UserError
 from distillkit.console import print_line
 from distillkit.data.signals import list_lengths
 from distillkit.formatting import token_text
@@ -38,8 +39,17 @@ class Schedule:
 
 
 def set_steps(trainer: Trainer, rows: Dataset, budget: int | None, folder: PhaseFolder, console: Console) -> Schedule:
-    """Give the trainer the steps of a budget in tokens, or take those that it has; kept in `run.json`."""
+    """Give the trainer the steps of a budget in tokens, or take those that it has; kept in `run.json`.
+
+    Raises `UserError` where there are fewer rows than a batch has, and incomplete batches are dropped.
+    """
     lengths = row_lengths(rows)
+    if len(trainer.get_train_dataloader()) == 0:
+        raise UserError(
+            "training_args.dataloader_drop_last",
+            f"leaves no batch of the {len(rows):,} rows: fewer than one for each process; remove it, or lower "
+            "per_device_train_batch_size",
+        )
     steps = tokens_of_steps(trainer, lengths)
     if budget is None:
         count = _steps_of(trainer)

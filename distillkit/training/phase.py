@@ -14,7 +14,7 @@ import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from distillkit.config import Phase, Run, RunEvaluationConfig
 from distillkit.console import INTERRUPTED, print_line
@@ -58,11 +58,15 @@ class PhaseContext:
 
 
 def train_phase(
-    run: Run, phase: Phase, arguments: Arguments, console: Console, check: Callable[[PreTrainedModel], None]
+    run: Run,
+    phase: Phase,
+    arguments: Arguments,
+    console: Console,
+    check: Callable[[PreTrainedModel, PreTrainedTokenizerBase], None],
 ) -> None:
     """Train one phase, whose student is then in its folder. A phase that is finished already is left alone.
 
-    check: is given the student before it is trained, and may raise UserError.
+    check: is given the student before it is trained, and its tokenizer, and may raise UserError.
 
     Raises:
         UserError: something in the configuration cannot be; the line names the key.
@@ -73,7 +77,7 @@ def train_phase(
         return
     config, folder = phase.config, context.folder
     models = load_models(config, folder, arguments, console)
-    check(models.student)
+    check(models.student, models.tokenizer)
     train_rows, held_out = load_text(config, folder, arguments.trainer, models)
     record_origins(config, folder)
     measure = _measurement(context, models, held_out)

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from accelerate.state import GradientState, PartialState
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config import Phase, Run, UserError
 from distillkit.config.readiness import check_ready
 from distillkit.config.resolve import AnyRun, as_run
 from distillkit.console import INTERRUPTED, print_line
+from distillkit.evaluation import check_prompts
 from distillkit.losses import check_losses
 from distillkit.reporting import write_run_report
 from distillkit.runs.folder import open_run
@@ -85,7 +86,7 @@ def _train(run: Run, console: Console) -> None:
             _forget()
             arguments = build(phase)
         try:
-            train_phase(run, phase, arguments, console, check=partial(_check_later, run, phase))
+            train_phase(run, phase, arguments, console, check=partial(_check_ahead, run, phase))
         except UserError as error:
             raise error if (error.key or "").startswith("phases[") else phase.located(error) from None
     if run.has_phase_folders and main_process:
@@ -120,11 +121,16 @@ class _ArgumentsBuilder:
             raise phase.located(error) from None
 
 
-def _check_later(run: Run, phase: Phase, student: PreTrainedModel) -> None:
-    """Raises `UserError` where a later phase freezes what the student does not have: now, not when its turn comes."""
-    for later in run.phases[phase.index + 1 :]:
+def _check_ahead(run: Run, phase: Phase, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `UserError` where this phase or a later one asks for a continuation of nothing, or a later one freezes
+    what the student does not have: now, not when its turn comes.
+    """
+    for later in run.phases[phase.index :]:
         try:
-            check_frozen(student, later.config.frozen_res, later.config.frozen_modules)
+            if later.config.evaluation is not None:
+                check_prompts(tokenizer, later.config.evaluation.prompts)
+            if later is not phase:
+                check_frozen(student, later.config.frozen_res, later.config.frozen_modules)
         except UserError as error:
             raise later.located(error) from None
 

@@ -18,10 +18,10 @@ from distillkit.capture import summary as summary_module
 from distillkit.capture import transformers_engine
 from distillkit.capture.fidelity import FidelityMeter
 from distillkit.capture.run import capture
-from distillkit.capture.sharing import Share, find_share
 from distillkit.capture.transformers_engine import TransformersEngine, batches
 from distillkit.compression import build_codec
 from distillkit.config import UserError
+from distillkit.config.sharing import Share, find_share
 from distillkit.data import build_dataset
 from distillkit.distribution import DenseDistribution, SparseDistribution
 from distillkit.losses.divergences import over_vocabulary, reverse_kl
@@ -307,6 +307,9 @@ def test_shares():
     for option in ("0/3", "4/3", "1", "a/b", "1/0"):
         with pytest.raises(UserError, match=f"--shard: must be i/n with i from 1 to n, such as 1/4, got '{option}'"):
             find_share(option, {})
+    for variables in ({"WORLD_SIZE": "two"}, {"WORLD_SIZE": "0"}, {"RANK": "-1"}, {"RANK": "2", "WORLD_SIZE": "2"}):
+        with pytest.raises(UserError, match=r"RANK|WORLD_SIZE"):
+            find_share(None, variables)
     with pytest.raises(UserError, match="--shard: torchrun's processes share the shards already"):
         find_share("1/2", {"RANK": "1", "WORLD_SIZE": "2"})
 

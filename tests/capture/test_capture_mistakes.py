@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distillkit.capture import preparation
 from distillkit.cli import main
 from distillkit.config import UserError
 from distillkit.config.capture import check_capture_ready, load_capture_config
@@ -195,3 +196,20 @@ output_path: {tmp_path / "dataset"}
     assert "bytes per token on disk" in capsys.readouterr().out
     assert (tmp_path / "dataset" / "manifest.json").exists()
     check_capture_ready(load_capture_config(described))
+
+
+def test_another_capture_is_refused_before_its_text_is_prepared(teacher, text, tmp_path, monkeypatch):
+    """The rows that were prepared for the one that was begun stay."""
+    folder, prepared = tmp_path / "dataset", tmp_path / "dataset.prepared"
+    run(configuration(teacher, text, folder), "1/2")
+    before = files(prepared)
+    monkeypatch.setattr(preparation, "build_datasets", None)
+    other = save_llama(tmp_path / "other", 5)
+    for changes in (
+        {"sequence_length": 12},
+        {"teacher": {"path": other}},
+        {"dataset": {"seed": 1, "train_dataset": {"disk_path": text}}},
+    ):
+        with pytest.raises(UserError, match=r"when the capture in .* began; restore it, or choose another output_path"):
+            run(configuration(teacher, text, folder, **changes))
+    assert files(prepared) == before

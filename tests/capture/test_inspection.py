@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from distillkit.compression import build_codec
 from distillkit.config import DatasetSource, UserError
 from distillkit.config.capture import CaptureConfig
 from distillkit.models.loading import load_model, load_tokenizer
-from distillkit.shards import read_background, read_manifest
+from distillkit.shards import read_background, read_manifest, write_manifest
 from tests.capture.captures import files
 from tests.training.tiny import BYTES, llama, save_llama, save_text, tokenizer
 
@@ -99,8 +100,8 @@ def test_tokens_and_what_the_teacher_expected(captured, teacher):
 
 def test_texts_of_tokens_need_no_teacher_but_its_tokenizer(captured, tmp_path):
     copy = shutil.copytree(captured, tmp_path / "copy")
-    path = copy / "manifest.json"
-    path.write_text(path.read_text().replace(f'"{read_manifest(copy).teacher["path"]}"', '"someone/their-model"'))
+    manifest = read_manifest(copy)
+    write_manifest(copy, replace(manifest, teacher={**manifest.teacher, "path": "someone/their-model"}))
     first = inspected(copy, tokens=3)[1].split("\n\n")[1].splitlines()[1]
     assert first.startswith("'")
     shutil.rmtree(copy / "tokenizer")

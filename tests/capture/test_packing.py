@@ -1,6 +1,7 @@
 """Packing: rows of a fixed length in which every token has its signal; a killed run ends as one that was not."""
 
 import io
+import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -287,3 +288,45 @@ def test_rows_that_cannot_be_packed_are_told(tmp_path, columns, line):
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     with pytest.raises(UserError, match=line):
         pack(DatasetSource(disk_path=str(tmp_path / "rows.parquet")), tmp_path / "packed", 10, QUIET)
+
+
+def test_a_manifest_names_nothing_outside_of_its_folder(tmp_path):
+    """Neither does a link: what is packed may be published."""
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "home").mkdir()
+    source = capture(tmp_path / "home" / "dataset")
+    folder = tmp_path / "home/dataset"
+    whole = (folder / "manifest.json").read_text()
+    for name in ("../../secret", str(tmp_path / "secret"), ""):
+        changed = {**json.loads(whole), "background": name, "background_sha256": None}
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"manifest\.json: background: "):
+            pack(source, tmp_path / "home" / "packed", 4, QUIET)
+    (folder / "manifest.json").write_text(whole)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="a link that leads out of its folder; put the file itself there"):
+        pack(source, tmp_path / "home" / "packed", 4, QUIET)
+    assert not list(tmp_path.rglob("packed/*"))
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+def test_nothing_outside_of_the_packed_folder_is_deleted(tmp_path):
+    source, out = capture(tmp_path / "dataset"), tmp_path / "packed"
+    pack(source, out, 4, QUIET)
+    (tmp_path / "precious").write_text("mine")
+    record = json.loads((out / ".packed_from.json").read_text())
+    (out / "link").symlink_to(tmp_path, target_is_directory=True)
+    for name in ("../precious", str(tmp_path / "precious"), "link/precious"):
+        (out / ".packed_from.json").write_text(json.dumps({**record, "written": {**record["written"], name: "0"}}))
+        with pytest.raises(UserError, match=r"\.packed_from\.json: names "):
+            pack(source, out, 4, QUIET)
+        assert (tmp_path / "precious").read_text() == "mine"
+    (out / ".packed_from.json").write_text("[]")
+    with pytest.raises(UserError, match=r"OUT: .* exists already and holds something else"):
+        pack(source, out, 4, QUIET)
+    (tmp_path / ".other.partial").mkdir()
+    (tmp_path / ".other.partial/precious").write_text("mine")
+    with pytest.raises(UserError, match=r"OUT: .*\.other\.partial, where it would be packed first, holds something"):
+        pack(source, tmp_path / "other", 4, QUIET)
+    assert (tmp_path / ".other.partial/precious").read_text() == "mine"

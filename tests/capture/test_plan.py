@@ -63,10 +63,10 @@ def test_of_two_captures_that_start_in_a_folder_one_has_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("{", "is not the plan of a capture; choose another folder"),
-        ("[1]", "is not the plan of a capture; choose another folder"),
-        ('{"teacher": {}}', "is not the plan of a capture; choose another folder"),
-        (b"\xff", "is not the plan of a capture; choose another folder"),
+        ("{", "is not the plan of a capture ("),
+        ("[1]", "is not the plan of a capture ("),
+        ('{"teacher": {}}', "is not the plan of a capture ("),
+        (b"\xff", "is not the plan of a capture ("),
         ('{"format": 2, "others": 0}', "has format 2, but this version of distillkit reads format 1; continue with"),
     ],
 )

@@ -9,8 +9,16 @@ from tests.compression import golden
 @pytest.mark.gpu
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("name", golden.CONFIGURATIONS)
-def test_cuda_reads_and_writes_as_the_cpu_does(name, tf32, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+def test_cuda_reads_and_writes_as_the_cpu_does(name, tf32):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32  # not by monkeypatch: the attribute cannot be deleted
+    try:
+        compare(name)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def compare(name):
     tensors, columns = golden.load(name)
     codec = build_codec(golden.CONFIGURATIONS[name]["kind"], golden.CONFIGURATIONS[name]["config"])
     decoded = codec.decode({key: each.cuda() for key, each in columns.items()})

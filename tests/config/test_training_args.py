@@ -42,3 +42,9 @@ def test_an_argument_of_another_version_is_looked_up_in_it(monkeypatch: pytest.M
         check_training_args({"learning_rates": 1})
     with pytest.raises(KeyProblem, match="unknown key; did you mean 'learning_rate'"):
         check_training_args({"lerning_rate": 1})
+
+
+def test_a_run_of_no_steps_is_refused():
+    with pytest.raises(KeyProblem, match="max_steps: must be > 0, or -1 to train for num_train_epochs"):
+        check_training_args({"max_steps": 0})
+    assert check_training_args({"max_steps": -1}) == {"max_steps": -1}

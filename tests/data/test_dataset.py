@@ -152,3 +152,13 @@ def test_a_student_of_conversations_may_be_measured_on_texts(source, tiny_tokeni
     assert evaluation["labels"][:] == train["labels"][:]
     with pytest.raises(UserError, match="column text holds no conversations"):
         build_datasets(DatasetConfig.parse({**settings, "train_dataset": settings["eval_dataset"]}), tiny_tokenizer, 64)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    "columns", [{"input_ids": [[7]] * 4}, {"input_ids": [[5, 6]] * 2, "labels": [[-100, -100]] * 2}]
+)
+def test_rows_in_which_nothing_counts_are_refused(tmp_path, tiny_tokenizer, columns, packing):
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "rows")
+    with pytest.raises(UserError, match=r"^dataset\.train_dataset: no token counts: all labels are -100, or "):
+        build_dataset(DatasetSource(disk_path=str(tmp_path / "rows")), tiny_tokenizer, 4, packing=packing)

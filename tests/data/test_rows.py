@@ -398,3 +398,73 @@ def test_marks_that_leave_out_the_end_of_the_turn_are_told(tiny_tokenizer, caplo
     template = MARKED.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}")
     tokenize({"messages": [CHAT]}, with_template(tiny_tokenizer, template), assistant_only_loss=True)
     assert "the student may not learn to stop" in caplog.text
+
+
+def with_special_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """It puts <|im_start|> before a text and <|endoftext|> behind it."""
+    tokenizer = copied(tiny_tokenizer, eos_token="<|endoftext|>", bos_token="<|im_start|>")
+    special = [("<|im_start|>", tokenizer.bos_token_id), ("<|endoftext|>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A <|endoftext|>", None, special)
+    return tokenizer
+
+
+def test_a_text_that_has_its_special_tokens_gets_no_others(tiny_tokenizer):
+    tokenizer = with_special_tokens(tiny_tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    time, relative = (tokenizer(text, add_special_tokens=False).input_ids for text in ("time", " relative"))
+    texts = ["time", "<|im_start|>time", "time<|endoftext|>", "<|im_start|>time<|endoftext|>"]
+    assert [plain(each) for each in tokenize({"text": texts}, tokenizer)] == [[bos, *time, eos]] * 4
+    both = {"prompt": ["time", "<|im_start|>time"], "completion": [" relative", " relative<|endoftext|>"]}
+    for document in tokenize(both, tokenizer):
+        assert document["input_ids"] == [bos, *time, *relative, eos]
+        assert document["labels"] == [-100] * (1 + len(time)) + [*relative, eos]
+
+
+def test_fields_that_a_table_adds_are_in_no_conversation(tiny_tokenizer, tmp_path):
+    """Rows of a Parquet file say what the same rows say alone."""
+    say = "{{ tools | tojson }}{{ thinking is defined }}{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    tokenizer = copied(tiny_tokenizer, chat_template=say, eos_token="<|endoftext|>")
+
+    def row(name: str, options: dict[str, Any]) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": {name: [1, None, {name: 2}]}}}
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": {name: {"type": "int"}}}}}
+        talk = [{"role": "user", "content": name}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": talk, "tools": [tool], "chat_template_kwargs": options}
+
+    call = {"a": 1, "b": 2}
+    rows = [row("left", {"thinking": True}), row("right", {"day": "today"})]
+    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] = call
+    rows[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"c": "d"}
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    together = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+    read = tokenize_rows(together, tokenizer, RowFormat(), num_proc=None, key="dataset")["input_ids"][:]
+    alone = [tokenize({name: [value] for name, value in row.items()}, tokenizer)[0]["input_ids"] for row in rows]
+    assert read == alone
+    assert "null" not in tokenizer.decode(read[0]) + tokenizer.decode(read[1])
+
+
+def test_content_in_parts_is_its_text(tiny_tokenizer):
+    parts = [{"type": "text", "text": "ti"}, {"type": "text", "text": "me?"}]
+    (whole,) = tokenize({"messages": [CHAT]}, tiny_tokenizer)
+    (in_parts,) = tokenize(
+        {
+            "messages": [
+                [
+                    {"role": "user", "content": parts},
+                    {"role": "assistant", "content": [{"type": "text", "text": "relative"}]},
+                ]
+            ]
+        },
+        tiny_tokenizer,
+    )
+    assert in_parts == whole
+    picture = [[{"role": "user", "content": [{"type": "image", "url": "a.png"}]}]]
+    assert "its content has a part of type 'image'; a student of text reads" in error(
+        {"messages": picture}, tiny_tokenizer
+    )
+
+
+def test_an_empty_first_prompt_does_not_speak_for_the_others(tiny_tokenizer):
+    rows = {"prompt": [None, CHAT[:1]], "completion": [None, CHAT[1:]]}
+    assert len(tokenize(rows, tiny_tokenizer)) == 1
+    assert len(tokenize(rows, tiny_tokenizer, assistant_only_loss=True)) == 1

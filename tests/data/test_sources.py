@@ -107,3 +107,78 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path):
 def test_a_hub_dataset_that_cannot_be_reached():
     with pytest.raises(UserError, match=r"dataset\.train_dataset\.repo_id: cannot read 'nobody/nothing'"):
         load_source(DatasetSource(repo_id="nobody/nothing", split="train"), "dataset.train_dataset")
+
+
+def test_names_with_brackets_are_names(tmp_path):
+    for name in ("data[v1]/train.jsonl", "train[en].jsonl", "what?*.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        assert load(write_jsonl(tmp_path / name)) == TEXTS
+    assert load(tmp_path / "data[v1]") == TEXTS
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved[1]")
+    assert load(tmp_path / "saved[1]") == TEXTS
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_no_file_speaks_for_the_columns_of_another(tmp_path, kind):
+    """A column that is empty, or missing, in the first file holds what the others have."""
+    files = [{"text": ["a"], "note": [None]}, {"text": [None]}, {"text": ["b"], "note": ["x"], "more": [{"c": 1}]}]
+    for index, columns in enumerate(files):
+        rows = Dataset.from_dict(columns)
+        (rows.to_json if kind == "jsonl" else rows.to_parquet)(tmp_path / f"{index}.{kind}")
+    for path in (tmp_path, tmp_path / f"*.{kind}"):
+        found = load_source(DatasetSource(disk_path=str(path)))
+        assert found["text"][:] == ["a", None, "b"]
+        assert found["note"][:] == [None, None, "x"]
+        assert found["more"][:] == [None, None, {"c": 1}]
+
+
+def test_no_part_of_a_file_speaks_for_the_rest(tmp_path, monkeypatch):
+    rows = [
+        {"text": "x" * 9 * 2**20, "note": None},
+        {"text": "y" * 2 * 2**20, "note": None},
+        {"text": "z", "note": "x"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_source(DatasetSource(disk_path=str(tmp_path / "rows.jsonl")))["note"][:] == [None, None, "x"]
+
+
+def listing(data_files: str) -> str:
+    return f"---\nconfigs:\n- config_name: default\n  data_files: {data_files}\n---\n"
+
+
+def test_a_readme_lists_files_of_its_folder_alone(tmp_path):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    private = write_jsonl(tmp_path / "private.jsonl")
+    write_jsonl(folder / "a.jsonl", TEXTS[:1])
+    write_jsonl(folder / "b.jsonl", TEXTS[1:])
+    (folder / "link.jsonl").symlink_to(private)
+    (folder / "README.md").write_text(listing("./b.jsonl"))
+    assert load(folder) == TEXTS[1:]
+    (folder / "README.md").write_text(listing("[{split: one, path: a.jsonl}, {split: two, path: 'b*'}]"))
+    assert load(folder, "two") == TEXTS[1:]
+    for data_files in ("../private.jsonl", str(private), "x/../../private.jsonl", "link.jsonl", "https://a.b/c.jsonl"):
+        (folder / "README.md").write_text(listing(data_files))
+        assert error(folder).startswith(f"{folder / 'README.md'}: names ")
+    (folder / "README.md").write_text(listing("c.jsonl"))
+    assert "README.md lists c.jsonl for train, but there is no such file" in error(folder)
+    for text in ("---\nconfigs: [\n---\n", "---\nconfigs: 3\n---\n", "---\n- a\n---\n"):
+        (folder / "README.md").write_text(text)
+        assert error(folder).startswith("dataset.train_dataset.disk_path: cannot read ")
+
+
+def test_a_saved_dataset_names_files_of_its_folder_alone(tmp_path):
+    rows = Dataset.from_dict({"text": TEXTS})
+    rows.save_to_disk(tmp_path / "private")
+    rows.save_to_disk(tmp_path / "theirs")
+    state = tmp_path / "theirs/state.json"
+    (arrow,) = (tmp_path / "private").glob("*.arrow")
+    content = json.loads(state.read_text())
+    for name in (f"../private/{arrow.name}", str(arrow)):
+        state.write_text(json.dumps({**content, "_data_files": [{"filename": name}]}))
+        assert error(tmp_path / "theirs").startswith(f"{state}: names ")
+    state.write_text("[]")
+    assert "it is damaged, or was not written by save_to_disk" in error(tmp_path / "theirs")
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both/dataset_dict.json").write_text('{"splits": ["../private"]}')
+    assert "names '../private', which is not in its folder" in error(tmp_path / "both")

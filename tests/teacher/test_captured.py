@@ -59,6 +59,7 @@ def test_only_the_chunk_that_is_asked_for_is_decoded(codec, stored):
 
     class Counting:
         columns = codec.columns
+        vocabulary_size = codec.vocabulary_size
 
         def decode(self, columns):
             decoded.append(len(columns["token_ids"]))
@@ -121,3 +122,20 @@ def test_plain_columns_need_the_size_of_the_vocabulary(tmp_path):
         open_captured(DatasetTeacherConfig(), source)
     opened = open_captured(DatasetTeacherConfig(vocab_size=9), source)
     assert (opened.codec.k, opened.vocabulary_size, opened.columns) == (2, 9, ("token_ids", "top_values"))
+
+
+@pytest.mark.parametrize(("column", "value"), [("token_ids", VOCAB), ("token_ids", -1), ("top_values", float("nan"))])
+def test_a_strange_row_is_told_before_the_run_or_when_it_is_read(codec, stored, column, value):
+    """It is no index error, and no NaN in the weights."""
+    teacher = CapturedTeacher(codec)
+    damaged = {**stored, column: stored[column].clone()}
+    damaged[column][1, 3, 2] = value
+    read = teacher.signal(damaged).distribution(torch.arange(24))(slice(0, 24))
+    assert read.ids.min() >= 0 and read.ids.max() < VOCAB
+    with pytest.raises(UserError, match=r"a row that was read holds a token outside the vocabulary"):
+        teacher.signal(stored)
+    columns = {name: damaged[name].tolist() for name in ("input_ids", "labels", *codec.columns)}
+    rows = Dataset.from_dict({**columns, "seq_lengths": [[12], [12]]})
+    with pytest.raises(UserError, match="rows: decoded as plain, row 1 holds "):
+        CapturedTeacher(codec).check_rows(rows, "rows")
+    CapturedTeacher(codec).check_rows(rows.select([0]), "rows")

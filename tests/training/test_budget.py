@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from distillkit.config import UserError
 from distillkit.training.budget import steps_of_budget
 from tests.training.test_distill import configuration, run
 from tests.training.tiny import save_llama, save_text
@@ -90,3 +91,10 @@ def test_epochs_and_steps_are_told_in_tokens_too(inputs, tmp_path):
     schedule = json.loads((tmp_path / "run/run.json").read_text())["schedule"]
     assert (schedule["steps"], schedule["tokens"]) == (last["step"], last["tokens"])
     assert f"training ({last['step']} steps, " in said
+
+
+@pytest.mark.parametrize("budget", [{"max_steps": 2}, {"num_train_epochs": 1}])
+def test_fewer_rows_than_a_batch_are_no_endless_run(inputs, tmp_path, budget):
+    training = {"max_steps": -1, **budget, "dataloader_drop_last": True, "per_device_train_batch_size": 4096}
+    with pytest.raises(UserError, match=r"training_args\.dataloader_drop_last: leaves no batch of the \d+ rows"):
+        run(configuration(inputs, tmp_path / "run", training, evaluation=None))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from distillkit.evaluation import measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
 from distillkit.models.loading import load_model
 from distillkit.runs.writing import sha256
-from distillkit.shards import verify
+from distillkit.shards import read_manifest, verify, write_manifest
 from distillkit.teacher.live import LiveTeacher
 from tests.training.captures import COMPRESSED, KL, captured, configuration, first_step, run
 from tests.training.tiny import BYTES, llama, save_llama, save_text, tokenizer
@@ -123,11 +124,13 @@ def test_a_dataset_without_a_manifest_is_read_as_the_configuration_says(inputs, 
     [
         (
             {"logprob_compressor": {**COMPRESSED["logprob_compressor"], "exact_k": 16}},
-            r"^teacher\.logprob_compressor\.exact_k: is 16, but dataset\.train_dataset was captured with 8, according to its manifest; remove",
+            r"^teacher\.logprob_compressor\.exact_k: is 16, but dataset\.train_dataset was captured with 8, according "
+            r"to its manifest; remove",
         ),
         (
             {"legacy_logit_compression": {"vocab_size": BYTES, "k": 32, "exact_k": 8, "polynomial_degree": 2}},
-            r"^teacher\.legacy_logit_compression: dataset\.train_dataset was captured with logprob_compressor, according to its manifest; remove",
+            r"^teacher\.legacy_logit_compression: dataset\.train_dataset was captured with logprob_compressor, "
+            r"according to its manifest; remove",
         ),
         ({"vocab_size": 300}, r"^teacher\.vocab_size: is 300, but the outputs of dataset\.train_dataset are over 259"),
     ],
@@ -181,22 +184,23 @@ def test_what_a_damaged_packed_dataset_is_told_to_do_mends_it(inputs, tmp_path):
 
 def test_a_resumed_run_reads_again_only_a_dataset_that_has_changed(inputs, tmp_path, monkeypatch):
     data = copy(inputs, "top5", tmp_path / "data")
-    read = [Path(data) / "background.safetensors", *sorted(Path(data).glob("*.parquet"))]
+    read = sorted(Path(data).glob("*.parquet"))
+    all_read = sorted([Path(data) / "background.safetensors", *read, *(Path(data) / "tokenizer").iterdir()])
     hashed = []
     monkeypatch.setattr(verify, "sha256", lambda path: hashed.append(path) or sha256(path))
     training = {"save_steps": 1, "max_steps": 2}
     run(configuration(inputs["student"], data, tmp_path / "run", training=training))
-    assert sorted(hashed) == read
+    assert sorted(hashed) == all_read
 
     def resume():
         (tmp_path / "run/results.json").unlink(missing_ok=True)
         run(configuration(inputs["student"], data, tmp_path / "run", training=training, resume=True))
 
     resume()
-    assert sorted(hashed) == read
-    content = bytearray(read[2].read_bytes())
+    assert sorted(hashed) == all_read
+    content = bytearray(read[1].read_bytes())
     content[len(content) // 2] ^= 1
-    read[2].write_bytes(content)
+    read[1].write_bytes(content)
     with pytest.raises(UserError, match=r"shard-00001.parquet: differs from what was captured"):
         resume()
 
@@ -254,8 +258,8 @@ def with_one_more_token(folder):
 
 def test_a_student_with_one_more_token_learns_where_the_teacher_is_gone(inputs, tmp_path):
     student, data = with_one_more_token(tmp_path / "student"), copy(inputs, "top5", tmp_path / "data")
-    manifest = Path(data) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(inputs["teacher"], str(tmp_path / "gone")))
+    manifest = read_manifest(Path(data))
+    write_manifest(Path(data), replace(manifest, teacher={**manifest.teacher, "path": str(tmp_path / "gone")}))
     _, gradients = first_step(configuration(student, data, tmp_path / "run"))
     assert gradients["model.embed_tokens.weight"][:BYTES].any()
     assert not gradients["model.embed_tokens.weight"][BYTES:].any()
@@ -366,7 +370,8 @@ def test_held_out_rows_of_another_tokenizer_or_vocabulary_are_refused(inputs, tm
     data = captured(other.parent, inputs["text"], tmp_path / "others")
     with pytest.raises(UserError, match=r"^dataset\.eval_dataset: its tokenizer is not the student's: '[yz]' is"):
         run(measured_on(inputs, data, tmp_path / "run"))
-    shutil.rmtree(Path(data) / "tokenizer")
+    shutil.rmtree(Path(data) / "tokenizer")  # as in a dataset of earlier versions, which did not know its files
+    write_manifest(Path(data), replace(read_manifest(Path(data)), tokenizer_files=None))
     with pytest.raises(
         UserError, match=r"^model: its tokenizer is not the one that dataset\.eval_dataset was captured"
     ):

@@ -16,15 +16,15 @@ class KDAHybridConfig(PretrainedConfig):
     Args:
         base_config: configuration of the teacher (a dict with its ``model_type``, or the object). It decides everything
             that is not attention, and the full-attention layers.
-        layer_types: one per layer, of transformers' names. Without ``mixers`` they decide: ``"linear_attention"`` is KDA,
-            ``"full_attention"`` full attention.
+        layer_types: one per layer, of transformers' names. Without ``mixers`` they decide: ``"linear_attention"`` is
+            KDA, ``"full_attention"`` full attention.
         use_rope: whether full-attention layers keep the teacher's rotary embedding; without it they are NoPE.
         kv_heads: ``"expand"``, KDA layers have a key and value head for each query head; ``"grouped"``, they have the
             teacher's number of them and repeat their outputs.
         conv_size: taps of the short convolution of KDA layers.
         gate_lower_bound: lower bound of the logarithm of the decay (the safe gate); ``None`` for the plain gate.
-        mixers: one per layer, of the names in ``mixers.MIXERS``: ``"kda"`` or ``"full"`` (full attention). ``layer_types``
-            follow from them.
+        mixers: one per layer, of the names in ``mixers.MIXERS``: ``"kda"`` or ``"full"`` (full attention).
+            ``layer_types`` follow from them.
 
     Raises:
         ValueError: where ``mixers``, ``layer_types`` and the number of layers disagree, or an option is not one of
