@@ -133,7 +133,7 @@ def trained_length(config: ModelConfig, longest: int | None) -> int | None:
     folder = Path(config.path)
     for run in (folder, folder.parent) if folder.name.startswith(CHECKPOINT) else (folder,):
         # The record may be damaged, or a file of another program.
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
             if record := read_record(run):
                 phases = record.config.get("phases") or [{}]
                 return int(phases[-1].get("sequence_length", record.config["sequence_length"]))

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from distillkit.runs.checkpoints import complete_checkpoints, delete_incomplete, mark_complete, rotate
+from distillkit.runs.checkpoints import begin, complete_checkpoints, delete_incomplete, mark_complete, rotate
 
 
 def write(folder, step, complete=True):
     path = folder / f"checkpoint-{step}"
-    path.mkdir()
+    begin(path)
     (path / "model.safetensors").write_bytes(b"weights")
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 30}))
     if complete:

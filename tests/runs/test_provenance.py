@@ -11,7 +11,7 @@ def test_secrets_are_not_kept(monkeypatch):
     words = ["run.yaml", "training_args.hub_token=hf_abc", "teacher={api_key: sk-1, model: m}", "num_tokens=200"]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/distillkit", *words])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    kept = "distillkit run.yaml 'training_args.hub_token=***' 'teacher={api_key: ***, model: m}' num_tokens=200"
+    kept = "distillkit run.yaml 'training_args.hub_token=***' 'teacher={api_key: '\"'\"'***'\"'\"', model: m}' num_tokens=200"
     assert command() == kept
 
 
