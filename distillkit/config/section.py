@@ -46,7 +46,13 @@ def _empty_dict(value: Any) -> Any:
     return {} if value is None else value
 
 
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+def _path(text: str) -> str:
+    if not text.strip():
+        raise KeyProblem("", "must not be empty; name a folder, a file or a hub id")
+    return os.path.expanduser(text)
+
+
+PathText = Annotated[str, AfterValidator(_path)]
 """A folder, file or hub id; `~` is the home folder."""
 
 TextList = Annotated[list[str], BeforeValidator(none_is_empty, json_schema_input_type=list[str] | None)]

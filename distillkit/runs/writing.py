@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file with a checksum of its content, so that any damage to it is noticed."""
-    content = json.loads(json.dumps(content))  # as it is read again
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # as it is read again
     write_json(path, {**content, _CHECKSUM: _checksum(content)})
 
 

@@ -38,7 +38,7 @@ def settle_files(phase: Phase, folder: PhaseFolder) -> None:
         check_saved(before)
         former = read_record(before)
     if former is not None:
-        _refuse_changes(config, files, former, folder.path, whole=folder.checkpoint is not None)
+        _refuse_changes(config, files, former, folder.path, same_phase=folder.checkpoint is not None)
     if folder.checkpoint is None:
         teacher = config.teacher
         origins: dict[str, Any] = {"data": {key: _described(source) for key, source in _sources(config).items()}}
@@ -83,26 +83,20 @@ def check_saved(folder: Path) -> None:
 
 
 def _refuse_changes(
-    config: RunConfig, files: dict[str, dict[str, Path]], former: RunRecord, folder: Path, *, whole: bool
+    config: RunConfig, files: dict[str, dict[str, Path]], former: RunRecord, folder: Path, *, same_phase: bool
 ) -> None:
-    """whole: the former record is of the same phase; else only files that both name are compared."""
+    """same_phase: the former record is of this phase; else what it names in other places is not compared."""
     known: dict[str, Fingerprint] = former.files or {}
-    for key in known if whole else known.keys() & files.keys():
-        then, now = known[key], files.get(key, {})
-        names = then.keys() | now.keys() if whole else then.keys() & now.keys()
-        found = differences(
-            {name: now[name] for name in now if name in names}, {name: then[name] for name in then if name in names}
-        )
-        if found:
+    for key, then in known.items():
+        now = files.get(key, {})
+        if (same_phase or then.keys() & now.keys()) and (found := differences(now, then)):
             raise _changed(key, found[0] + (f" and {len(found) - 1} more" if len(found) > 1 else ""), folder)
-    teacher, weights = config.teacher, (former.origins or {}).get("teacher", {})
-    if (
-        isinstance(teacher, HFTeacherConfig)
-        and weights.get("path") == teacher.path
-        and _not_read(known["teacher.path"])
-    ):
-        if weights_sha256(teacher.path, teacher.kwargs) != weights["weights_sha256"]:
-            raise _changed("teacher.path", "its weights have other content", folder)
+    teacher, noted = config.teacher, (former.origins or {}).get("teacher", {})
+    if not isinstance(teacher, HFTeacherConfig) or noted.get("path") != teacher.path:
+        return
+    unknown = _not_read(known.get("teacher.path", {}))
+    if unknown and weights_sha256(teacher.path, teacher.kwargs) != noted.get("weights_sha256"):
+        raise _changed("teacher.path", "its weights have other content", folder)
 
 
 def _not_read(then: Fingerprint) -> bool:
