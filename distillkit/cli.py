@@ -23,7 +23,7 @@ from distillkit.config.schema import Kind, json_schema
 from distillkit.config.sharing import find_share
 from distillkit.config.student import KVHeads, Layout
 from distillkit.config.synthetic import check_synthetic_ready, load_synthetic_config
-from distillkit.console import FAILED, USAGE_ERROR
+from distillkit.console import FAILED, INTERRUPTED, USAGE_ERROR, sigterm_as_ctrl_c
 
 Overrides = Annotated[
     list[str] | None,
@@ -365,13 +365,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        code = app(args=words, prog_name="distillkit", standalone_mode=False)
+        with sigterm_as_ctrl_c():
+            code = app(args=words, prog_name="distillkit", standalone_mode=False)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:  # a folder that cannot be made, a full disk
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     except typer.TyperException as error:
         return _fail(error.format_message())
+    if code == INTERRUPTED:  # before a command could say how to go on
+        typer.echo("interrupted", err=True)
     return code if isinstance(code, int) else 0
 
 

@@ -127,7 +127,7 @@ def test_an_interrupted_command_ends_quietly(
 
     monkeypatch.setattr("distillkit.cli.load_run", interrupt)
     assert main([str(SEED)]) == 130
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError, shown
 from distillkit.data import tokenizer_hash
 from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.runs.secrets import without_secrets
 from distillkit.runs.writing import sha256, write_first
 from distillkit.shards import Manifest, ShardRecord
 from distillkit.shards.names import PLAN
@@ -150,13 +151,13 @@ def _without_rows(
     """The fields of a plan that do not depend on rows, as they are after a round trip through JSON."""
     described = {
         "teacher": {
-            **config.teacher.model_dump(mode="json", include={"path", "kwargs"}),
+            **without_secrets(config.teacher.model_dump(mode="json", include={"path", "kwargs"})),
             "architecture": (teacher.architectures or [type(teacher).__name__])[0],
             "commit": vars(teacher).get("_commit_hash"),  # of a hub id
             "weights_sha256": weights,
         },
         "codec": {"kind": codec.kind, "config": codec.config.model_dump(mode="json")},
-        "capture": config.model_dump(mode="json", exclude=NOT_IN_CAPTURE),
+        "capture": without_secrets(config.model_dump(mode="json", exclude=NOT_IN_CAPTURE)),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         "vocabulary_size": vocabulary_size,
     }
@@ -201,7 +202,7 @@ def _read(path: Path) -> Plan:
 
 def _differences(now: Plan, then: Plan) -> Iterator[tuple[str, str]]:
     """Key and difference of each part of a plan that must not change and has changed."""
-    present, past = _binding(now), _binding(then)
+    present, past = _binding(now), without_secrets(_binding(then))
     before, after = (keys.pop("teacher.weights_sha256") for keys in (past, present))
     for key in [*present, *(key for key in past if key not in present)]:
         if present.get(key) != past.get(key):

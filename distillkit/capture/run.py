@@ -7,7 +7,6 @@ a capture may be killed at any moment, shared among machines, and started again;
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,12 +35,10 @@ from distillkit.console import INTERRUPTED, print_line
 from distillkit.models.decoder import check_head
 from distillkit.models.loading import load_model
 from distillkit.models.varlen_attention import use_varlen_attention
-from distillkit.runs.writing import remove_leftovers
+from distillkit.runs.writing import is_full_disk, remove_leftovers
 from distillkit.shards import fitted_background, signal_table, write_background, write_manifest, write_shard
 from distillkit.shards.names import BACKGROUND
 from distillkit.teacher.captured_tokenizer import write_tokenizer
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def capture(
@@ -219,7 +216,7 @@ def _errors_of_preparation(config: CaptureConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if not is_full_disk(error):
             raise
         raise UserError(
             "output_path",
@@ -248,7 +245,7 @@ def _errors_of_capture(planned: Capture, console: Console) -> Iterator[None]:
             "give less, and run the same command again for the others",
         ) from error
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if not is_full_disk(error):
             raise
         remedy = "free some space, and run the same command again for the others"
         raise UserError("output_path", f"the disk is full at {str(planned.folder)!r}: {so_far()}; {remedy}") from error

@@ -51,7 +51,13 @@ def _given(value: Any) -> Any:
     return {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+def _path(text: str) -> str:
+    if not text.strip():
+        raise KeyProblem("", "must not be empty; name a folder, a file or a hub id")
+    return os.path.expanduser(text)
+
+
+PathText = Annotated[str, AfterValidator(_path)]
 """A folder, file or hub id; `~` is the home folder."""
 
 TextList = Annotated[list[str], BeforeValidator(none_is_empty, json_schema_input_type=list[str] | None)]

@@ -221,7 +221,7 @@ def _made_from(source: DatasetSource, tokenizer: PreTrainedTokenizerBase, prepar
         "version": _VERSION,
         "source": source.model_dump(),
         "files": file_states(source.disk_path or source.repo_id or ""),
-        "tokenizer": _text_to_ids_hash(tokenizer),
+        "tokenizer": text_to_ids_hash(tokenizer),
         **asdict(preparation),
     }
     restored: dict[str, Any] = json.loads(json.dumps(made_from))
@@ -236,7 +236,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def _text_to_ids_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def text_to_ids_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of everything in a tokenizer that decides the ids of a text."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -31,7 +31,8 @@ from distillkit.evaluation.progress import EvaluationProgress
 from distillkit.evaluation.results import FAILURES, print_results, write_results
 from distillkit.evaluation.suites import measure
 from distillkit.evaluation.units import Unit, UnitFiles, UnitResult, shortened, units_of
-from distillkit.runs.provenance import commit, machine, versions, without_secrets
+from distillkit.runs.provenance import commit, machine, versions
+from distillkit.runs.secrets import hide_in_text, leave_out_secrets, without_secrets
 
 CONFIG, UNITS = "config.yaml", "units"
 
@@ -54,11 +55,12 @@ def evaluate(
     config = shortened(requested) if requested.smoke else requested
     folder = Path(config.output_path)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(requested.model_dump(mode="json"), sort_keys=False))
+    described = requested.model_dump(mode="json")
+    (folder / CONFIG).write_text(yaml.safe_dump(leave_out_secrets(described), sort_keys=False))
     about = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(["distillkit", "evaluate", str(folder / CONFIG)]),
-        "config": without_secrets(requested.model_dump(mode="json")),
+        "config": without_secrets(described),
     }
     evaluation = _Evaluation(config, folder, console)
     try:
@@ -191,8 +193,8 @@ class _Evaluation:
 
     def _fail(self, unit: Unit, error: Exception) -> None:
         """Record one line for the results, and the traceback in the log."""
-        line = " ".join(str(error).split())
+        line = hide_in_text(" ".join(str(error).split()))
         self.failures[unit] = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
         with self._log.open("a", encoding="utf-8") as log:
-            log.write(f"{unit}\n{''.join(traceback.format_exception(error))}\n")
+            log.write(f"{unit}\n{hide_in_text(''.join(traceback.format_exception(error)))}\n")
         self._progress.fail(str(unit), self.failures[unit])

@@ -25,6 +25,7 @@ from distillkit.models.loading import (
 from distillkit.models.vocabulary import TOKENIZER_FILES, has_tokenizer
 from distillkit.runs.names import CHECKPOINT
 from distillkit.runs.record import read_record
+from distillkit.runs.secrets import leave_out_secrets
 
 _OTHER_FILES = ("chat_template*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "*.py")
 
@@ -58,7 +59,7 @@ class ModelSpec:
         """Everything that decides the model's outputs: digests of its files, or the commit of a hub id."""
         path = Path(self.config.path)
         weights = weights_sha256(self.config.path, self.config.kwargs)
-        found: dict[str, Any] = {"weights": weights, "kwargs": self.config.kwargs}
+        found: dict[str, Any] = {"weights": weights, "kwargs": leave_out_secrets(self.config.kwargs)}
         if weights is None:
             commit = vars(load_pretrained_config(self.config.path, **self.options)).get("_commit_hash")
             return {**found, "path": self.config.path, "commit": commit}
@@ -133,7 +134,7 @@ def trained_length(config: ModelConfig, longest: int | None) -> int | None:
     folder = Path(config.path)
     for run in (folder, folder.parent) if folder.name.startswith(CHECKPOINT) else (folder,):
         # The record may be damaged, or a file of another program.
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
             if record := read_record(run):
                 phases = record.config.get("phases") or [{}]
                 return int(phases[-1].get("sequence_length", record.config["sequence_length"]))

@@ -19,7 +19,7 @@ import torch
 from distillkit.config import DatasetSource
 from distillkit.config.evaluate import ESSAY_TASKS, TEACHER, EvaluateConfig
 from distillkit.data.prepared import file_states
-from distillkit.runs.provenance import without_secrets
+from distillkit.runs.secrets import without_secrets
 from distillkit.runs.writing import read_json, write_json
 
 VERSIONS = {"model": 2, "divergence": 2, "benchmarks": 1, "needles": 1, "speed": 2}
@@ -69,8 +69,13 @@ class UnitFiles:
         """Store the result of a unit."""
         path = self._path(unit, state)
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"suite": unit.suite, "task": unit.task, "settings": unit.settings, "models": without_secrets(state)}
-        content = {**about, "made_with": measured.made_with, "seconds": round(seconds, 3), "result": measured.result}
+        about = {"suite": unit.suite, "task": unit.task, "settings": unit.settings, "models": state}
+        content = {
+            **without_secrets(about),
+            "made_with": measured.made_with,
+            "seconds": round(seconds, 3),
+            "result": measured.result,
+        }
         write_json(path, content)
 
     def _path(self, unit: Unit, state: Any) -> Path:

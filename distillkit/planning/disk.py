@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from distillkit.planning.optimizer import optimizer_memory
 from distillkit.planning.settings import Settings
+from distillkit.training.optimizer_memory import optimizer_memory
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from distillkit.models.decoder import head
 from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.cuda_rules import CudaAutocast
 from distillkit.planning.ledger import Ledger, without_data
-from distillkit.planning.optimizer import optimizer_memory
 from distillkit.planning.settings import Settings
 from distillkit.student.mixers.registry import mixed_layers
 from distillkit.teacher.live import LiveTeacher
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller
+from distillkit.training.optimizer_memory import optimizer_memory
 from distillkit.training.setup import checkpoint_layers
 from distillkit.training.wiring import objective_of, signal_request
 

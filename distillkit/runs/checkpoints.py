@@ -1,18 +1,22 @@
 """Which checkpoints of a run can be gone on from.
 
 A run can be killed at any moment, also while it writes a checkpoint or deletes an old one. So a checkpoint counts only
-once it holds the file `complete`, written after everything else, and removed before anything else. An older checkpoint
-is deleted only when the newer one is complete.
+once it holds the file `complete`, written after everything else, and removed before anything else; until then it holds
+the file `unfinished`, and a folder with neither is not the run's. An older checkpoint is deleted only when the newer
+one is complete. `complete` holds a fingerprint of all files, and of the metrics until then, by which damage is noticed.
 """
 
-import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from distillkit.runs.names import CHECKPOINT, COMPLETE
-from distillkit.runs.writing import flush
+from distillkit.config.errors import UserError
+from distillkit.runs.fingerprints import differences, digest_of, fingerprint, is_cheap
+from distillkit.runs.names import CHECKPOINT, COMPLETE, METRICS, WRITING
+from distillkit.runs.writing import flush, read_json, read_sealed, write_sealed
 
 
 @dataclass(frozen=True)
@@ -24,24 +28,71 @@ class Checkpoint:
 
     def reached_the_end(self) -> bool:
         """Whether all steps of its run were made."""
-        state = json.loads((self.path / "trainer_state.json").read_text())
+        state = read_json(self.path / "trainer_state.json")
         return bool(state["global_step"] >= state["max_steps"])
+
+    def damage(self) -> list[str]:
+        """What is not as it was written: one phrase per file. Those of earlier versions cannot be checked."""
+        try:
+            then = self._written().get("files")
+        except UserError:
+            return [f"{COMPLETE} is damaged"]
+        return [] if then is None else differences(_files(self.path), then)
+
+    def checked_by(self) -> str:
+        """How its files were checked, for people."""
+        then = self._written().get("files")
+        if then is None:
+            return "its files are not checked: it is of an earlier version"
+        return "its files are whole" if is_cheap(then) else "its files have the sizes and times that they had"
+
+    def metrics(self) -> bytes | None:
+        """The metrics of its run when it was written; None where there are none to restore.
+
+        Raises `UserError` where the file no longer holds them.
+        """
+        then, path = self._written().get("metrics"), self.path.parent / METRICS
+        if then is None or not path.exists():
+            return None
+        with path.open("rb") as file:
+            content = file.read(then["size"])
+        if digest_of(content) != then["digest"]:
+            raise UserError(
+                path,
+                f"is damaged: its lines until step {self.step} are not what {self.path.name} was written with; restore "
+                "it, or remove it to go on without them",
+            )
+        return content
+
+    def _written(self) -> dict[str, Any]:
+        """The content of `complete`, which was empty once."""
+        path = self.path / COMPLETE
+        return read_sealed(path) if path.stat().st_size else {}
 
 
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
-    found = [
-        Checkpoint(path, int(path.name.removeprefix(CHECKPOINT)))
-        for path in folder.glob(f"{CHECKPOINT}*")
-        if path.name.removeprefix(CHECKPOINT).isdigit() and (path / COMPLETE).exists()
-    ]
+    found = [Checkpoint(path, step) for path, step in _numbered(folder) if (path / COMPLETE).exists()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
+def begin(path: Path) -> None:
+    """Make the folder of a checkpoint, which does not count yet. Every file in it is of the run."""
+    path.mkdir(exist_ok=True)
+    (path / WRITING).touch()
+    flush(path)
+
+
 def mark_complete(path: Path) -> None:
-    """Declare a checkpoint complete, once all that it holds has reached the disk."""
-    flush_files(path.rglob("*"))
-    (path / COMPLETE).touch()
+    """Declare a checkpoint complete, once all that it holds has reached the disk, and the metrics until then."""
+    files, metrics = _files(path), path.parent / METRICS
+    flush_files([*path.rglob("*"), metrics])
+    marker: dict[str, Any] = {"files": fingerprint(files, limit=None)}
+    if metrics.exists():
+        content = metrics.read_bytes()
+        marker["metrics"] = {"size": len(content), "digest": digest_of(content)}
+    write_sealed(path / COMPLETE, marker)
+    (path / WRITING).unlink(missing_ok=True)
     flush(path)
 
 
@@ -54,15 +105,59 @@ def flush_files(paths: Iterable[Path]) -> None:
 
 def delete(path: Path) -> None:
     """Delete a checkpoint. Killed half-way, what is left does not count as one."""
-    (path / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    if (path / COMPLETE).exists():
+        os.replace(path / COMPLETE, path / WRITING)
+    for each in path.iterdir():  # the mark goes last: until then a killed deletion is done again
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        elif each.name != WRITING:
+            each.unlink()
+    (path / WRITING).unlink(missing_ok=True)
+    path.rmdir()
 
 
 def delete_incomplete(folder: Path) -> None:
     """Delete what a killed run left half-written or half-deleted."""
-    for path in folder.glob(f"{CHECKPOINT}*"):
-        if path.is_dir() and not (path / COMPLETE).exists():
-            shutil.rmtree(path)
+    for path, _ in _numbered(folder):
+        if not (path / COMPLETE).exists() and ((path / WRITING).exists() or not any(path.iterdir())):
+            delete(path)
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises `UserError` for a folder that has the name of a checkpoint, and is none that a run wrote to its end."""
+    for path, _ in _numbered(folder):
+        if not (path / COMPLETE).exists() and not (path / WRITING).exists() and any(path.iterdir()):
+            raise UserError(
+                path,
+                f"is no checkpoint that this run wrote to its end: it lacks the file {COMPLETE!r}, which a copy may "
+                "have lost; restore the file, or rename or remove the folder",
+            )
+
+
+def newest_whole(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose files are as they were written; damaged ones that are newer are deleted.
+
+    say: is given a line about each of these.
+
+    Raises `UserError` where there are checkpoints, and none is whole.
+    """
+    damaged: list[tuple[Checkpoint, list[str]]] = []
+    for checkpoint in reversed(complete_checkpoints(folder)):
+        found = checkpoint.damage()
+        if not found:
+            for each, damage in damaged:
+                say(f"{each.path.name} is damaged ({_in_short(damage)}) and deleted; {checkpoint.path.name} is older")
+                delete(each.path)
+            return checkpoint
+        damaged.append((checkpoint, found))
+    if damaged:
+        newest, damage = damaged[0]
+        raise UserError(
+            newest.path,
+            f"is damaged ({_in_short(damage)}), and there is no other to resume from; restore it, or remove it to "
+            "start from the beginning",
+        )
+    return None
 
 
 def rotate(folder: Path, limit: int | None, best: str | None = None) -> None:
@@ -77,3 +172,19 @@ def rotate(folder: Path, limit: int | None, best: str | None = None) -> None:
         if best is None or checkpoint.path.resolve() != Path(best).resolve():
             delete(checkpoint.path)
             surplus -= 1
+
+
+def _numbered(folder: Path) -> list[tuple[Path, int]]:
+    """Folders that have the name of a checkpoint, and their steps."""
+    named = [(path, path.name.removeprefix(CHECKPOINT)) for path in folder.glob(f"{CHECKPOINT}*") if path.is_dir()]
+    return [(path, int(step)) for path, step in named if step.isascii() and step.isdecimal()]
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """The files of a checkpoint by name, but for its marks and what a killed write of these left."""
+    files = {str(each.relative_to(path)): each for each in sorted(path.rglob("*")) if each.is_file()}
+    return {name: each for name, each in files.items() if name not in (COMPLETE, WRITING) and not name.startswith(".")}
+
+
+def _in_short(damage: list[str]) -> str:
+    return damage[0] + (f" and {len(damage) - 1} more" if len(damage) > 1 else "")

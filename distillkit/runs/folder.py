@@ -5,17 +5,24 @@ is named. Phases that the YAML names have folders of their own within the run's;
 phase, and the run's folder that phase's. A phase that has begun stays as it was; later ones may still be changed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distillkit.config import Phase, Run, RunConfig, UserError
 from distillkit.config.errors import shown
-from distillkit.runs.checkpoints import Checkpoint, complete_checkpoints, delete_incomplete
-from distillkit.runs.names import CHECKPOINT, PHASES, RESULTS, RUN, UNTRAINED
+from distillkit.runs.checkpoints import (
+    Checkpoint,
+    complete_checkpoints,
+    delete_incomplete,
+    newest_whole,
+    refuse_others,
+)
+from distillkit.runs.names import CHECKPOINT, METRICS, PHASES, PREPARED, RESULTS, RUN, UNTRAINED
 from distillkit.runs.record import RunRecord, kept_config, new_record, origin, read_record
-from distillkit.runs.writing import remove_leftovers
+from distillkit.runs.secrets import HIDDEN
+from distillkit.runs.writing import read_sealed, remove_leftovers, write_whole
 
 FREE_TO_CHANGE = (
     "output_path",
@@ -80,8 +87,10 @@ def open_run(run: Run, *, main_process: bool = True) -> bool:
             its effect.
     """
     folder = run.folder
-    _refuse_foreign_files(folder)
-    finished = (folder / RESULTS).exists()
+    for each in {folder, *(phase.folder for phase in run.phases)}:
+        refuse_foreign_files(each)
+        refuse_others(each)
+    finished = bool(read_sealed(folder / RESULTS))
     former = read_record(folder)
     if not run.config.resume:
         _refuse_to_overwrite(folder)
@@ -92,17 +101,25 @@ def open_run(run: Run, *, main_process: bool = True) -> bool:
     return finished
 
 
-def open_phase(phase: Phase, *, resume: bool, main_process: bool = True) -> PhaseFolder:
-    """Open the folder of a phase of an opened run, and write `run.json` where the phase begins."""
+def open_phase(
+    phase: Phase, *, resume: bool, main_process: bool = True, say: Callable[[str], None] = lambda line: None
+) -> PhaseFolder:
+    """Open the folder of a phase of an opened run, and write `run.json` where the phase begins.
+
+    The main process comes first, and leaves only whole checkpoints. say: is given a line about each damaged one.
+
+    Raises `UserError` where files are damaged and there is no older checkpoint.
+    """
     folder = phase.folder
-    _refuse_foreign_files(folder)
-    checkpoints = complete_checkpoints(folder)
-    finished = (folder / RESULTS).exists()
+    finished = bool(read_sealed(folder / RESULTS))
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
         delete_incomplete(folder)
         if not finished:
-            _begin(phase.config, folder, resumed=resume and bool(checkpoints))
+            checkpoint = newest_whole(folder, say)
+            _restore_metrics(folder, checkpoint)
+            _begin(phase.config, folder, resumed=resume and checkpoint is not None)
+    checkpoints = complete_checkpoints(folder)
     return PhaseFolder(folder, checkpoints[-1] if checkpoints else None, finished, main_process)
 
 
@@ -123,6 +140,14 @@ def _begin(config: RunConfig, folder: Path, *, resumed: bool) -> None:
         new_record(config, converted=None if former is None else former.converted).write(folder)
 
 
+def _restore_metrics(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Drop what was logged after the checkpoint."""
+    if checkpoint is None:
+        (folder / METRICS).unlink(missing_ok=True)
+    elif (content := checkpoint.metrics()) is not None:
+        write_whole(folder / METRICS, content)
+
+
 def _held(folder: Path) -> list[str]:
     """Names of a few things of a run that would be lost if another began in the folder."""
     held = [checkpoint.path.name for checkpoint in complete_checkpoints(folder)[-1:]]
@@ -130,11 +155,11 @@ def _held(folder: Path) -> list[str]:
     return held + [f"{PHASES}/{path.name}" for path in begun_phases(folder)[-1:]]
 
 
-def _refuse_foreign_files(folder: Path) -> None:
-    """Raises `UserError` for a folder with models or checkpoints that no run of this package wrote."""
+def refuse_foreign_files(folder: Path) -> None:
+    """Raises `UserError` for a folder with files that a run would overwrite, and that no run of this package wrote."""
     if (folder / RUN).exists():
         return
-    patterns = ("*.safetensors", f"{CHECKPOINT}*", RESULTS)
+    patterns = ("*.safetensors", f"{CHECKPOINT}*", RESULTS, METRICS, UNTRAINED, PREPARED)
     held = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
     if held:
         raise UserError(
@@ -202,7 +227,8 @@ def changed_keys(config: RunConfig, former: dict[str, Any]) -> Iterator[tuple[st
     """Keys that matter to the weights and are not as they were: each with its value now and then."""
     now, then = dict(_flat(kept_config(config))), dict(_flat(_completed(former)))
     for key in [*now, *(key for key in then if key not in now)]:
-        if now.get(key) != then.get(key) and not key.startswith(FREE_TO_CHANGE):
+        secret = HIDDEN in f"{now.get(key)}{then.get(key)}"  # which may be another, and is not kept
+        if now.get(key) != then.get(key) and not secret and not key.startswith(FREE_TO_CHANGE):
             yield key, now.get(key), then.get(key)
 
 

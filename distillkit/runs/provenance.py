@@ -2,21 +2,16 @@
 
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-SECRET = re.compile(r"((?:token|api_?key|secret|password)['\"]?\s*[=:]\s*)[^\s,{}]+", re.IGNORECASE)
-"""Names of options whose values are secrets: those that end in one of these words; `tokens` is none."""
-SECRET_KEYS = ("api_key", "token")
-"""Keys of a configuration whose values are secrets."""
-HIDDEN = "***"
+from distillkit.runs.secrets import hide_in_words
+
 PACKAGES = ("distillkit", "torch", "transformers", "accelerate", "datasets", "flash-linear-attention", "lm_eval")
 
 
@@ -32,24 +27,14 @@ def versions(*others: str) -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line of this process, to be typed again; of a token or key only that there was one."""
+    """The command line of this process, to be typed again; of a secret only that there was one."""
     name = Path(sys.argv[0]).name
     words = ["python", "-m", "distillkit"] if name == "__main__.py" else [name]
     if (processes := _processes()) > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         nodes = [f"--nnodes={processes // here}"] if processes > here else []
         words = ["torchrun", *nodes, f"--nproc-per-node={here}", "-m", "distillkit"]
-    return shlex.join([*words, *(SECRET.sub(rf"\1{HIDDEN}", word) for word in sys.argv[1:])])
-
-
-def without_secrets(value: Any) -> Any:
-    """A configuration as files keep it, which others may read: without keys of servers and tokens of the hub."""
-    if isinstance(value, dict):
-        return {
-            key: HIDDEN if key in SECRET_KEYS and isinstance(inner, str) else without_secrets(inner)
-            for key, inner in value.items()
-        }
-    return [without_secrets(inner) for inner in value] if isinstance(value, list) else value
+    return shlex.join([*words, *hide_in_words(sys.argv[1:])])
 
 
 def _processes() -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 from distillkit.config import RunConfig
 from distillkit.runs.names import RUN
-from distillkit.runs.provenance import command, commit, versions, without_secrets
-from distillkit.runs.writing import read_json, write_json
+from distillkit.runs.provenance import command, commit, versions
+from distillkit.runs.secrets import without_secrets
+from distillkit.runs.writing import read_sealed, write_sealed
 
 Json = dict[str, Any]
 
@@ -30,11 +31,18 @@ class RunRecord:
     resumed: list[Json] | None = None
     """`started`, `command`, `versions` and `commit` of each time that the run was resumed."""
     converted: Json | None = None
-    """Sections `student` and `teacher` that the folder `untrained` was made from."""
+    """What the folder `untrained` was made from, sections `student` and `teacher` and the teacher's weights, and its
+    files' fingerprint."""
     embedding_rows: int | None = None
     """Rows of the student's embeddings before these grew."""
     origins: Json | None = None
     """Digests of the student's and the teacher's weights, and sizes of the data files."""
+    files: Json | None = None
+    """Fingerprints of the files that the run depends on, by the key that names them."""
+    contents: dict[str, str] | None = None
+    """Digests of the rows and the tokenizer, commit of a hub id: what the run depends on besides files."""
+    saved: Json | None = None
+    """Fingerprint of the student's files at the end of a phase."""
     verified: dict[str, str] | None = None
     """Per key of a captured dataset, a digest of the state of its files when they were verified."""
     schedule: Json | None = None
@@ -44,7 +52,7 @@ class RunRecord:
 
     def write(self, folder: Path) -> None:
         content = {name: value for name, value in asdict(self).items() if value is not None or name in _ORIGIN}
-        write_json(folder / RUN, content)
+        write_sealed(folder / RUN, content)
 
 
 def new_record(config: RunConfig, **facts: Any) -> RunRecord:
@@ -53,12 +61,12 @@ def new_record(config: RunConfig, **facts: Any) -> RunRecord:
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record in a folder; None where there is none."""
-    content = read_json(folder / RUN)
+    """The record in a folder; None where there is none. Raises `UserError` for a damaged one."""
+    content = read_sealed(folder / RUN)
     if not content:
         return None
     known = {each.name for each in fields(RunRecord)}
-    return RunRecord(**{"config": {}, **{name: value for name, value in content.items() if name in known}})
+    return RunRecord(**{name: value for name, value in content.items() if name in known})
 
 
 def origin() -> Json:

@@ -19,6 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
+from distillkit.config.errors import UserError
+
+_CHECKSUM = "checksum"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNFINISHED = ".unfinished"
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
 """Errors of a file system that has no hard links, or not between these two places."""
@@ -36,10 +42,35 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; empty if there is none."""
+    """The mapping in a JSON file; empty if there is no file. Raises `UserError` for a damaged one."""
     if not path.exists():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(path, f"is damaged: it is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(path, "is damaged: it holds no mapping")
+    return content
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file with a checksum of its content, so that any damage to it is noticed."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # as it is read again
+    write_json(path, {**content, _CHECKSUM: _checksum(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The mapping in a file of `write_sealed`, without the checksum; empty if there is no file.
+
+    Those of earlier versions have none, but a configuration. Raises `UserError` for a damaged file.
+    """
+    content = read_json(path)
+    checksum = content.pop(_CHECKSUM, None)
+    if path.exists() and (checksum != _checksum(content) if checksum else not _is_mapping(content.get("config"))):
+        raise UserError(
+            path, f"is damaged, or was changed by hand (then remove the line {_CHECKSUM!r} from it); restore it"
+        )
     return content
 
 
@@ -59,6 +90,16 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of room: also one of safetensors, or of torch, which does not say why."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _NO_ROOM
+    text = str(error)
+    return any(f"(os error {number})" in text for number in _NO_ROOM) or (
+        isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
+    )
 
 
 def sha256(path: Path) -> str:
@@ -85,6 +126,14 @@ def hard_link(source: Path, path: Path) -> bool:
             raise
         return False
     return True
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value)
 
 
 def _publish_first(staged: Path, path: Path) -> None:

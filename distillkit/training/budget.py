@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+import xxhash
 from datasets import Dataset
 from rich.console import Console
 from transformers import Trainer
@@ -21,6 +23,8 @@ from distillkit.console import print_line
 from distillkit.data.signals import list_lengths
 from distillkit.formatting import token_text
 from distillkit.runs.folder import PhaseFolder
+from distillkit.training.origins import settle
+from distillkit.training.parallel import main_process_first
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def set_steps(trainer: Trainer, rows: Dataset, budget: int | None, folder: Phase
 
     Raises `UserError` where there are fewer rows than a batch has, and incomplete batches are dropped.
     """
-    lengths = row_lengths(rows)
+    lengths, digest = scan_rows(rows)
+    main_process_first(trainer.args, lambda: settle(folder, "dataset.train_dataset", "rows", digest))
     if len(trainer.get_train_dataloader()) == 0:
         raise UserError(
             "training_args.dataloader_drop_last",
@@ -89,10 +94,14 @@ def tokens_of_steps(trainer: Trainer, lengths: np.ndarray) -> Iterator[int]:
             yield sum(batches[start : start + accumulated])
 
 
-def row_lengths(rows: Dataset) -> np.ndarray:
-    """Tokens of each row."""
-    batches = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
-    return np.concatenate([list_lengths(batch["input_ids"]) for batch in batches])
+def scan_rows(rows: Dataset) -> tuple[np.ndarray, str]:
+    """Tokens of each row, and a digest of all of them."""
+    lengths, hashed = [], xxhash.xxh3_128()
+    for batch in rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        lengths.append(list_lengths(batch["input_ids"]))
+        hashed.update(lengths[-1].tobytes())
+        hashed.update(pc.list_flatten(batch["input_ids"]).to_numpy().astype(np.int32))
+    return np.concatenate(lengths), hashed.hexdigest()
 
 
 def _steps_of(trainer: Trainer) -> int:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import datasets
 import torch
@@ -19,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from distillkit.config import Phase, Run, RunEvaluationConfig
 from distillkit.console import INTERRUPTED, print_line
 from distillkit.data.signals import TensorRows
-from distillkit.evaluation import Divergence, generate_samples, measure_divergence
+from distillkit.evaluation import Divergence, Sample, generate_samples, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
 from distillkit.reporting import write_run_report
 from distillkit.runs.checkpoints import flush_files
+from distillkit.runs.fingerprints import fingerprint
 from distillkit.runs.folder import PhaseFolder, open_phase
 from distillkit.runs.names import HTML, PREPARED
 from distillkit.training.arguments import SAVE_MINUTES, Arguments, saves_by_the_clock
@@ -34,17 +36,18 @@ from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import level_padding
 from distillkit.training.interruption import SaveRequests
 from distillkit.training.optimizers import OptimizerLine
-from distillkit.training.origins import record_origins
+from distillkit.training.origins import settle_files, settle_models
 from distillkit.training.parallel import any_process, main_process_first
 from distillkit.training.precision import cast_for_saving, compute_dtype
 from distillkit.training.results import print_results, write_phase_results
-from distillkit.training.saving import save_student
+from distillkit.training.saving import check_room, save_student, student_files
 from distillkit.training.setup import Models, load_models
 from distillkit.training.text import HeldOut, load_text
 from distillkit.training.trainer import DistillationTrainer
 from distillkit.training.wiring import objective_of, signal_request
 
 Measurement = Callable[[], Divergence]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,11 @@ def train_phase(
     if context.folder.finished:
         return
     config, folder = phase.config, context.folder
+    main_process_first(arguments.trainer, lambda: settle_files(phase, folder))
     models = load_models(config, folder, arguments, console)
     check(models.student, models.tokenizer)
+    main_process_first(arguments.trainer, lambda: settle_models(config, folder, models))
     train_rows, held_out = load_text(config, folder, arguments.trainer, models)
-    record_origins(config, folder)
     measure = _measurement(context, models, held_out)
     requests = SaveRequests(SAVE_MINUTES if saves_by_the_clock(config.training_args) else None)
     display = ProgressDisplay(console)
@@ -87,7 +91,20 @@ def train_phase(
     for callback in (requests, MetricsFile(folder.path), display, OptimizerLine(console)):
         trainer.add_callback(callback)
 
-    print_line(console, f"{phase} ({set_steps(trainer, train_rows, config.tokens, folder, console)})")
+    schedule = set_steps(trainer, train_rows, config.tokens, folder, console)
+    by_the_clock = saves_by_the_clock(config.training_args)
+    main_process_first(
+        arguments.trainer,
+        lambda: check_room(
+            models.student,
+            arguments.trainer,
+            folder,
+            steps=schedule.steps,
+            by_the_clock=by_the_clock,
+            dtype=trainer.weights_dtype,
+        ),
+    )
+    print_line(console, f"{phase} ({schedule})")
     before = _divergence_before(context, measure)
     try:
         _train(context, models, trainer)
@@ -116,7 +133,13 @@ def _begin(run: Run, phase: Phase, arguments: Arguments, console: Console) -> Ph
         )
         trainer._n_gpu = 1
     main_process = trainer.process_index == 0
-    folder = main_process_first(trainer, lambda: open_phase(phase, resume=run.config.resume, main_process=main_process))
+
+    def opened() -> PhaseFolder:
+        return open_phase(
+            phase, resume=run.config.resume, main_process=main_process, say=lambda line: print_line(console, line)
+        )
+
+    folder = main_process_first(trainer, opened)
     if folder.finished:
         print_line(console, f"{folder.path}: {phase} is finished already, nothing is left to do")
         if main_process and not (folder.path / HTML).exists():  # it was killed meanwhile
@@ -125,7 +148,7 @@ def _begin(run: Run, phase: Phase, arguments: Arguments, console: Console) -> Ph
     if run.has_phase_folders:
         print_line(console, str(phase))
     if folder.checkpoint is not None:
-        print_line(console, f"resuming after step {folder.checkpoint.step}")
+        print_line(console, f"resuming after step {folder.checkpoint.step}; {folder.checkpoint.checked_by()}")
     elif run.config.resume and not (run.has_phase_folders and phase.index > 0):
         print_line(console, f"{folder.path}: no checkpoint to resume from, the run starts from the beginning")
     set_seed(trainer.seed)
@@ -225,16 +248,14 @@ def _finish(
         save_student(models.student, folder.path, trainer.weights_dtype)
         models.tokenizer.save_pretrained(folder.path)
         flush_files(folder.path.iterdir())
-    after = measure() if measure is not None and config.evaluation is not None else None
+        folder.update_record(saved=fingerprint(student_files(folder.path)))
+    after = None
+    if measure is not None and config.evaluation is not None:
+        after = _or_line(console, "the student could not be measured", measure)
     trainer.accelerator.wait_for_everyone()  # until nobody reads the prepared rows
     if folder.main_process:
         shutil.rmtree(folder.path / PREPARED, ignore_errors=True)
-        samples = []
-        if config.evaluation is not None:
-            settings = config.evaluation.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
-            dtype = trainer.weights_dtype  # float32 masters stand beside frozen 16-bit weights between phases
-            with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                samples = generate_samples(models.student, models.tokenizer, config.evaluation.prompts, **settings)
+        samples = _or_line(console, "there are no samples", lambda: _samples(context, models, trainer)) or []
         results = write_phase_results(
             context.phase, folder.path, models.freezing, before, after, samples, arguments.device
         )
@@ -242,3 +263,22 @@ def _finish(
         print_line(console, f"the student is in {folder.path}")
         print_line(console, write_run_report(folder.path))
     finish_trackers(arguments)
+
+
+def _samples(context: PhaseContext, models: Models, trainer: DistillationTrainer) -> list[Sample]:
+    evaluation = context.phase.config.evaluation
+    if evaluation is None:
+        return []
+    settings = evaluation.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
+    dtype = trainer.weights_dtype  # float32 masters stand beside frozen 16-bit weights between phases
+    with torch.autocast(context.arguments.trainer.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return generate_samples(models.student, models.tokenizer, evaluation.prompts, **settings)
+
+
+def _or_line(console: Console, what: str, work: Callable[[], Result]) -> Result | None:
+    """What `work` returns; where it fails, a line: it must not cost a student that is trained its results."""
+    try:
+        return work()
+    except Exception as error:
+        print_line(console, f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
+        return None

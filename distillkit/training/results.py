@@ -18,7 +18,7 @@ from distillkit.runs.metrics import NOT_LOSSES, read_metrics
 from distillkit.runs.names import PHASES, RESULTS
 from distillkit.runs.provenance import commit, machine, versions
 from distillkit.runs.record import kept_config
-from distillkit.runs.writing import read_json, write_json
+from distillkit.runs.writing import read_sealed, write_sealed
 from distillkit.training.freezing import Freezing
 
 Json = dict[str, Any]
@@ -51,7 +51,7 @@ def write_phase_results(
         **_made_with(config),
         "machine": machine(device),
     }
-    write_json(folder / RESULTS, results)
+    write_sealed(folder / RESULTS, results)
     return results
 
 
@@ -61,7 +61,7 @@ def write_run_results(run: Run) -> Json:
     It has a divergence from before only where the first phase measured as the last one did: in rows of another length,
     or on another text, the same student has another divergence.
     """
-    found = [(phase, read_json(phase.folder / RESULTS)) for phase in run.phases]
+    found = [(phase, read_sealed(phase.folder / RESULTS)) for phase in run.phases]
     first, last = found[0][1], found[-1][1]
     sums = {name: sum(results["training"][name] or 0 for _, results in found) for name in ("step", "tokens", "seconds")}
     alike = _measured_on(run.phases[0].config) == _measured_on(run.phases[-1].config)
@@ -73,7 +73,7 @@ def write_run_results(run: Run) -> Json:
         "phases": [_phase_row(phase, results) for phase, results in found],
         **_made_with(run.config),
     }
-    write_json(run.folder / RESULTS, results)
+    write_sealed(run.folder / RESULTS, results)
     return results
 
 

@@ -7,6 +7,7 @@ have folders of their own, the last one's student is then put into `output_path`
 
 import gc
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -18,15 +19,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distillkit.config import Phase, Run, UserError
 from distillkit.config.readiness import check_ready
 from distillkit.config.resolve import AnyRun, as_run
-from distillkit.console import INTERRUPTED, print_line
+from distillkit.console import INTERRUPTED, print_line, sigterm_as_ctrl_c
 from distillkit.evaluation import check_prompts
 from distillkit.losses import check_losses
 from distillkit.reporting import write_run_report
-from distillkit.runs.folder import open_run
-from distillkit.runs.names import CARD, HTML, MARKDOWN, METRICS, RESULTS, RUN
+from distillkit.runs.folder import open_run, refuse_foreign_files
+from distillkit.runs.lock import locked
+from distillkit.runs.names import HTML
+from distillkit.runs.writing import is_full_disk
 from distillkit.training.arguments import Arguments, build_arguments
 from distillkit.training.freezing import check_frozen
 from distillkit.training.hub import check_token, push
+from distillkit.training.origins import check_saved
 from distillkit.training.parallel import main_process_first
 from distillkit.training.phase import train_phase
 from distillkit.training.results import print_results, write_run_results
@@ -55,28 +59,40 @@ def distill(
     _check_losses(run)
     check_token(run.config)
     try:
-        _train(run, console)
-        main_process = PartialState().is_main_process
-        PartialState().destroy_process_group()
-        if main_process:
-            push(run.config, console)
+        with sigterm_as_ctrl_c(), ExitStack() as lock:
+            _train(run, console, lock)
+            main_process = PartialState().is_main_process
+            PartialState().destroy_process_group()
+            if main_process:
+                push(run.config, console)
     except KeyboardInterrupt:  # while nothing is trained
         print_line(console, "interrupted; go on with --resume")
         raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise UserError(
+            "output_path", f"the disk is full at {str(run.folder)!r}; free some space, and go on with --resume"
+        ) from error
     return run.folder
 
 
-def _train(run: Run, console: Console) -> None:
-    """All phases that are left, and then the results of the whole."""
+def _train(run: Run, console: Console, lock: ExitStack) -> None:
+    """All phases that are left, and then the results of the whole. lock: holds that of the run's folder."""
     build = _ArgumentsBuilder()
-    for phase in reversed(
-        run.phases
-    ):  # what is wrong in a later phase is refused now; the first one's are in force last
+    # What is wrong in a later phase is refused now. The first one's come last, for they set up what is global.
+    for phase in reversed(run.phases):
         arguments = build(phase)
     main_process = arguments.trainer.process_index == 0
     console.quiet = console.quiet or not main_process
-    finished = main_process_first(arguments.trainer, lambda: open_run(run, main_process=main_process))
-    if finished:
+
+    def opened() -> bool:
+        refuse_foreign_files(run.folder)  # before anything is written there
+        if main_process:
+            lock.enter_context(locked(run.folder))
+        return open_run(run, main_process=main_process)
+
+    if main_process_first(arguments.trainer, opened):
         print_line(console, f"{run.folder}: this run is finished already, nothing is left to do")
         if main_process and not (run.folder / HTML).exists():  # it was killed meanwhile
             print_line(console, write_run_report(run.folder))
@@ -91,7 +107,8 @@ def _train(run: Run, console: Console) -> None:
             raise error if (error.key or "").startswith("phases[") else phase.located(error) from None
     if run.has_phase_folders and main_process:
         last = run.phases[-1].folder
-        link_student(last, run.folder, besides=(RUN, RESULTS, METRICS, CARD, HTML, MARKDOWN))
+        check_saved(last)
+        link_student(last, run.folder)
         print_results(console, write_run_results(run))
         print_line(console, f"the student is in {run.folder}")
         print_line(console, write_run_report(run.folder))

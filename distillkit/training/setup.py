@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
-from distillkit.config import HFTeacherConfig, RunConfig, StudentConfig, UserError
+from distillkit.config import HFTeacherConfig, RunConfig
 from distillkit.config.losses import align_attention_alone
 from distillkit.config.resolve import ORIGIN_KWARGS
 from distillkit.console import print_line
@@ -23,8 +23,10 @@ from distillkit.models.decoder import check_head
 from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
+from distillkit.runs.fingerprints import differences, files_in, fingerprint
 from distillkit.runs.folder import PhaseFolder
 from distillkit.runs.record import read_record
+from distillkit.runs.secrets import without_secrets
 from distillkit.student.mixers.registry import check_linear_mixer
 from distillkit.teacher import Teacher
 from distillkit.teacher.opening import captured_tokenizer, open_teacher
@@ -179,26 +181,20 @@ def _load_teacher(
 def _convert(
     config: RunConfig, teacher: HFTeacherConfig, model: PreTrainedModel, folder: PhaseFolder, console: Console
 ) -> None:
-    """Convert the teacher into `untrained`, which one process does, unless the same was done there already."""
+    """Convert the teacher into `untrained`, which one process does, unless the same is there or trained already."""
     assert config.student is not None
-    recipe = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
-    if not folder.main_process or (folder.untrained.exists() and _same_recipe(folder.record.converted, recipe)):
+    if not folder.main_process or folder.checkpoint is not None:
+        return
+    sections = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
+    weights = (folder.record.origins or {}).get("teacher", {}).get("weights_sha256")
+    recipe, former = {**without_secrets(sections), "weights_sha256": weights}, folder.record.converted or {}
+    same = folder.untrained.exists() and {**recipe, "files": former.get("files")} == former
+    if same and not differences(files_in(folder.untrained), former["files"]):
         return
     for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
         shutil.rmtree(remains, ignore_errors=True)
     console.print(convert_model(model, _load_teachers_tokenizer(config, teacher), folder.untrained, config.student))
-    folder.update_record(converted=recipe)
-
-
-def _same_recipe(former: dict[str, Any] | None, recipe: dict[str, Any]) -> bool:
-    """Keys that an earlier version did not have count as their defaults."""
-    if former is None:
-        return False
-    try:
-        student = StudentConfig.parse(former["student"]).model_dump(mode="json")
-    except UserError:
-        return False
-    return {**former, "student": student} == recipe
+    folder.update_record(converted={**recipe, "files": fingerprint(files_in(folder.untrained))})
 
 
 def _load_tokenizers(config: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:

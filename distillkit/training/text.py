@@ -17,6 +17,8 @@ from distillkit.runs.names import PREPARED
 from distillkit.runs.record import read_record
 from distillkit.teacher import Teacher
 from distillkit.teacher.opening import manifest_of, open_held_out, refuse_damage
+from distillkit.training.budget import scan_rows
+from distillkit.training.origins import settle
 from distillkit.training.parallel import main_process_first
 from distillkit.training.setup import Models
 
@@ -68,6 +70,8 @@ def load_text(
     _check_rows(train_rows, teacher, models, "dataset.train_dataset")
     if held_out is not None:
         _check_rows(held_out.rows, held_out.teacher, models, key)
+        digest = scan_rows(held_out.rows)[1]
+        main_process_first(arguments, lambda: settle(folder, key, "rows", digest))
     return train_rows, held_out
 
 

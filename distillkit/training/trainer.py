@@ -197,6 +197,9 @@ class DistillationTrainer(Trainer):
         path = folder / f"{CHECKPOINT}{self.state.global_step}"
         if (path / COMPLETE).exists():
             return
+        if self.args.should_save:
+            checkpoints.begin(path)
+        self.accelerator.wait_for_everyone()
         self._read_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with self._window.paused():

@@ -1,15 +1,28 @@
 """A checkpoint counts only when it is whole, at whatever moment the run was killed."""
 
 import json
+import shutil
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 
-from distillkit.runs.checkpoints import complete_checkpoints, delete_incomplete, mark_complete, rotate
+from distillkit.config import UserError
+from distillkit.runs.checkpoints import (
+    begin,
+    complete_checkpoints,
+    delete_incomplete,
+    mark_complete,
+    newest_whole,
+    refuse_others,
+    rotate,
+)
+from distillkit.runs.writing import read_sealed, write_sealed
+from tests.runs.damage import damaged
 
 
 def write(folder, step, complete=True):
     path = folder / f"checkpoint-{step}"
-    path.mkdir()
+    begin(path)
     (path / "model.safetensors").write_bytes(b"weights")
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 30}))
     if complete:
@@ -65,3 +78,115 @@ def test_a_checkpoint_knows_whether_its_run_was_through(tmp_path):
     write(tmp_path, 20)
     write(tmp_path, 30)
     assert [checkpoint.reached_the_end() for checkpoint in complete_checkpoints(tmp_path)] == [False, True]
+
+
+def test_a_folder_of_the_users_is_left_alone(tmp_path):
+    mine = tmp_path / "checkpoint-mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("x")
+    delete_incomplete(tmp_path)
+    refuse_others(tmp_path)
+    assert (mine / "notes.txt").exists()
+    numbered = tmp_path / "checkpoint-7"
+    mine.rename(numbered)
+    delete_incomplete(tmp_path)
+    with pytest.raises(
+        UserError, match=r"checkpoint-7: is no checkpoint that this run wrote to its end: it lacks .*'complete'"
+    ):
+        refuse_others(tmp_path)
+    assert (numbered / "notes.txt").exists()
+
+
+def test_a_killed_deletion_is_done_again(tmp_path, monkeypatch):
+    path = write(tmp_path, 10)
+    (path / "inner").mkdir()
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rotate_away(tmp_path)
+    assert path.exists() and steps(tmp_path) == [20]
+    delete_incomplete(tmp_path)
+    assert not path.exists()
+
+
+def rotate_away(folder):
+    write(folder, 20)
+    rotate(folder, 1)
+
+
+def test_a_damaged_newest_one_is_deleted_and_said_and_the_last_whole_one_is_used(tmp_path):
+    for step in (10, 20, 30):
+        path = write(tmp_path, step)
+    (path / "model.safetensors").write_bytes(b"weighty")
+    said = []
+    assert newest_whole(tmp_path, said.append).step == 20
+    assert said == [
+        "checkpoint-30 is damaged (model.safetensors has other content) and deleted; checkpoint-20 is older"
+    ]
+    assert steps(tmp_path) == [10, 20]
+
+
+def test_where_none_is_whole_nothing_is_deleted(tmp_path):
+    for step in (10, 20):
+        (write(tmp_path, step) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-20: is damaged \(model.safetensors is missing\), and there is no"):
+        newest_whole(tmp_path, print)
+    assert steps(tmp_path) == [10, 20]
+
+
+def test_one_of_an_earlier_version_is_used_unchecked(tmp_path):
+    path = write(tmp_path, 10)
+    (path / "complete").write_bytes(b"")
+    (path / "model.safetensors").write_bytes(b"other")
+    assert newest_whole(tmp_path, print).checked_by() == "its files are not checked: it is of an earlier version"
+
+
+@given(data=strategies.data())
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_damage_is_noticed_or_changes_nothing(tmp_path, data):
+    """Of a checkpoint's files, its mark and the metrics before it."""
+    folder = tmp_path / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 2.5}\n')
+    path = write(folder, 10)
+    logged = metrics.read_bytes()
+    metrics.write_bytes(logged + b'{"step": 11}\n')
+    names = ["model.safetensors", "trainer_state.json", "complete", "../metrics.jsonl"]
+    hit = path / data.draw(strategies.sampled_from(names))
+    before, after = hit.read_bytes(), data.draw(damaged(hit))
+    hit.write_bytes(after)
+    problem, restored = "", None
+    try:
+        restored = newest_whole(folder, print).metrics()
+    except UserError as error:
+        problem = str(error)
+    if problem:
+        assert hit.name in problem
+    elif hit.name == "complete":  # an empty one is of an earlier version
+        assert restored in (logged, None)
+    elif hit.name == "metrics.jsonl":
+        assert restored == logged
+    else:
+        assert after == before
+
+
+@given(data=strategies.data())
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_sealed_file_is_what_was_written_or_refused(tmp_path, data):
+    path = tmp_path / "run.json"
+    content = {"config": {"a": 1, "rate": 1e-3}, "rows": [1, None], "text": "x"}
+    write_sealed(path, content)
+    path.write_bytes(data.draw(damaged(path)))
+    try:
+        read = read_sealed(path)
+    except UserError as error:
+        read, problem = content, str(error)
+    else:
+        problem = f"{path}: is damaged"
+    assert problem.startswith(f"{path}: is damaged") and {name: read[name] for name in content} == content

@@ -202,9 +202,10 @@ def begun_by_another_version(finished, folder, change):
     """A folder like that of the finished run, whose configuration as it was written then is changed."""
     described = json.loads((finished[0] / "run.json").read_text())
     change(described["config"])
+    del described["checksum"]
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(described))
-    (folder / "results.json").write_text("{}")
+    (folder / "results.json").write_text(json.dumps({"config": described["config"]}))
     return folder
 
 

@@ -15,6 +15,7 @@ from distillkit.data.synthetic.passages import RepeatedPassages, numbered_entrie
 from distillkit.data.synthetic.rewriting import Rewriter, rewrite_documents
 from distillkit.models.loading import load_tokenizer, where
 from distillkit.runs.provenance import versions
+from distillkit.runs.secrets import without_secrets
 
 MIB = 2**20
 
@@ -48,7 +49,7 @@ def synthesize(config: SyntheticTextConfig, console: Console | None = None) -> l
     for path in write_parts(documents, unfinished, int(config.max_file_mib * MIB)):
         tokens = count_tokens(pq.read_table(path))
         print_line(console, f"{path.name}: {tokens:,} tokens, {path.stat().st_size / MIB:,.2f} MiB")
-    settings = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    settings = yaml.safe_dump(without_secrets(config.model_dump(mode="json", exclude_none=True)), sort_keys=False)
     made_with = ", ".join(f"{name} {version}" for name, version in versions("pyarrow", "numpy").items())
     (unfinished / "synthesis.yaml").write_text(f"# made with {made_with}\n{settings}", encoding="utf-8")
     unfinished.rename(folder)
