@@ -4,6 +4,7 @@ transformers' own ``LinearAttentionLayer`` does not count tokens, so a cache mad
 ``get_seq_length``, which generation asks for. This layer counts.
 """
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -13,15 +14,17 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """Convolution inputs ``[batch, conv_size - 1, channels]`` and state ``[batch, heads, key_dim, value_dim]``.
 
-    Both have the same size after one token and after a million.
+    Both have the same size after one token and after a million. A state cannot be taken back, so a cache that is to be
+    cropped (``activate_past_recording``, as a draft's is) keeps what the layer was given since the last crop, too.
     """
-
-    is_compileable = False
 
     def __init__(self) -> None:
         super().__init__()
         self.seen_tokens = 0
         self.is_initialized = False
+        self.recorded: list[torch.Tensor] = []
+        self.before_recorded: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self.replay: Callable[[torch.Tensor], Any] | None = None
 
     @property
     def conv_state(self) -> torch.Tensor | None:
@@ -38,6 +41,32 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
         self.has_previous_state[0] = self.is_initialized = True
 
+    def record(self, x: torch.Tensor, replay: Callable[[torch.Tensor], Any]) -> None:
+        """Keep the input ``[batch, tokens, …]`` of a call, before it changes the states; ``replay`` makes the call."""
+        if not self.recorded:
+            self.before_recorded = (self.conv_state, self.recurrent_state)
+        self.recorded.append(x)
+        self.replay = replay
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back by ``-tokens_to_remove`` tokens: to the states of the last crop, and on from there.
+
+        Raises RuntimeError for more tokens than were recorded.
+        """
+        recorded = sum(x.shape[1] for x in self.recorded)
+        if tokens_to_remove > 0 or -tokens_to_remove > recorded:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}): a KDA layer goes back by at most the {recorded} tokens recorded"
+            )
+        if tokens_to_remove < 0 and self.replay is not None:
+            kept = torch.cat(self.recorded, dim=1)[:, : recorded + tokens_to_remove]
+            self.conv_states[0], self.recurrent_states[0] = self.before_recorded
+            self.seen_tokens -= recorded
+            if kept.shape[1]:
+                self.replay(kept)
+        self.recorded = []
+
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a KDA layer has no keys and values to store")
 
@@ -51,9 +80,9 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        super().__init__()
-        self.seen_tokens = 0
-        self.is_initialized = False
+        record_past = self.record_past
+        KDACacheLayer.__init__(self)
+        self.record_past = record_past
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.conv_state is not None and self.recurrent_state is not None:

@@ -8,6 +8,7 @@ only ever see that.
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -84,6 +85,21 @@ class Documents:
     @property
     def count(self) -> int:
         return len(self.lengths)
+
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "Documents":
+        """On another device, the same object for every layer there; accelerate moves inputs of layers so."""
+        device = torch.empty(0, device=device).device
+        if device == self.device:
+            return self
+        if device not in self.elsewhere:
+            index = None if self.index is None else self.index.to(device, **kwargs)
+            self.elsewhere[device] = Documents(self.lengths, index, device)
+        return self.elsewhere[device]
+
+    @cached_property
+    def elsewhere(self) -> dict[torch.device, "Documents"]:
+        """Copies on other devices."""
+        return {}
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:

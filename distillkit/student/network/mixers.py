@@ -50,5 +50,8 @@ def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
     for index, mixer in enumerate(mixers):
         cache_layer = MIXERS[mixer].cache_layer
         if cache_layer is not None and not isinstance(cache.layers[index], cache_layer):
+            recording = cache.is_recording_past(index)
             cache.layers[index] = cache_layer()
+            if recording:
+                cache.layers[index].activate_past_recording()
     return cache
