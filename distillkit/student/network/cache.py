@@ -15,16 +15,16 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """Convolution inputs ``[batch, conv_size - 1, channels]`` and state ``[batch, heads, key_dim, value_dim]``.
 
     Both have the same size after one token and after a million. A state cannot be taken back, so a cache that is to be
-    cropped (``activate_past_recording``, as a draft's is) keeps what the layer was given since the last crop, too.
+    cropped (``activate_past_recording``, as a draft's is) keeps the states before each call since the last crop, too.
     """
+
+    record_past: bool
 
     def __init__(self) -> None:
         super().__init__()
         self.seen_tokens = 0
         self.is_initialized = False
-        self.recorded: list[torch.Tensor] = []
-        self.before_recorded: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        self.replay: Callable[[torch.Tensor], Any] | None = None
+        self.recorded: list[tuple[int, torch.Tensor | None, torch.Tensor | None, Callable[[int], Any]]] = []
 
     @property
     def conv_state(self) -> torch.Tensor | None:
@@ -38,33 +38,32 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Replace both states."""
         self.conv_states[0], self.recurrent_states[0] = conv_state, recurrent_state
         self.dtype, self.device = conv_state.dtype, conv_state.device
-        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
-        self.has_previous_state[0] = self.is_initialized = True
+        self._mark(initialized=True)
 
-    def record(self, x: torch.Tensor, replay: Callable[[torch.Tensor], Any]) -> None:
-        """Keep the input ``[batch, tokens, …]`` of a call, before it changes the states; ``replay`` makes the call."""
-        if not self.recorded:
-            self.before_recorded = (self.conv_state, self.recurrent_state)
-        self.recorded.append(x)
-        self.replay = replay
+    def _mark(self, *, initialized: bool) -> None:
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = initialized
+        self.has_previous_state[0] = self.is_initialized = initialized
+
+    def record(self, tokens: int, replay: Callable[[int], Any]) -> None:
+        """Before a call with so many tokens; ``replay`` makes the call with the first few of them."""
+        self.recorded.append((tokens, self.conv_state, self.recurrent_state, replay))
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Go back by ``-tokens_to_remove`` tokens: to the states of the last crop, and on from there.
+        """Go back by ``-tokens_to_remove`` tokens; the next time no further than to here.
 
         Raises RuntimeError for more tokens than were recorded.
         """
-        recorded = sum(x.shape[1] for x in self.recorded)
-        if tokens_to_remove > 0 or -tokens_to_remove > recorded:
-            raise RuntimeError(
-                f"crop({tokens_to_remove}): a KDA layer goes back by at most the {recorded} tokens recorded"
-            )
-        if tokens_to_remove < 0 and self.replay is not None:
-            kept = torch.cat(self.recorded, dim=1)[:, : recorded + tokens_to_remove]
-            self.conv_states[0], self.recurrent_states[0] = self.before_recorded
-            self.seen_tokens -= recorded
-            if kept.shape[1]:
-                self.replay(kept)
+        remove, recorded = -tokens_to_remove, sum(tokens for tokens, *_ in self.recorded)
+        if not 0 <= remove <= recorded:
+            raise RuntimeError(f"crop({tokens_to_remove}): the state can go back by the {recorded} tokens recorded")
+        while remove > 0:
+            tokens, self.conv_states[0], self.recurrent_states[0], replay = self.recorded.pop()
+            self._mark(initialized=self.conv_state is not None)
+            self.seen_tokens -= tokens
+            if tokens > remove:
+                replay(tokens - remove)
+            remove -= tokens
         self.recorded = []
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -158,20 +158,25 @@ class KimiDeltaAttention(nn.Module):
             if not isinstance(cache, KDACacheLayer):
                 raise TypeError(f"layer {self.layer_idx} of the cache is {cache}, not a KDACacheLayer")
             if cache.record_past:
-                if documents is not None:
-                    raise ValueError("a cache that is to be cropped (a draft's) takes no padding and no documents")
-                cache.record(hidden_states, functools.partial(self, past_key_values=past_key_values))
+                cache.record(tokens, functools.partial(self._again, hidden_states, documents, past_key_values))
         if documents is not None:
             hidden_states = documents.flatten(hidden_states)
-        output = self._mix(hidden_states, documents, cache)
-        gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        output = self.o_norm(output, gate).flatten(-2)
-        output = self.o_proj(output.to(hidden_states.dtype))
+        output = hidden_states
+        if hidden_states.shape[1] > 0:  # else all is padding, and the state stays as it is
+            output = self._mix(hidden_states, documents, cache)
+            gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+            output = self.o_norm(output, gate).flatten(-2)
+            output = self.o_proj(output.to(hidden_states.dtype))
         if documents is not None:
             output = documents.restore(output, batch, tokens)
         if cache is not None:
             cache.seen_tokens += tokens
         return output, None
+
+    def _again(self, hidden_states: torch.Tensor, documents: Documents | None, cache: Cache, tokens: int) -> None:
+        """An earlier call, with its first ``tokens`` alone."""
+        part = None if documents is None else documents.first(tokens, *hidden_states.shape[:2])
+        self(hidden_states[:, :tokens], part, cache)
 
     def _mix(self, x: torch.Tensor, documents: Documents | None, cache: KDACacheLayer | None) -> torch.Tensor:
         """``[batch, tokens, hidden_size]`` → ``[batch, tokens, heads, head_dim]``."""

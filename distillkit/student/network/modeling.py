@@ -41,9 +41,13 @@ class KDAHybridPreTrainedModel(PreTrainedModel):
         base_config._attn_implementation = config._attn_implementation
         self.model = MODEL_MAPPING[type(base_config)](base_config)
         self._no_split_modules = self.model._no_split_modules
+
+    def _exchange(self, config: KDAHybridConfig) -> None:
+        """The last step of ``__init__``."""
         exchange_attention(self.model, config)
         self.model._tp_plan = _tensor_parallel_plan(self.model, config)
         self.model._fsdp_plan |= _own_shards(self.model, config)
+        self.post_init()
 
 
 class KDAHybridModel(KDAHybridPreTrainedModel):
@@ -53,11 +57,11 @@ class KDAHybridModel(KDAHybridPreTrainedModel):
 
     def __init__(self, config: KDAHybridConfig) -> None:
         super().__init__(config)
-        self.post_init()
+        self._exchange(config)
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(self, input_ids: torch.LongTensor | None = None, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         """As any decoder of transformers; ``cu_seqlens`` gives document boundaries."""
-        return self.model(*args, **kwargs)
+        return self.model(input_ids, *args, **kwargs)
 
 
 class KDAHybridForCausalLM(KDAHybridPreTrainedModel, GenerationMixin):
@@ -75,7 +79,7 @@ class KDAHybridForCausalLM(KDAHybridPreTrainedModel, GenerationMixin):
     def __init__(self, config: KDAHybridConfig) -> None:
         super().__init__(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self._exchange(config)
 
     @can_return_tuple
     def forward(
