@@ -176,7 +176,7 @@ def check_teacher(teacher: PreTrainedModel, student: StudentConfig) -> None:
     """Raise `UserError`, naming what is missing, for a model whose attention cannot be exchanged."""
     check_linear_mixer(student.mixer)
     name = type(teacher).__name__
-    if type(teacher.config) not in MODEL_MAPPING:
+    if type(teacher.config) not in MODEL_MAPPING or isinstance(teacher.config, KDAHybridConfig):
         raise UserError("teacher", f"{name} is no decoder of transformers' own and cannot be converted")
     layers = dict(teacher.get_decoder().named_children()).get("layers")
     if not isinstance(layers, nn.ModuleList):

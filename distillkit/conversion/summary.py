@@ -85,8 +85,8 @@ def summarize(teacher: PreTrainedModel, student: KDAHybridForCausalLM) -> Conver
     memory = [
         MemorySummary(
             tokens,
-            teacher_kv_cache=_kv_cache_bytes(teacher, teacher, tokens),
-            student_kv_cache=_kv_cache_bytes(student, teacher, tokens),
+            teacher_kv_cache=_kv_cache_bytes(teacher, tokens),
+            student_kv_cache=_kv_cache_bytes(student, tokens),
             student_state=sum(mixer.state_bytes(layer) for layer, mixer in mixed_layers(student)),
         )
         for tokens in CONTEXT_LENGTHS
@@ -94,14 +94,12 @@ def summarize(teacher: PreTrainedModel, student: KDAHybridForCausalLM) -> Conver
     return ConversionSummary(layers, _count(teacher), _count(student), memory)
 
 
-def _kv_cache_bytes(model: PreTrainedModel, teacher: PreTrainedModel, tokens: int) -> int:
-    """Keys and values of `tokens` tokens; no more than the window where the teacher's slides."""
+def _kv_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Keys and values of `tokens` tokens; no more than the window where a layer's slides."""
     total = 0
-    for (layer, mixer), cache_layer in zip(
-        mixed_layers(model), DynamicCache(config=teacher.config).layers, strict=True
-    ):
-        cached_tokens = min(tokens, cache_layer.sliding_window) if cache_layer.is_sliding else tokens
-        total += cached_tokens * mixer.cache_channels(layer) * teacher.dtype.itemsize
+    for (layer, mixer), cache_layer in zip(mixed_layers(model), DynamicCache(config=model.config).layers, strict=True):
+        cached_tokens = min(tokens, getattr(cache_layer, "sliding_window", tokens))
+        total += cached_tokens * mixer.cache_channels(layer) * model.dtype.itemsize
     return total
 
 

@@ -39,9 +39,11 @@ def base_config(family="llama", **changes):
 
 
 def student(family="llama", layout="hybrid", seed=0, config_changes=None, **options):
-    """A student in evaluation mode whose gates differ from token to token."""
+    """A student in evaluation mode whose gates differ from token to token; `layout` is a name, or a list of layers."""
     torch.manual_seed(seed)
-    config = KDAHybridConfig(base_config(family, **(config_changes or {})), LAYOUTS[layout], **options)
+    layers = LAYOUTS[layout] if isinstance(layout, str) else layout
+    base = base_config(family, **{"num_hidden_layers": len(layers), **(config_changes or {})})
+    config = KDAHybridConfig(base, layers, **options)
     model = KDAHybridForCausalLM(config).eval()
     for module in model.modules():
         if isinstance(module, KimiDeltaAttention):

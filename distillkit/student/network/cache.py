@@ -4,6 +4,7 @@ transformers' own ``LinearAttentionLayer`` does not count tokens, so a cache mad
 ``get_seq_length``, which generation asks for. This layer counts.
 """
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -13,15 +14,17 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """Convolution inputs ``[batch, conv_size - 1, channels]`` and state ``[batch, heads, key_dim, value_dim]``.
 
-    Both have the same size after one token and after a million.
+    Both have the same size after one token and after a million. A state cannot be taken back, so a cache that is to be
+    cropped (``activate_past_recording``, as a draft's is) keeps the states before each call since the last crop, too.
     """
 
-    is_compileable = False
+    record_past: bool
 
     def __init__(self) -> None:
         super().__init__()
         self.seen_tokens = 0
         self.is_initialized = False
+        self.recorded: list[tuple[int, torch.Tensor | None, torch.Tensor | None, Callable[[int], Any]]] = []
 
     @property
     def conv_state(self) -> torch.Tensor | None:
@@ -35,8 +38,33 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Replace both states."""
         self.conv_states[0], self.recurrent_states[0] = conv_state, recurrent_state
         self.dtype, self.device = conv_state.dtype, conv_state.device
-        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
-        self.has_previous_state[0] = self.is_initialized = True
+        self._mark(initialized=True)
+
+    def _mark(self, *, initialized: bool) -> None:
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = initialized
+        self.has_previous_state[0] = self.is_initialized = initialized
+
+    def record(self, tokens: int, replay: Callable[[int], Any]) -> None:
+        """Before a call with so many tokens; ``replay`` makes the call with the first few of them."""
+        self.recorded.append((tokens, self.conv_state, self.recurrent_state, replay))
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back by ``-tokens_to_remove`` tokens; the next time no further than to here.
+
+        Raises RuntimeError for more tokens than were recorded.
+        """
+        remove, recorded = -tokens_to_remove, sum(tokens for tokens, *_ in self.recorded)
+        if not 0 <= remove <= recorded:
+            raise RuntimeError(f"crop({tokens_to_remove}): the state can go back by the {recorded} tokens recorded")
+        while remove > 0:
+            tokens, self.conv_states[0], self.recurrent_states[0], replay = self.recorded.pop()
+            self._mark(initialized=self.conv_state is not None)
+            self.seen_tokens -= tokens
+            if tokens > remove:
+                replay(tokens - remove)
+            remove -= tokens
+        self.recorded = []
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a KDA layer has no keys and values to store")
@@ -51,9 +79,9 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        super().__init__()
-        self.seen_tokens = 0
-        self.is_initialized = False
+        record_past = self.record_past
+        KDACacheLayer.__init__(self)
+        self.record_past = record_past
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.conv_state is not None and self.recurrent_state is not None:

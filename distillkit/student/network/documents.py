@@ -8,6 +8,7 @@ only ever see that.
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -46,13 +47,10 @@ class Documents:
     device: torch.device
 
     @classmethod
-    @lru_cache(maxsize=4)  # every layer of a model asks for the same
     def rows(cls, batch: int, tokens: int, device: torch.device) -> "Documents":
         """Every row of a batch is one document."""
-        documents = cls((tokens,) * batch, None, device)
-        with torch.inference_mode(False):  # made in inference, they must serve training too
-            _ = documents.cu_seqlens, documents.position_ids, documents.chunk_plan
-        return documents
+        make = _rows.__wrapped__ if torch.compiler.is_exporting() else _rows  # nothing of a trace may outlive it
+        return make(batch, tokens, device)
 
     @classmethod
     def from_attention_mask(cls, attention_mask: torch.Tensor) -> "Documents | None":
@@ -85,6 +83,21 @@ class Documents:
     def count(self) -> int:
         return len(self.lengths)
 
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "Documents":
+        """On another device, the same object for every layer there; accelerate moves inputs of layers so."""
+        device = torch.empty(0, device=device).device
+        if device == self.device:
+            return self
+        if device not in self.elsewhere:
+            index = None if self.index is None else self.index.to(device, **kwargs)
+            self.elsewhere[device] = Documents(self.lengths, index, device)
+        return self.elsewhere[device]
+
+    @cached_property
+    def elsewhere(self) -> dict[torch.device, "Documents"]:
+        """Copies on other devices."""
+        return {}
+
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """``[documents + 1]``, int64: start of each document, then the number of tokens."""
@@ -97,6 +110,12 @@ class Documents:
         lengths = torch.tensor(self.lengths, device=self.device)
         starts = self.cu_seqlens[:-1].repeat_interleave(lengths)
         return torch.arange(sum(self.lengths), device=self.device) - starts
+
+    def first(self, kept: int, batch: int, tokens: int) -> "Documents | None":
+        """Of rows ``[batch, tokens]`` with padding, the documents in their first ``kept`` tokens."""
+        used = torch.zeros(batch * tokens, dtype=torch.bool, device=self.device)
+        used[slice(None) if self.index is None else self.index] = True
+        return Documents.from_attention_mask(used.view(batch, tokens)[:, :kept])
 
     def flatten(self, x: torch.Tensor) -> torch.Tensor:
         """``[batch, tokens, ...]`` → ``[1, document tokens, ...]``."""
@@ -121,3 +140,11 @@ class Documents:
         first_chunk_of_step = torch.tensor([0, *steps], device=self.device).cumsum(0)
         chunk = first_chunk_of_step[self.position_ids // CHUNK_SIZE] + rank
         return ChunkPlan(chunk * CHUNK_SIZE + self.position_ids % CHUNK_SIZE, steps, order, sum(steps))
+
+
+@lru_cache(maxsize=4)  # every layer of a model asks for the same
+def _rows(batch: int, tokens: int, device: torch.device) -> Documents:
+    documents = Documents((tokens,) * batch, None, device)
+    with torch.inference_mode(False):  # made in inference, they must serve training too
+        _ = documents.cu_seqlens, documents.position_ids, documents.chunk_plan
+    return documents

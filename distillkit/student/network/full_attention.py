@@ -1,8 +1,8 @@
 """Full attention in a student: the teacher's own module, with its weights, kernels and cache; without positions (NoPE)
 unless the configuration keeps them.
 
-A rotary embedding turns queries and keys by cos and sin of an angle. With cos = 1 and sin = 0 it turns nothing, so the
-teacher's module serves unchanged.
+A layer without positions computes what the teacher's does with every position 0. The rotary embedding is not left out
+for that but asked for position 0: its cos is not 1 there where it scales attention (YaRN, longrope).
 """
 
 from typing import Any
@@ -12,17 +12,22 @@ from torch import nn
 
 
 def keep_full_attention(attention: nn.Module, config: Any, layer_idx: int) -> nn.Module:
-    """The teacher's attention, which takes no documents and, unless ``config.use_rope``, no positions."""
+    """The teacher's attention, which takes no documents."""
     attention.register_forward_pre_hook(_without_documents, with_kwargs=True)
-    if not config.use_rope:
-        attention.register_forward_pre_hook(_at_angle_zero, with_kwargs=True)
     return attention
+
+
+def forget_positions(rotary_embedding: nn.Module) -> None:
+    """Let a decoder's rotary embedding, called with ``(hidden_states, position_ids, …)``, give that of position 0."""
+    rotary_embedding.register_forward_pre_hook(_at_position_zero, with_kwargs=True)
 
 
 def _without_documents(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     return args, {name: value for name, value in kwargs.items() if name != "documents"}
 
 
-def _at_angle_zero(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    cos, sin = kwargs["position_embeddings"]
-    return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+def _at_position_zero(rotary: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": torch.zeros_like(kwargs["position_ids"])}
+    hidden_states, position_ids, *others = args
+    return (hidden_states, torch.zeros_like(position_ids), *others), kwargs

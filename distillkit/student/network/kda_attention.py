@@ -33,7 +33,11 @@ except ImportError:
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over ``conv_size`` tokens, then SiLU; ``weight`` is ``[channels, 1, conv_size]``."""
+    """Causal depthwise convolution over ``conv_size`` tokens, then SiLU; ``weight`` is ``[channels, 1, conv_size]``.
+
+    Those of queries, keys and values are computed together, so this module only gives its weight. It has to be called
+    for it: what brings weights to a device just in time, or in shards, does so for modules that are called.
+    """
 
     def __init__(self, channels: int, conv_size: int) -> None:
         super().__init__()
@@ -44,6 +48,10 @@ class ShortConvolution(nn.Module):
         """As of a convolution of PyTorch."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self) -> torch.Tensor:
+        """A copy of the weight, ``[channels, conv_size]``: the weight itself may be taken away after the call."""
+        return self.weight.squeeze(1).clone()
 
 
 class GatedRMSNorm(nn.Module):
@@ -158,22 +166,31 @@ class KimiDeltaAttention(nn.Module):
             cache = past_key_values.layers[self.layer_idx]
             if not isinstance(cache, KDACacheLayer):
                 raise TypeError(f"layer {self.layer_idx} of the cache is {cache}, not a KDACacheLayer")
+            if cache.record_past:
+                cache.record(tokens, functools.partial(self._again, hidden_states, documents, past_key_values))
         if documents is not None:
             hidden_states = documents.flatten(hidden_states)
-        output = self._mix(hidden_states, documents, cache)
-        gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        output = self.o_norm(output, gate).flatten(-2)
-        output = self.o_proj(output.to(hidden_states.dtype))
+        output = hidden_states
+        if hidden_states.shape[1] > 0:  # else all is padding, and the state stays as it is
+            output = self._mix(hidden_states, documents, cache)
+            gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+            output = self.o_norm(output, gate).flatten(-2)
+            output = self.o_proj(output.to(hidden_states.dtype))
         if documents is not None:
             output = documents.restore(output, batch, tokens)
         if cache is not None:
             cache.seen_tokens += tokens
         return output, None
 
+    def _again(self, hidden_states: torch.Tensor, documents: Documents | None, cache: Cache, tokens: int) -> None:
+        """An earlier call, with its first ``tokens`` alone."""
+        part = None if documents is None else documents.first(tokens, *hidden_states.shape[:2])
+        self(hidden_states[:, :tokens], part, cache)
+
     def _mix(self, x: torch.Tensor, documents: Documents | None, cache: KDACacheLayer | None) -> torch.Tensor:
         """``[batch, tokens, hidden_size]`` → ``[batch, tokens, heads, head_dim]``."""
         projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        weights: list[torch.Tensor] = [self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]
+        weights = [self.q_conv1d(), self.k_conv1d(), self.v_conv1d()]
         kernels = FLA_AVAILABLE and x.is_cuda
         conv_state = None
         if kernels and cache is None:
@@ -181,7 +198,7 @@ class KimiDeltaAttention(nn.Module):
         else:
             conv_state = None if cache is None else cache.conv_state
             joined, conv_state = short_convolution(
-                torch.cat(projected, dim=-1), torch.cat(weights).squeeze(1), conv_state, documents
+                torch.cat(projected, dim=-1), torch.cat(weights), conv_state, documents
             )
             convolved = list(joined.split([each.shape[-1] for each in projected], dim=-1))
         query, key, value = (each.unflatten(-1, (-1, self.head_dim)) for each in convolved)
@@ -257,7 +274,7 @@ def _convolve_with_kernels(
     _ready_kernels()
     cu_seqlens = None if documents is None else documents.cu_seqlens
     return [
-        causal_conv1d(x, weight.squeeze(1), activation="silu", cu_seqlens=cu_seqlens)[0]
+        causal_conv1d(x, weight, activation="silu", cu_seqlens=cu_seqlens)[0]
         for x, weight in zip(projected, weights, strict=True)
     ]
 

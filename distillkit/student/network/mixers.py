@@ -44,11 +44,18 @@ MIXERS: dict[str, LayerMixer] = {
 
 
 def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
-    """Put the cache layers of ``mixers`` into ``cache`` where it has others; returns ``cache``."""
+    """Put the cache layers of ``mixers`` into ``cache`` where it has others; returns ``cache``.
+
+    Raises ValueError where one of those others holds something: it is another model's cache.
+    """
     while len(cache.layers) < len(mixers):  # a DynamicCache made without a config adds its layers as they come
         cache.layers.append(cache.layer_class_to_replicate())
     for index, mixer in enumerate(mixers):
-        cache_layer = MIXERS[mixer].cache_layer
-        if cache_layer is not None and not isinstance(cache.layers[index], cache_layer):
+        cache_layer, other = MIXERS[mixer].cache_layer, cache.layers[index]
+        if cache_layer is not None and not isinstance(other, cache_layer):
+            if isinstance(other, CacheLayerMixin) and other.get_seq_length() > 0:
+                raise ValueError(f"past_key_values: layer {index} holds keys and values, and is {mixer} here")
             cache.layers[index] = cache_layer()
+            if getattr(other, "record_past", False):
+                cache.layers[index].activate_past_recording()
     return cache
