@@ -7,8 +7,9 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from distillkit.config.errors import UserError
 from distillkit.runs.names import LOCK
@@ -26,22 +27,18 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
+        file = _opened(folder / LOCK)
+    except BlockingIOError:
+        who = "which has just ended"
+        with suppress(OSError):
+            who = (folder / LOCK).read_text()
+        raise UserError(
+            "output_path",
+            f"another process works in {str(folder)!r} ({who}); wait until it has ended, or choose another output_path",
+        ) from None
     except OSError as error:
         raise UserError("output_path", f"nothing can be written into {str(folder)!r}: {error.strerror}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                "output_path",
-                f"another process works in {str(folder)!r} ({file.read(200).strip()}); wait until it has ended, or "
-                "choose another output_path",
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         _held.add(file.fileno())
@@ -49,6 +46,24 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(file.fileno())
+            (folder / LOCK).unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> TextIO:
+    """The file, empty and locked. Raises BlockingIOError where another process has locked it."""
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # a file system without locks
+            pass
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            return file
+        file.close()  # its owner has deleted it in the moment before it was locked
 
 
 def _let_go() -> None:

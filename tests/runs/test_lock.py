@@ -42,6 +42,7 @@ def test_another_process_is_refused_by_name_until_the_first_is_gone(tmp_path):
     process.join()
     with locked(tmp_path / "run"):
         pass
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_processes_that_the_owner_forked_do_not_keep_it(tmp_path):
