@@ -22,6 +22,7 @@ from distillkit.config.schema import Kind, json_schema
 from distillkit.config.student import KVHeads, Layout
 from distillkit.config.synthetic import check_synthetic_ready, load_synthetic_config
 from distillkit.console import FAILED, USAGE_ERROR
+from distillkit.runs.writing import json_text
 
 Overrides = Annotated[
     list[str] | None,
@@ -105,7 +106,7 @@ def _print_plan(described: Run | CaptureConfig, *, gpu: str = "H100", gpus: int 
             plan = plan_capture(described, gpu=gpu)
             tables = capture_tables(plan)
     if as_json:
-        typer.echo(json.dumps(plan.as_dict(), indent=2, ensure_ascii=False))
+        typer.echo(json_text(plan.as_dict(), indent=2))
     else:
         Console().print(tables)
     if plan.errors:

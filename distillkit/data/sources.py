@@ -17,6 +17,8 @@ from distillkit.config.errors import UserError
 from distillkit.shards import read_manifest
 from distillkit.shards.names import PLAN, SHARD
 
+_JSON_AT_ONCE = 10 * 2**20
+"""Bytes of a JSON file that the datasets library reads at once."""
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
@@ -77,10 +79,25 @@ def _local_splits(path: str, where: str) -> DatasetDict:
         raise UserError(where, f"files must be {', '.join(LOADERS)}, or a folder of save_to_disk")
     if len(kinds) > 1:
         raise UserError(where, f"it holds {' and '.join(kinds)} files; name one kind by a pattern such as {path}/*.txt")
+    for name in data_files if kinds == ["json"] else ():
+        _refuse_null(name)
     options = {"sample_by": "document"} if kinds == ["text"] else {}  # a file is a document, not each of its lines
     if os.path.isdir(path):  # splits by file names, as in a dataset of the hub
         return datasets.load_dataset(path, **options)
     return datasets.load_dataset(kinds[0], data_files={"train": data_files}, **options)
+
+
+def _refuse_null(file: str) -> None:
+    """Raises ValueError where a stretch of a JSON file begins with the row null: there pyarrow ends the process."""
+    with open(file, "rb") as rows:
+        start, end = 0, os.path.getsize(file)
+        while start < end:
+            first = next((part for part in iter(lambda: rows.readline(4096), b"") if not part.isspace()), b"")
+            if first.split()[:1] == [b"null"]:
+                raise ValueError("a row is null; each must be a mapping of columns to values")
+            rows.seek(start + _JSON_AT_ONCE)
+            rows.readline()
+            start = rows.tell()
 
 
 def _choose_split(splits: DatasetDict, split: str | None, named: str, key: str) -> Dataset:

@@ -23,12 +23,13 @@ from rich.console import Console
 
 from distillkit.config.errors import UserError
 from distillkit.config.evaluate import TEACHER, EvaluateConfig
+from distillkit.config.evaluate_options import check_evaluate_ready
 from distillkit.config.yaml_files import as_section
 from distillkit.console import INTERRUPTED, print_line
 from distillkit.evaluation.model_spec import LoadedModel, ModelSpec, release_memory
 from distillkit.evaluation.progress import EvaluationProgress
 from distillkit.evaluation.results import FAILURES, print_results, write_results
-from distillkit.evaluation.suites import measure
+from distillkit.evaluation.suites import check_settings, measure
 from distillkit.evaluation.units import Unit, UnitFiles, UnitResult, shortened, units_of
 from distillkit.runs.provenance import commit, machine, versions, without_secrets
 
@@ -49,6 +50,8 @@ def evaluate(
     if not console.is_terminal:
         datasets.disable_progress_bars()
     requested = as_section(EvaluateConfig, config)
+    check_evaluate_ready(requested)
+    check_settings(requested)
     config = shortened(requested) if requested.smoke else requested
     folder = Path(config.output_path)
     folder.mkdir(parents=True, exist_ok=True)

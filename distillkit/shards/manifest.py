@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distillkit.config.errors import UserError
-from distillkit.runs.writing import write_whole
+from distillkit.runs.writing import json_text, write_whole
 from distillkit.shards.files import ShardRecord
 from distillkit.shards.names import CARD, MANIFEST
 
@@ -71,7 +71,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, complete or not at all, and a `README.md` by which the datasets library finds the rows."""
     card = _CARD.format(teacher=manifest.teacher.get("path", ""), codec=manifest.codec_kind)
     write_whole(folder / CARD, card.encode())
-    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, sort_keys=True)
+    text = json_text(asdict(manifest), indent=2, sort_keys=True)
     write_whole(folder / MANIFEST, (text + "\n").encode())
 
 
