@@ -88,7 +88,13 @@ def _check_loading_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+def _check_path(path: str) -> str:
+    if not path.strip():
+        raise ValueError("is empty; name a file or folder")
+    return os.path.expanduser(path)
+
+
+PathText = Annotated[str, AfterValidator(_check_path)]
 """A folder, file or hub id; `~` is the home folder."""
 
 LoadingArguments = Annotated[dict[str, Any], AfterValidator(_check_loading_arguments)]

@@ -4,12 +4,11 @@ lm-eval is an optional dependency. A task is looked up by name among lm-eval's o
 local one needs no network.
 """
 
-import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from typing import Any
 
@@ -83,10 +82,19 @@ def check_tasks(settings: BenchmarksConfig, names: Sequence[str]) -> Any:
     return tasks
 
 
-def _without_noise() -> AbstractContextManager[object]:
-    """lm-eval writes progress bars to stderr, which on a terminal would break the bar of the evaluation."""
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Nothing on stderr: lm-eval writes bars and warnings there, and so does the git that it starts for its version."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return redirect_stderr(io.StringIO()) if sys.stderr.isatty() else nullcontext()
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing, redirect_stderr(nothing):
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @cache
