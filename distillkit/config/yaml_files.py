@@ -36,17 +36,18 @@ class _Loader(yaml.SafeLoader):
         while waiting:
             each, level = waiting.pop()
             seen += 1
+            problem = ""
             if seen > _MOST_VALUES:
-                raise yaml.constructor.ConstructorError(None, None, f"holds more than {_MOST_VALUES:,} values", None)
-            if level > _MOST_LEVELS:
+                problem = f"holds more than {_MOST_VALUES:,} values"
+            elif level > _MOST_LEVELS:
                 problem = f"is nested more than {_MOST_LEVELS} levels deep"
-                raise yaml.constructor.ConstructorError(None, None, problem, each.start_mark)
-            if isinstance(each, yaml.MappingNode):
+            elif isinstance(each, yaml.MappingNode):
                 waiting += [(part, level + 1) for pair in each.value for part in pair]
             elif isinstance(each, yaml.SequenceNode):
                 waiting += [(part, level + 1) for part in each.value]
             elif unprintable := re.search("[\0\ud800-\udfff]", each.value):
                 problem = f"holds the character {unprintable.group()!r}, which no text has"
+            if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, each.start_mark)
         return node
 
