@@ -24,13 +24,14 @@ from distillkit.config.sharing import find_share
 from distillkit.config.student import KVHeads, Layout
 from distillkit.config.synthetic import check_synthetic_ready, load_synthetic_config
 from distillkit.console import FAILED, INTERRUPTED, USAGE_ERROR, sigterm_as_ctrl_c
+from distillkit.runs.writing import json_text
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Keys to change: training_args.learning_rate=3e-4", metavar="KEY=VALUE"),
 ]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,9 +56,9 @@ def root(
 def distill(
     config: Annotated[Path, typer.Argument(help="The run, as YAML.", metavar="CONFIG.yaml")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_path.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in output_path.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only estimate what the run would cost, as distillkit plan does.")
+        bool, typer.Option("--dry-run", help="Only estimate the cost of the run, as distillkit plan does.")
     ] = False,
 ) -> None:
     """Run the distillation that a YAML file describes."""
@@ -76,14 +77,14 @@ def distill(
 def plan(
     config: Annotated[Path, typer.Argument(help="A run or a capture, as YAML.", metavar="CONFIG.yaml")],
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="The GPU that time and memory are estimated for.")] = "H100",
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    gpu: Annotated[str, typer.Option(help="GPU model for the estimates of time and memory.")] = "H100",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Estimate what a run or a capture would cost, and list what is wrong with it, without running it.
+    """Estimate the cost of a run or a capture, and list its errors, without running it.
 
     Parameters, tokens, steps, memory, disk and time of each phase. Only configurations and headers are read. Exit code
-    1: it could not run as it is.
+    1: it has errors.
     """
     described = load_run_or_capture(config, overrides or [])
     _print_plan(described, gpu=gpu, gpus=gpus, as_json=as_json)
@@ -107,7 +108,7 @@ def _print_plan(described: Run | CaptureConfig, *, gpu: str = "H100", gpus: int 
             plan = plan_capture(described, gpu=gpu)
             tables = capture_tables(plan)
     if as_json:
-        typer.echo(json.dumps(plan.as_dict(), indent=2, ensure_ascii=False))
+        typer.echo(json_text(plan.as_dict(), indent=2))
     else:
         Console().print(tables)
     if plan.errors:
@@ -117,10 +118,10 @@ def _print_plan(described: Run | CaptureConfig, *, gpu: str = "H100", gpus: int 
 @app.command()
 def schema(
     kind: Annotated[
-        Kind, typer.Argument(help="Of which YAML: run, capture, evaluate or synthesize.", metavar="KIND")
+        Kind, typer.Argument(help="Kind of YAML file: run, capture, evaluate or synthesize.", metavar="KIND")
     ] = "run",
 ) -> None:
-    """Print the JSON schema of a kind of YAML, which tells an editor its keys, values and descriptions.
+    """Print the JSON schema of a kind of YAML file, for editors that complete and check keys and values.
 
     \b
     distillkit schema > schema.json, and as the first line of the YAML:
@@ -143,10 +144,10 @@ def convert(
     keep_rope: Annotated[
         bool, typer.Option("--keep-rope", help="Full-attention layers keep the rotary embedding.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the parameters that start at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random parameters.")] = 0,
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the teacher.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code from the teacher's folder or repository.")
     ] = False,
 ) -> None:
     """Turn a teacher into an untrained KDA student."""
@@ -175,32 +176,33 @@ def evaluate(
         ),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="A folder, a hub id or a .gguf file; instead of the file's teacher and its keys.")
+        str | None, typer.Option(help="A folder, a hub id or a .gguf file; replaces the section teacher of the file.")
     ] = None,
     student: Annotated[
         list[str] | None,
         typer.Option(
-            help="A folder or a hub id; as often as wanted, instead of the file's students.", metavar="[NAME=]PATH"
+            help="A folder or a hub id; may be repeated; replaces the section students of the file.",
+            metavar="[NAME=]PATH",
         ),
     ] = None,
     suite: Annotated[
-        list[str] | None, typer.Option(help="divergence, benchmarks, needles or speed; as often as wanted.")
+        list[str] | None, typer.Option(help="divergence, benchmarks, needles or speed; may be repeated.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Text for divergence and needles: a file, a folder, or a pattern of files.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the results.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples of each task.")] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Try everything on two short samples.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of samples of each task.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Test the whole evaluation on two short samples.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the models.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code from the models' folders or repositories.")
     ] = False,
 ) -> None:
-    """Measure models: how far students are from the teacher, benchmarks, needles in long texts, speed.
+    """Evaluate models: divergence of students from the teacher, benchmarks, retrieval from long texts, speed.
 
-    Everything can be given in the YAML file or as options. The same command continues after an interruption, or adds
-    what is new. Exit code 1: something could not be measured.
+    Settings come from the YAML file, from options, or from both. The same command continues after an interruption and
+    adds new models and tasks. Exit code 1: at least one measurement failed.
     """
     config = load_evaluate_config(
         *_file_and_overrides(words or []),
@@ -227,12 +229,12 @@ def synthesize(
     words: Annotated[
         list[str],
         typer.Argument(
-            help="The text, as YAML, and keys to change or add: document_length=2047. Without a file, all keys.",
+            help="The text, as YAML, and keys to change: document_length=2047. Or all keys, without a file.",
             metavar="[CONFIG.yaml] [KEY=VALUE]",
         ),
     ],
 ) -> None:
-    """Make text that trains retrieval: passages are repeated, and questions about facts come long after the facts."""
+    """Generate text that trains retrieval: repeated passages, and questions long after the facts they are about."""
     config = load_synthetic_config(*_file_and_overrides(words))
     check_synthetic_ready(config)
     from distillkit.data.synthetic import synthesize
@@ -247,10 +249,13 @@ def report(
         typer.Argument(help="Folders of runs and evaluations, or their results.json.", metavar="RESULTS..."),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the report. [default: that of the only result, else report]")
+        Path | None,
+        typer.Option(
+            help="Folder for the report. [default: the folder of the result if there is one only, else report]"
+        ),
     ] = None,
 ) -> None:
-    """Turn results into report.md and report.html, and renew the model cards of the runs among them."""
+    """Write report.md and report.html from results, and update the model cards of the runs among them."""
     from distillkit.reporting import report_folder, write_cards, write_report
 
     written = write_report(results, out or report_folder(results))
@@ -261,9 +266,11 @@ def report(
 @app.command()
 def pack(
     dataset: Annotated[str, typer.Argument(help="A captured dataset: a folder, or a dataset of the hub.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the packed one.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed dataset.")],
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per row.")],
-    split: Annotated[str | None, typer.Option(help="The split of it, or a part of one, where it has several.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split of the dataset, or a part of one: train, train[:1000].")
+    ] = None,
 ) -> None:
     """Pack captured documents, with the teacher's outputs for each token, into rows of one length.
 
@@ -278,21 +285,20 @@ def pack(
 @app.command()
 def inspect(
     dataset: Annotated[Path, typer.Argument(help="The folder of a captured dataset.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check every byte of every shard against the manifest.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Verify all files against the manifest.")] = False,
     tokens: Annotated[
-        int, typer.Option(min=0, help="How many tokens are shown with the teacher's likeliest next ones.")
+        int, typer.Option(min=0, help="Number of tokens to show, each with the teacher's most probable next tokens.")
     ] = 12,
     teacher: Annotated[
-        str | None, typer.Option(help="A live teacher to compare with: a folder, a hub id or a .gguf file.")
+        str | None,
+        typer.Option(help="A teacher to compare the stored outputs with: a folder, a hub id or a .gguf file."),
     ] = None,
     gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the teacher.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code from the teacher's folder or repository.")
     ] = False,
 ) -> None:
-    """Describe a captured dataset: its format, missing shards, some of its content. Exit code 1: it is not complete."""
+    """Describe a captured dataset: format, missing shards, examples. Exit code 1: it is not complete."""
     if teacher is not None:
         check_model_path("--teacher", teacher)
     if not dataset.is_dir():
@@ -321,14 +327,14 @@ def capture(
     shard: Annotated[
         str | None,
         typer.Option(
-            help="Capture only the i-th of n parts: shards i - 1, i - 1 + n, i - 1 + 2n, ... So several processes or "
-            "machines share a capture, in one folder or in folders that are merged afterwards; torchrun's processes do "
-            "so by themselves. Without it, all missing shards are captured.",
+            help="Capture only part i of n: shards i - 1, i - 1 + n, i - 1 + 2n, ... Several processes or machines can "
+            "share a capture in this way, in one folder or in folders that are merged later; processes of torchrun do "
+            "so automatically. [default: all missing shards]",
             metavar="i/n",
         ),
     ] = None,
 ) -> None:
-    """Store a teacher's outputs for a text. After an interruption the same command continues."""
+    """Store a teacher's outputs for a text. The same command continues after an interruption."""
     find_share(shard)
     described = load_capture_config(config, overrides or [])
     check_capture_ready(described)
@@ -379,5 +385,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in " ".join(message.split()))
+    typer.echo(f"error: {line}", err=True)
     return USAGE_ERROR

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +30,8 @@ FILES = {"SEED": SEED, "CAPTURE": Path(__file__).parents[1] / "recipes" / "captu
         ("--resume SEED sequence_length=-1", "error: sequence_length: must be > 0, got -1"),
         ("SEED sequence_length", "error: override 'sequence_length': must be key=value, such as"),
         ("SEED nothing.like=it", "error: nothing: unknown key; known keys: project_name, model,"),
-        ("SEED seed=2024-99-99", "error: override 'seed=2024-99-99': the value is not YAML: "),
+        ("SEED seed=2024-99-99", "error: seed: unknown key; it is a key of dataset: dataset.seed"),
+        ("SEED model=[", "error: override 'model=[': the value is not YAML: line 1: "),
         ("SEED training_args.fp16=true", "error: training_args.fp16: gradients of single tokens are too small"),
         ("SEED --resum", "error: No such option: --resum (Possible options: --resume)"),
         ("SEED teacher.path=./none", "error: teacher.path: no such file or folder: './none'"),
@@ -154,6 +156,15 @@ def test_torch_is_not_imported_to_answer(words: list[str], code: int, line: str)
     assert done.returncode == code
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == bool(line)
+
+
+def test_a_shell_completes_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    completion = {"_DISTILLKIT_COMPLETE": "complete_bash", "COMP_WORDS": "distillkit eva", "COMP_CWORD": "1"}
+    for name, value in completion.items():
+        monkeypatch.setenv(name, value)
+    with suppress(SystemExit):
+        main([])
+    assert capsys.readouterr().out == "evaluate\n"
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

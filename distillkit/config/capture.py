@@ -12,7 +12,7 @@ from distillkit.config.data import DatasetConfig
 from distillkit.config.errors import KeyProblem, UserError
 from distillkit.config.readiness import check_model_path, check_source
 from distillkit.config.resolve import Run, load_run
-from distillkit.config.section import PathText, Section
+from distillkit.config.section import PathText, Section, WholeFile
 from distillkit.config.teacher import HFTeacherConfig
 from distillkit.config.yaml_files import read_changed, read_yaml
 
@@ -53,8 +53,10 @@ class CompressionConfig(Section):
         return self
 
 
-class CaptureConfig(Section):
+class CaptureConfig(WholeFile):
     """One capture."""
+
+    kind_of_file = "a capture"
 
     teacher: HFTeacherConfig = Field(description="the teacher: path, and kwargs of from_pretrained")
     trust_remote_code: bool = Field(False, description="run code that comes with the teacher or tokenizer")
@@ -74,8 +76,8 @@ class CaptureConfig(Section):
         if self.teacher.top_k is not None:
             key = f"compression.{self.compression.kind}.k"
             raise KeyProblem("teacher.top_k", f"{key} says how many tokens are kept; remove it")
-        for key in sorted(self.teacher.model_fields_set - {"kind", "path", "kwargs", "top_k"}):
-            raise KeyProblem(f"teacher.{key}", "has no effect on a capture; remove it")
+        if self.teacher.background is not None:
+            raise KeyProblem("teacher.background", "has no effect on a capture; remove it")
         for key in ("eval_dataset", "num_eval_samples"):
             if getattr(self.dataset, key) is not None:
                 remedy = "only train_dataset is captured; capture held-out text separately, or remove it"

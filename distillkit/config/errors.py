@@ -1,13 +1,15 @@
 """One line for the person who wrote the YAML: the key, the problem, and the remedy.
 
 Every mistake of a user becomes a `UserError`; the command line prints it and exits with 2. pydantic checks types and
-bounds, and `user_error` turns its report into that line. Validators of the sections raise `KeyProblem`.
+bounds, and `user_error` turns its report into that line. Validators of the sections raise `KeyProblem`. What other
+libraries raise while they read a user's input becomes one in `reading`.
 """
 
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
@@ -39,6 +41,29 @@ class KeyProblem(UserError, ValueError):
 
     key: the path below the validated value: `temperature`, `[2]`, `[2].function`; "" for the value itself.
     """
+
+
+def reason(error: Exception) -> str:
+    """What an error of a library says: its message, after its type where the message alone says little."""
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+@contextmanager
+def reading(
+    key: str | os.PathLike[str] | None, prefix: str = "", describe: Callable[[Exception], str] = reason
+) -> Iterator[None]:
+    """Turn whatever a library raises in the block into a `UserError` of `key`.
+
+    For blocks that only read what a user gave: libraries raise any type there. Elsewhere an exception is a fault of
+    ours, which must show its traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(key, prefix + describe(error)) from error
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:

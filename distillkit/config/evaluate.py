@@ -1,6 +1,5 @@
 """The YAML of `distillkit evaluate`: models, and a section for each suite that measures them."""
 
-import json
 import re
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -8,7 +7,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem
-from distillkit.config.section import KeywordArguments, PathText, Section
+from distillkit.config.section import LoadingArguments, PathText, Section, WholeFile
 
 SUITES = ("divergence", "benchmarks", "needles", "speed")
 
@@ -48,7 +47,7 @@ class ModelConfig(Section):
     """A model to be measured."""
 
     path: PathText = Field(description="a folder (of a model, a run, or a checkpoint), a hub id or a .gguf file")
-    kwargs: KeywordArguments = Field(
+    kwargs: LoadingArguments = Field(
         default={}, description="keyword arguments of from_pretrained: dtype, gguf_file, revision, device_map, ..."
     )
     trained_length: int | None = Field(
@@ -57,17 +56,6 @@ class ModelConfig(Section):
         description="sequence length that it was trained with, marked in the report; by default that of its run, else "
         "the model's max_position_embeddings",
     )
-
-    @field_validator("kwargs")
-    @classmethod
-    def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Results are stored under them, as JSON."""
-        for name, value in kwargs.items():
-            try:
-                json.dumps(value)
-            except TypeError:
-                raise KeyProblem(str(name), f"{value} is a {type(value).__name__} here; write text in quotes") from None
-        return kwargs
 
 
 class DivergenceConfig(Section):
@@ -139,8 +127,10 @@ class SpeedConfig(Section):
     prefill_tokens: int = Field(8192, gt=0, description="tokens of a prompt per step of the prefill")
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(WholeFile):
     """One evaluation: models and suites."""
+
+    kind_of_file = "an evaluation"
 
     output_path: PathText = Field(description="folder for results.json and for intermediate results")
     teacher: ModelConfig | None = Field(None, description="the teacher, with which students are compared")
@@ -154,6 +144,16 @@ class EvaluateConfig(Section):
     benchmarks: BenchmarksConfig | None = Field(None, description="tasks of the LM Evaluation Harness")
     needles: NeedlesConfig | None = Field(None, description="retrieval from long texts")
     speed: SpeedConfig | None = Field(None, description="tokens per second and memory")
+
+    @field_validator("students", mode="before")
+    @classmethod
+    def without_null(cls, students: Any) -> Any:
+        """A student that is null is not given."""
+        return (
+            {name: each for name, each in students.items() if each is not None}
+            if isinstance(students, dict)
+            else students
+        )
 
     @model_validator(mode="after")
     def check_models(self) -> Self:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from distillkit.config.teacher import with_kind
 from distillkit.config.tokens import budgets, without_budget
 from distillkit.config.training_args import RENAMED
 
@@ -30,4 +31,7 @@ def merged(former: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def _about_another(former: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
-    return any(name in changes and changes[name] != former.get(name) for name in _IDENTITY_KEYS)
+    former = with_kind(former)
+    if "kind" in former:
+        changes = with_kind(changes)
+    return any(changes.get(name) not in (None, former.get(name)) for name in _IDENTITY_KEYS)

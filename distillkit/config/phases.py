@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from distillkit.config.data import move_dataset_keys
 from distillkit.config.errors import KeyProblem, shown
-from distillkit.config.section import AnyMapping, Section
+from distillkit.config.section import Section
 from distillkit.config.tokens import BUDGETS, TokenBudget, budgets, check_one_budget
 from distillkit.config.training_args import check_training_args
 
@@ -40,7 +40,7 @@ class PhaseConfig(Section):
     loss_functions: Any = Field(None, description="other losses")
     layer_mapping: Any = Field(None, description="another mapping of layers")
     force_hidden_state_projection: Any = Field(None, description="whether hs_ losses use a learned projection")
-    training_args: AnyMapping = Field(default={}, description="training arguments that differ")
+    training_args: dict[str, Any] = Field(default={}, description="training arguments that differ")
     trained_weights: Any = Field(None, description="another storage of weights that train")
     evaluation: Any = Field(None, description="keys of evaluation that differ; null measures nothing")
 

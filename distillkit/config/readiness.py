@@ -59,6 +59,8 @@ def check_source(key: str, source: DatasetSource) -> None:
 
 def check_model_path(key: str, path: str) -> None:
     """Raises `UserError`, naming `key`, where a path cannot be a hub id and does not exist."""
+    if not path.strip():
+        raise UserError(key, "is empty; name a folder, a hub id or a .gguf file")
     looks_local = path.startswith(("/", ".")) or path.count("/") > 1 or path.endswith(".gguf")
     if looks_local and not os.path.exists(path):
         raise UserError(key, f"no such file or folder: {path!r}")

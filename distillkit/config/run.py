@@ -10,11 +10,11 @@ from distillkit.config.errors import KeyProblem, did_you_mean, shown
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
 from distillkit.config.phases import PhaseConfig, check_names
 from distillkit.config.run_evaluation import RunEvaluationConfig
-from distillkit.config.section import AnyMapping, KeywordArguments, PathText, Section, TextList, none_is_empty
+from distillkit.config.section import LoadingArguments, PathText, WholeFile
 from distillkit.config.student import StudentConfig
-from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig
+from distillkit.config.teacher import TeacherConfig
 from distillkit.config.tokens import TokenBudget, check_one_budget
-from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS, check_training_args
+from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS, argument_named, check_training_args, takes_null
 
 
 def _check_layer_mapping(value: Any) -> Any:
@@ -34,8 +34,6 @@ def _check_layer_mapping(value: Any) -> Any:
 
 
 LayerMapping = Annotated[Literal["all"] | list[tuple[int, int]] | None, BeforeValidator(_check_layer_mapping)]
-Phases = Annotated[list[PhaseConfig], BeforeValidator(none_is_empty, json_schema_input_type=list[PhaseConfig] | None)]
-TeacherConfig = Annotated[HFTeacherConfig | DatasetTeacherConfig, Field(discriminator="kind")]
 
 
 def _default_losses() -> list[LossConfig]:
@@ -45,24 +43,28 @@ def _default_losses() -> list[LossConfig]:
     ]
 
 
-class RunConfig(Section):
+class RunConfig(WholeFile):
     """One distillation."""
+
+    kind_of_file = "a run"
 
     project_name: str = Field("distillkit", description="name of the project for trackers")
     model: PathText | None = Field(None, description="the student to train: a folder or hub id; instead of student")
     student: StudentConfig | None = Field(
         None, description="how the teacher is converted into the student first; instead of model"
     )
-    teacher: TeacherConfig = Field(description="the model that the student learns from; kind: hf or dataset")
+    teacher: TeacherConfig = Field(
+        description="the model that the student learns from; kind: hf (the default for a path) or dataset"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the student, teacher or tokenizer")
-    model_kwargs: KeywordArguments = Field(
+    model_kwargs: LoadingArguments = Field(
         default={}, description="keyword arguments of from_pretrained for the student"
     )
     model_auto_class: str | None = Field(
         "AutoModelForCausalLM", description="the class of transformers that loads the student"
     )
-    frozen_modules: TextList = Field(default=[], description="modules of the student that are not trained, by name")
-    frozen_res: TextList = Field(
+    frozen_modules: list[str] = Field(default=[], description="modules of the student that are not trained, by name")
+    frozen_res: list[str] = Field(
         default=[], description="regular expressions; parameters whose name they are found in are not trained"
     )
     output_path: PathText = Field(description="folder for the trained student and its checkpoints")
@@ -92,7 +94,7 @@ class RunConfig(Section):
         description="length of the training in tokens, without padding: 300M, 1.5B; instead of "
         "training_args.max_steps or num_train_epochs",
     )
-    training_args: AnyMapping = Field(default={}, description="arguments of transformers' Trainer")
+    training_args: dict[str, Any] = Field(default={}, description="arguments of transformers' Trainer")
     trained_weights: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="how trained weights are stored: float32, also under training_args.bf16; or bfloat16 with "
@@ -100,7 +102,7 @@ class RunConfig(Section):
     )
     resume: bool = Field(False, description="continue from the last checkpoint in output_path")
     evaluation: RunEvaluationConfig | None = Field(None, description="what is measured before and after")
-    phases: Phases = Field(
+    phases: list[PhaseConfig] = Field(
         default=[], description="phases, one after another, each from the weights of the one before; what each changes"
     )
 
@@ -111,6 +113,15 @@ class RunConfig(Section):
         if isinstance(data, dict) and "dataset" not in data:
             return data
         return move_dataset_keys(data)
+
+    @classmethod
+    def instead_of(cls, key: str) -> str:
+        """Keys that are often written at the top level by mistake."""
+        if key in DatasetConfig.model_fields:
+            return f"; it is a key of dataset: dataset.{key}"
+        if (argument := argument_named(key)) is not None:
+            return f"; it is a key of training_args: training_args.{argument}"
+        return super().instead_of(key)
 
     @field_validator("frozen_res")
     @classmethod
@@ -138,7 +149,8 @@ class RunConfig(Section):
     @field_validator("training_args")
     @classmethod
     def check_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        return check_training_args(arguments)
+        checked = check_training_args(arguments, cls.model_fields)
+        return {name: value for name, value in checked.items() if value is not None or takes_null(name)}
 
     @field_validator("phases")
     @classmethod

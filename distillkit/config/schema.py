@@ -16,6 +16,8 @@ from distillkit.config.run import RunConfig
 from distillkit.config.section import Section
 from distillkit.config.synthetic import SyntheticTextConfig
 from distillkit.config.training_args import (
+    BELOW,
+    CHOICES,
     NOT_NEGATIVE,
     POSITIVE,
     RENAMED,
@@ -66,7 +68,9 @@ def json_schema(kind: Kind) -> Schema:
         _simplify(definition)
     if section is RunConfig:
         definitions["TrainingArguments"] = _training_arguments(definitions)
-        found["properties"]["training_args"] = _or_null("TrainingArguments", found["properties"]["training_args"])
+        description = found["properties"]["training_args"]["description"]
+        described = {"$ref": f"{_REF}TrainingArguments", "description": description}
+        found["properties"]["training_args"] = _or_null(described)
     found["properties"] = {"extends": _EXTENDS, **found["properties"]}
     partial = _with_demands(definitions) | {section.__name__}
     definitions |= {name + _CHANGES: _changes(definitions[name], partial) for name in partial}
@@ -85,19 +89,21 @@ def json_schema(kind: Kind) -> Schema:
 
 
 def _simplify(node: Any) -> None:
-    """Remove, in place, what an editor does not show; require the key that distinguishes the members of a union."""
+    """Remove, in place, what an editor does not show, and let keys that need not be given be null."""
     for inner in _parts(node):
         _simplify(inner)
     if not isinstance(node, dict):
         return
+    for name, described in node["properties"].items() if isinstance(node.get("properties"), dict) else ():
+        if name not in node.get("required", ()):
+            node["properties"][name] = _or_null(described)
     if isinstance(node.get("title"), str):
         del node["title"]
     if isinstance(node.get("description"), str):
         node["description"] = " ".join(node["description"].split("\n\n")[0].split())
     if node.get("default", 0) is None:
         del node["default"]
-    if "discriminator" in node:
-        node["required"] = [node.pop("discriminator")["propertyName"]]
+    node.pop("discriminator", None)
 
 
 def _with_demands(definitions: dict[str, Schema]) -> set[str]:
@@ -149,10 +155,10 @@ def _training_arguments(definitions: dict[str, Schema]) -> Schema:
     for name, argument in arguments.items():
         if name not in (*SET_BY_THE_RUN, *WITHOUT_EFFECT):
             described = {"description": argument.description} if argument.description else {}
-            properties[name] = _value(name, argument) | described
+            properties[name] = _or_null(_value(name, argument) | described)
     for older, newer in RENAMED.items():
         description = {"description": f"transformers calls this {newer} now", "deprecated": True}
-        properties[older] = _value(older, arguments[newer]) | description
+        properties[older] = _or_null(_value(older, arguments[newer]) | description)
     for name in TRL_KEYS:
         properties[name] = copy.deepcopy(definitions["DatasetConfig"]["properties"][name])
     for name in WITHOUT_EFFECT:
@@ -169,8 +175,8 @@ def _training_arguments(definitions: dict[str, Schema]) -> Schema:
 
 def _value(name: str, argument: Argument) -> Schema:
     """The schema of an argument, as `training_args` checks it."""
-    if argument.choices:
-        return {"enum": [*argument.choices, False] if name.endswith("_strategy") else [*argument.choices]}
+    if choices := CHOICES.get(name, argument.choices):
+        return {"enum": [*choices, False] if name.endswith("_strategy") else [*choices]}
     schema: Schema = {}
     if all(kind in _JSON_TYPES for kind in argument.types):
         schema["type"] = [_JSON_TYPES[kind] for kind in argument.types]
@@ -178,13 +184,25 @@ def _value(name: str, argument: Argument) -> Schema:
         schema["exclusiveMinimum"] = 0
     if name in NOT_NEGATIVE:
         schema["minimum"] = 0
-    if name == "warmup_ratio":
-        schema["exclusiveMaximum"] = 1
+    if name in BELOW:
+        schema["exclusiveMaximum"] = BELOW[name]
     return schema
 
 
-def _or_null(name: str, described: Schema) -> Schema:
-    return {"anyOf": [{"$ref": _REF + name}, {"type": "null"}], "description": described["description"]}
+def _or_null(described: Schema) -> Schema:
+    """The schema of a value, or of null."""
+    null = {"type": "null"}
+    if "enum" in described:
+        return {**described, "enum": [*described["enum"], None]}
+    if types := described.get("type"):
+        types = [types] if isinstance(types, str) else types
+        return {**described, "type": list(dict.fromkeys([*types, "null"]))}
+    if "anyOf" in described:
+        return described if null in described["anyOf"] else {**described, "anyOf": [*described["anyOf"], null]}
+    if not {"$ref", "oneOf"} & described.keys():
+        return described
+    outside: Schema = {key: described.pop(key) for key in ("default", "description") if key in described}
+    return {"anyOf": [described, null], **outside}
 
 
 def _used(root: Schema, definitions: dict[str, Schema]) -> set[str]:

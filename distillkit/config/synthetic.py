@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem, UserError
 from distillkit.config.readiness import check_model_path, check_source
-from distillkit.config.section import PathText, Section
+from distillkit.config.section import PathText, Section, WholeFile
 from distillkit.config.yaml_files import read_changed
 
 
@@ -37,8 +37,10 @@ class QuestionsAboutFactsConfig(Section):
     share: float = Field(gt=0, le=1, description="share of the documents that are rewritten so")
 
 
-class SyntheticTextConfig(Section):
+class SyntheticTextConfig(WholeFile):
     """One text. The documents that no section rewrites stay as they are."""
+
+    kind_of_file = "a synthetic text"
 
     tokenizer: TokenizerConfig = Field(description="the teacher's tokenizer: path")
     trust_remote_code: bool = Field(False, description="run code that comes with the tokenizer")
@@ -62,7 +64,7 @@ class SyntheticTextConfig(Section):
             problem = f"with repeated_passages.share it takes {total:g} of the documents; the two may take 1 together"
             raise KeyProblem("questions_about_facts.share", problem)
         for key in ("document_length", "seed"):
-            if key in self.model_fields_set and not sections:
+            if key in self.model_fields_set and getattr(self, key) is not None and not sections:
                 remedy = "give repeated_passages or questions_about_facts, or remove it"
                 raise KeyProblem(key, f"has an effect on rewritten documents only; {remedy}")
         return self

@@ -1,12 +1,13 @@
 """`teacher`: the model that the student learns from, of one of two kinds."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from distillkit.config.compression import LegacyLogitCompressionConfig, LogprobCompressorConfig
 from distillkit.config.errors import KeyProblem
-from distillkit.config.section import KeywordArguments, PathText, Section
+from distillkit.config.section import LoadingArguments, PathText, Section
 
 _BACKGROUND = (
     "the distribution of the probability that a sparse teacher does not list: a captured dataset, or its "
@@ -19,7 +20,7 @@ class HFTeacherConfig(Section):
 
     kind: Literal["hf"] = Field("hf", description="hf: a model that runs beside the student")
     path: PathText = Field(description="the teacher: a folder, a hub id or a .gguf file")
-    kwargs: KeywordArguments = Field(
+    kwargs: LoadingArguments = Field(
         default={},
         description="keyword arguments of from_pretrained: attn_implementation, dtype (or torch_dtype), gguf_file, "
         "revision, device_map, ...",
@@ -35,9 +36,7 @@ class DatasetTeacherConfig(Section):
     the columns token_ids and top_values are read as they are.
     """
 
-    kind: Literal["dataset"] = Field(
-        "dataset", description="dataset: captured outputs; their tokens are the training dataset"
-    )
+    kind: Literal["dataset"] = Field(description="dataset: captured outputs; their tokens are the training dataset")
     logprob_compressor: LogprobCompressorConfig | None = Field(None, description="how the outputs are compressed")
     legacy_logit_compression: LegacyLogitCompressionConfig | None = Field(
         None, description="how the outputs are compressed, in the older format"
@@ -50,3 +49,15 @@ class DatasetTeacherConfig(Section):
         if self.logprob_compressor and self.legacy_logit_compression:
             raise KeyProblem("legacy_logit_compression", "logprob_compressor is given too; keep one of the two")
         return self
+
+
+def with_kind(teacher: Any) -> Any:
+    """A teacher with a `path` and no `kind` is a model: `kind: hf`."""
+    if isinstance(teacher, Mapping) and "path" in teacher and teacher.get("kind") is None:
+        return {**teacher, "kind": "hf"}
+    return teacher
+
+
+TeacherConfig = Annotated[
+    Annotated[HFTeacherConfig | DatasetTeacherConfig, Field(discriminator="kind")], BeforeValidator(with_kind)
+]

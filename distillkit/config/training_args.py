@@ -1,6 +1,9 @@
 """`training_args`: the arguments of transformers' Trainer, checked by name, type and choice."""
 
-from collections.abc import Mapping
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distillkit.config.errors import KeyProblem, did_you_mean, one_of, shown
@@ -45,6 +48,7 @@ SET_BY_THE_RUN = {
     "fp16": "gradients of single tokens are too small for float16; use bf16: true",
     "fsdp": "models split over GPUs (FSDP) are not supported yet, each GPU has whole models; remove it",
     "fsdp_config": "models split over GPUs (FSDP) are not supported yet, each GPU has whole models; remove it",
+    "parallelism_config": "models split over GPUs are not supported yet, each GPU has whole models; remove it",
     "deepspeed": "DeepSpeed is not supported yet, each GPU has whole models; remove it",
     "hub_token": "set HF_TOKEN in the environment, or log in with `hf auth login`; run.json keeps the configuration",
     "do_train": "the run always trains; remove it",
@@ -60,11 +64,66 @@ POSITIVE = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
+    "torch_empty_cache_steps",
     "logging_steps",
     "save_steps",
     "eval_steps",
+    "eval_accumulation_steps",
+    "dataloader_prefetch_factor",
+    "ddp_bucket_cap_mb",
+    "ddp_timeout",
 )
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm")
+NOT_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "warmup_ratio",
+    "warmup_steps",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "eval_delay",
+    "dataloader_num_workers",
+    "seed",
+    "data_seed",
+)
+BELOW = {"warmup_ratio": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+
+_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "save_strategy": ("no", "steps", "epoch"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "dataloader_multiprocessing_context": ("fork", "forkserver", "spawn"),
+    "ddp_backend": ("nccl", "mpi", "xccl", "hccl", "gloo", "cncl", "mccl"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+}
+"""Choices that transformers' annotations do not have, or has more of than a run can do (`save_strategy: best`)."""
+
+MEANT = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "num_steps": "max_steps",
+    "max_train_steps": "max_steps",
+    "warmup": "warmup_steps",
+    "num_warmup_steps": "warmup_steps",
+    "scheduler": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "clip_grad_norm": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+    "wandb": "report_to",
+}
+"""What other programs call an argument, and its name here."""
 
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
@@ -77,8 +136,21 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def check_training_args(given: Mapping[str, Any]) -> dict[str, Any]:
+def argument_named(name: str) -> str | None:
+    """The argument that a name stands for: its own, an older one, or one of another program's; None for others."""
+    return name if name in known_arguments() or name in RENAMED else MEANT.get(name)
+
+
+def takes_null(name: str) -> bool:
+    """Whether null is a value of an argument, such as `save_total_limit`; for others it means that none is given."""
+    argument = find_argument(name)
+    return argument is not None and "None" in argument.types
+
+
+def check_training_args(given: Mapping[str, Any], keys_of_the_run: Iterable[str] = ()) -> dict[str, Any]:
     """The arguments under their present names in transformers, without those that have no effect.
+
+    keys_of_the_run: keys of the top level, which are told to whoever wrote one of them here.
 
     Raises `KeyProblem` for an unknown or refused name, and for a value of the wrong type.
     """
@@ -92,9 +164,7 @@ def check_training_args(given: Mapping[str, Any]) -> dict[str, Any]:
         current = RENAMED.get(name, name)
         argument = find_argument(str(current))
         if argument is None:
-            known = [*known_arguments(), *RENAMED]
-            close = did_you_mean(str(name), known, "; transformers' TrainingArguments has no such name")
-            raise KeyProblem(str(name), f"unknown key{close}")
+            raise KeyProblem(str(name), f"unknown key{_instead_of(str(name), keys_of_the_run)}")
         if current in names:
             raise KeyProblem(name, f"is the same as {names[current]}; keep one of the two")
         names[current] = name
@@ -105,15 +175,29 @@ def check_training_args(given: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
+def _instead_of(name: str, keys_of_the_run: Iterable[str]) -> str:
+    if name in MEANT:
+        return f"; did you mean {MEANT[name]!r}?"
+    if name in keys_of_the_run:
+        return f"; {name} is a key of the top level"
+    return did_you_mean(name, [*known_arguments(), *RENAMED], "; transformers' TrainingArguments has no such name")
+
+
 def _check_value(name: str, value: Any, argument: Argument) -> None:
-    if argument.choices:
-        if value not in argument.choices:
-            raise KeyProblem(name, one_of(value, argument.choices))
+    if value is None:
+        return
+    if choices := CHOICES.get(name, argument.choices):
+        if value not in choices:
+            raise KeyProblem(name, one_of(value, choices))
         return
     checkable = all(kind in _TYPES for kind in argument.types)
     if checkable and not any(_fits(value, kind) for kind in argument.types):
         wanted = " or ".join(_TYPES[kind][1] for kind in argument.types if kind != "None")
         raise KeyProblem(name, f"must be {wanted}, got {shown(value)}")
+    if isinstance(value, str) and "dict" in argument.types:
+        _check_json(name, value)
+    if name == "optim_args" and not all(part.count("=") == 1 for part in value.split(",")):
+        raise KeyProblem(name, f"must be key=value pairs with commas between, got {shown(value)}")
     if isinstance(value, (int, float)):
         _check_bounds(name, value)
 
@@ -124,9 +208,23 @@ def _fits(value: Any, kind: str) -> bool:
     return isinstance(value, _TYPES[kind][0])
 
 
+def _check_json(name: str, value: str) -> None:
+    """A mapping may also be written as JSON, or (accelerator_config) be in a file."""
+    try:
+        mapping = isinstance(json.loads(value), dict)
+    except ValueError:
+        mapping = os.path.isfile(value)
+    if not mapping:
+        raise KeyProblem(name, f"must be a mapping of keys to values, got {shown(value)}")
+
+
 def _check_bounds(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise KeyProblem(name, f"must be a finite number, got {value:g}")
     if name == "warmup_ratio" and value >= 1:
         raise KeyProblem(name, f"must be a share of the steps, below 1, got {value:g}; warmup_steps counts steps")
+    if value >= BELOW.get(name, math.inf):
+        raise KeyProblem(name, f"must be < {BELOW[name]}, got {value:g}")
     if name in POSITIVE and not value > 0:
         raise KeyProblem(name, f"must be > 0, got {value:g}")
     if name in NOT_NEGATIVE and not value >= 0:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from distillkit.config.data import move_dataset_keys
-from distillkit.config.errors import UserError, did_you_mean, shown
+from distillkit.config.errors import UserError, did_you_mean, reading, reason, shown
 from distillkit.config.merging import merged
 from distillkit.config.section import Section
 from distillkit.config.tokens import BUDGETS, without_budget
@@ -17,8 +17,46 @@ from distillkit.config.tokens import BUDGETS, without_budget
 AnySection = TypeVar("AnySection", bound=Section)
 
 
+_MOST_BYTES = 2**20
+_MOST_VALUES = 100_000
+_MOST_LEVELS = 50
+"""What a configuration may hold. Aliases of a few lines may stand for billions of values."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-3` is a number (YAML 1.1 requires `1.0e-3`) and a key may appear once."""
+    """Safe YAML of what JSON has: a date is text.
+
+    `1e-3` is a number (YAML 1.1 requires `1.0e-3`), and a key may appear once.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The whole document, refused where it is more than a configuration."""
+        node: yaml.Node | None = super().get_single_node()
+        waiting, seen = [(node, 0)] if node is not None else [], 0
+        while waiting:
+            each, level = waiting.pop()
+            seen += 1
+            problem = ""
+            if seen > _MOST_VALUES:
+                problem = f"holds more than {_MOST_VALUES:,} values"
+            elif level > _MOST_LEVELS:
+                problem = f"is nested more than {_MOST_LEVELS} levels deep"
+            elif isinstance(each, yaml.MappingNode):
+                waiting += [(part, level + 1) for pair in each.value for part in pair]
+            elif isinstance(each, yaml.SequenceNode):
+                waiting += [(part, level + 1) for part in each.value]
+            elif unprintable := re.search("[\0\ud800-\udfff]", each.value):
+                problem = f"holds the character {unprintable.group()!r}, which no text has"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, each.start_mark)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number: int = super().construct_yaml_int(node)
+        if abs(number) >= 2**63:
+            problem = "a number this large is of no use; put it in quotes where it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return number
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -32,6 +70,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in _PLAIN
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
@@ -77,13 +126,16 @@ def read_changed(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in one YAML file, as it is written."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode()
     except FileNotFoundError:
         raise UserError(path, "no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"cannot be read as text: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
-        raise UserError(path, f"{_yaml_problem(error)}") from None
+    if len(content) > _MOST_BYTES:
+        raise UserError(path, f"is larger than {_MOST_BYTES // 2**20} MiB, so it is no configuration")
+    data = _parsed(text, str(path), "")
     if data is None:
         raise UserError(path, "is empty; it must hold the keys of a run (teacher, dataset, output_path, ...)")
     if not isinstance(data, dict):
@@ -107,15 +159,11 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """
     path, equals, text = override.partition("=")
     if not equals or not path or "" in path.split("."):
-        raise UserError(f"override {override!r}", "must be key=value, such as training_args.learning_rate=3e-4")
+        raise UserError(f"override {shown(override)}", "must be key=value, such as training_args.learning_rate=3e-4")
     if path == "extends":
-        raise UserError(
-            f"override {override!r}", "write it into the file instead; an override cannot change what a file extends"
-        )
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"override {override!r}", f"the value is not YAML: {_yaml_problem(error)}") from None
+        problem = "write it into the file instead; an override cannot change what a file extends"
+        raise UserError(f"override {shown(override)}", problem)
+    value = _parsed(text, f"override {shown(override)}", "the value is not YAML: ")
     *parents, last = path.split(".")
     sections: list[Any] = [data]
     for parent in parents:
@@ -140,8 +188,8 @@ def _key_in(section: Any, key: str, override: str) -> Any:
     if isinstance(section, dict):
         return key
     if not isinstance(section, list):
-        raise UserError(f"override {override!r}", f"{key!r} is not a key: the part before it is a single value")
-    if key.isdigit() and int(key) < len(section):
+        raise UserError(f"override {shown(override)}", f"{key!r} is not a key: the part before it is a single value")
+    if key in map(str, range(len(section))):
         return int(key)
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in section]
     if key in names:
@@ -151,10 +199,18 @@ def _key_in(section: Any, key: str, override: str) -> Any:
         f"must be an index from 0 to {len(section) - 1} of a list" if section else "has no place: the list is empty"
     )
     named = f", or one of {', '.join(known)}{did_you_mean(key, known)}" if known else ""
-    raise UserError(f"override {override!r}", f"{key!r} {wanted}{named}")
+    raise UserError(f"override {shown(override)}", f"{key!r} {wanted}{named}")
+
+
+def _parsed(text: str, key: str, prefix: str) -> Any:
+    """The value of a YAML document. Raises `UserError`."""
+    with reading(key, prefix, _yaml_problem):
+        return yaml.load(text, Loader=_Loader)
 
 
 def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return str(error)
+        return reason(error)
     return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"

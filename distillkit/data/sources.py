@@ -30,9 +30,9 @@ from distillkit.config.errors import UserError
 from distillkit.shards import read_manifest
 from distillkit.shards.names import CARD, PLAN, SHARD, inside
 
-LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _JSON_AT_ONCE = 10 * 2**20
-"""Bytes, as the datasets library reads them."""
+"""Bytes of a JSON file that the datasets library reads at once."""
+LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
 def load_source(source: DatasetSource, key: str = "dataset") -> Dataset:
@@ -172,6 +172,8 @@ def _patterns_by_name(matching: Callable[[str], list[str]]) -> dict[str, list[st
 
 def _read(kind: str, files: dict[str, list[str]]) -> DatasetDict:
     """The rows of files of one kind. Their names are no patterns, and no file speaks for the columns of the others."""
+    for name in (name for names in files.values() for name in names if kind == "json"):
+        _refuse_null(name)
     data_files = {split: [glob.escape(name) for name in names] for split, names in files.items()}
     options = {"sample_by": "document"} if kind == "text" else {}  # a file is a document, not each of its lines
     try:
@@ -207,6 +209,19 @@ def _schemas_of_json(file: str) -> list[pa.Schema]:
             whole = pyarrow.json.ReadOptions(block_size=len(content) + 1)
             schemas.append(pyarrow.json.read_json(io.BytesIO(content), read_options=whole).schema)
     return schemas
+
+
+def _refuse_null(file: str) -> None:
+    """Raises ValueError where a stretch of a JSON file begins with the row null: there pyarrow ends the process."""
+    with open(file, "rb") as rows:
+        start, end = 0, os.path.getsize(file)
+        while start < end:
+            first = next((part for part in iter(lambda: rows.readline(4096), b"") if not part.isspace()), b"")
+            if first.split()[:1] == [b"null"]:
+                raise ValueError("a row is null; each must be a mapping of columns to values")
+            rows.seek(start + _JSON_AT_ONCE)
+            rows.readline()
+            start = rows.tell()
 
 
 def _choose_split(splits: DatasetDict, split: str | None, named: str, key: str) -> Dataset:

@@ -4,11 +4,11 @@ lm-eval is an optional dependency. A task is looked up by name among lm-eval's o
 local one needs no network.
 """
 
-import io
 import logging
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from typing import Any
 
@@ -39,20 +39,11 @@ def run_benchmark(
     Raises:
         UserError: lm-eval is not installed, a folder of `include_path` does not exist, or there is no such task.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise UserError(
-            "benchmarks", f"lm-eval cannot be imported ({error}); install it with: pip install 'distillkit[eval]'"
-        ) from error
-    for index, folder in enumerate(settings.include_path):
-        if not os.path.isdir(folder):
-            raise UserError(f"benchmarks.include_path[{index}]", f"no such folder: {folder!r}")
-    tasks = _known_tasks(tuple(settings.include_path))
-    if task not in tasks.all_tasks and not os.path.isfile(task):
-        raise UserError("benchmarks.tasks", f"lm-eval has no task {task!r}{did_you_mean(task, tasks.all_tasks)}")
-    with _without_bars():
+    tasks = check_tasks(settings, [task])
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _without_noise():
         results = simple_evaluate(
             HFLM(
                 pretrained=model,
@@ -74,10 +65,42 @@ def run_benchmark(
     return _scores(results)
 
 
-def _without_bars() -> AbstractContextManager[object]:
-    """lm-eval writes progress bars to stderr, which on a terminal would break the bar of the evaluation."""
+def check_tasks(settings: BenchmarksConfig, names: Sequence[str]) -> Any:
+    """lm-eval's tasks, among which are those of the names: of its own, or of the folders that the user names.
+
+    Raises:
+        UserError: lm-eval is not installed, a folder of `include_path` does not exist, or there is no such task.
+    """
+    for index, folder in enumerate(settings.include_path):
+        if not os.path.isdir(folder):
+            raise UserError(f"benchmarks.include_path[{index}]", f"no such folder: {folder!r}")
+    try:
+        import lm_eval.models.huggingface  # noqa: F401 -- also what it needs of others
+    except ImportError as error:
+        raise UserError(
+            "benchmarks", f"lm-eval cannot be imported ({error}); install it with: pip install 'distillkit[eval]'"
+        ) from error
+    with _without_noise():
+        tasks = _known_tasks(tuple(settings.include_path))
+    for name in names:
+        if name not in tasks.all_tasks and not os.path.isfile(name):
+            raise UserError("benchmarks.tasks", f"lm-eval has no task {name!r}{did_you_mean(name, tasks.all_tasks)}")
+    return tasks
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Nothing on stderr: lm-eval writes bars and warnings there, and so does the git that it starts for its version."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return redirect_stderr(io.StringIO()) if sys.stderr.isatty() else nullcontext()
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing, redirect_stderr(nothing):
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @cache

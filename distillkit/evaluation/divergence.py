@@ -22,6 +22,7 @@ from distillkit.distribution import DenseDistribution, Distribution, at_least_fl
 from distillkit.evaluation.chunks import ModelPair, counted_batches
 from distillkit.formatting import number_text
 from distillkit.losses.divergences import kl
+from distillkit.reporting.comparison import KL, STORED_KL
 from distillkit.teacher import Teacher
 
 NOTHING_TO_MEASURE = "the held-out text has no token to measure: it is empty, or every document in it has one token"
@@ -36,12 +37,15 @@ class Divergence:
     agreement: float | None
     """Share of tokens where both models' likeliest next token is the same."""
     teacher_perplexity: float | None
-    student_perplexity: float
+    student_perplexity: float | None
     tokens: int
+    stored_only: bool = False
+    """Whether kl is over the teacher's stored tokens and one column for all others: at most that of both models."""
 
     def as_metrics(self) -> dict[str, float]:
         """The known numbers by name, for trackers."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        numbers = {name: value for name, value in asdict(self).items() if name != "stored_only"}
+        return {name: value for name, value in numbers.items() if value is not None}
 
 
 @torch.no_grad()
@@ -89,6 +93,7 @@ def measure_divergence(
         teacher_perplexity=_perplexity(means["teacher_nll"]) if "teacher_nll" in means else None,
         student_perplexity=_perplexity(means["student_nll"]),
         tokens=tokens,
+        stored_only="kl" in means and "teacher_nll" not in means,
     )
 
 
@@ -121,7 +126,10 @@ def divergence_table(columns: dict[str, Divergence]) -> Table:
 
 
 def _rows(measured: Sequence[Divergence]) -> Iterator[tuple[str, list[str]]]:
-    yield "KL(teacher‖student), nats per token", [number_text(each.kl, ".4f") for each in measured]
+    for label, stored in ((KL, False), (STORED_KL, True)):
+        if any(each.stored_only == stored for each in measured):
+            of_kind = [each.kl if each.stored_only == stored else None for each in measured]
+            yield label, [number_text(kl, ".4f") for kl in of_kind]
     yield "same likeliest token", [number_text(each.agreement, ".1%") for each in measured]
     yield "perplexity, student", [number_text(each.student_perplexity, ".2f") for each in measured]
     yield "perplexity, teacher", [number_text(each.teacher_perplexity, ".2f") for each in measured]

@@ -29,7 +29,7 @@ from distillkit.console import INTERRUPTED, print_line
 from distillkit.evaluation.model_spec import LoadedModel, ModelSpec, release_memory
 from distillkit.evaluation.progress import EvaluationProgress
 from distillkit.evaluation.results import FAILURES, print_results, write_results
-from distillkit.evaluation.suites import measure
+from distillkit.evaluation.suites import check_settings, measure
 from distillkit.evaluation.units import Unit, UnitFiles, UnitResult, shortened, units_of
 from distillkit.runs.provenance import commit, machine, versions
 from distillkit.runs.secrets import hide_in_text, leave_out_secrets, without_secrets
@@ -52,6 +52,7 @@ def evaluate(
         datasets.disable_progress_bars()
     requested = as_section(EvaluateConfig, config)
     check_evaluate_ready(requested)
+    check_settings(requested)
     config = shortened(requested) if requested.smoke else requested
     folder = Path(config.output_path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ def measure_needles(
         UserError: the task needs a haystack and there is none, or a length is too short for the task.
     """
     definition = TASKS[task]
-    prose = _read(settings.haystack, max(settings.lengths)) if definition.haystack == "essay" else ""
+    prose = read_haystack(settings.haystack, max(settings.lengths)) if definition.haystack == "essay" else ""
     samples = settings.samples if limit is None else min(settings.samples, limit)
     depths = _evenly(settings.depths)
     done, total = 0, sum(settings.lengths) * settings.depths * samples
@@ -125,7 +125,7 @@ def _scores(
     return [answer.score for answer in answers]
 
 
-def _read(source: DatasetSource | None, tokens: int) -> str:
+def read_haystack(source: DatasetSource | None, tokens: int) -> str:
     """As much of the column `text` as a haystack of `tokens` can hold; nothing without a source."""
     if source is None:
         return ""

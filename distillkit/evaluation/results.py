@@ -13,6 +13,7 @@ from distillkit.console import print_line
 from distillkit.evaluation.model_spec import trained_length
 from distillkit.evaluation.units import Unit, UnitResult
 from distillkit.formatting import number_text
+from distillkit.reporting.comparison import KL
 from distillkit.reporting.reading import EVALUATION, FORMAT
 from distillkit.runs.names import RESULTS
 from distillkit.runs.writing import write_json
@@ -121,7 +122,7 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
     """Label of each row, and its cells by model."""
     divergence = results["divergence"]
     for key, label, form in (
-        ("kl", "KL(teacher‖student), nats per token", ".4f"),
+        ("kl", KL, ".4f"),
         ("agreement", "same likeliest token", ".1%"),
         ("agreement_top5", "teacher's likeliest in the student's top 5", ".1%"),
         ("student_perplexity", "perplexity", ".2f"),

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from distillkit.config.evaluate import EvaluateConfig
 from distillkit.data import tokenizer_hash
+from distillkit.data.sources import load_source
 from distillkit.evaluation.comparison import compare
 from distillkit.evaluation.held_out import KEY, held_out_batches, held_out_rows
 from distillkit.evaluation.model_spec import LoadedModel
@@ -19,6 +20,23 @@ from distillkit.models.vocabulary import check_known_tokens, check_same_tokenize
 
 Progress = Callable[[int, int], None]
 """Called with how much is done, and the whole."""
+
+
+def check_settings(config: EvaluateConfig) -> None:
+    """Raises `UserError` for a text that cannot be read and a task that does not exist.
+
+    Found now, they cost seconds; found at their turn, the hours of what is measured before.
+    """
+    if config.divergence is not None:
+        load_source(config.divergence.dataset, KEY)
+    if config.benchmarks is not None:
+        from distillkit.evaluation.benchmarks import check_tasks
+
+        check_tasks(config.benchmarks, config.benchmarks.tasks)
+    if config.needles is not None:
+        from distillkit.evaluation.needles import read_haystack
+
+        read_haystack(config.needles.haystack, tokens=1)
 
 
 def measure(

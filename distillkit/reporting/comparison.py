@@ -26,6 +26,8 @@ LEGEND = (
 )
 ECE = "calibration error (ECE)"
 KL, AGREEMENT = "KL(teacher‖student), nats per token", "same likeliest token"
+STORED_KL = "KL over stored tokens (≤ KL(teacher‖student)), nats per token"
+"""A captured teacher's other tokens count as one."""
 DISTANCES: list[tuple[str, str, Form, float]] = [
     ("kl", KL, numbers.nats, 0),
     ("reverse_kl", "KL(student‖teacher), nats per token", numbers.nats, 0),
@@ -122,7 +124,7 @@ def _cell(found: Measured, teacher: Measured | None, form: Form, better: Better,
     if abs(difference) <= Z_95 * math.hypot(found.error or 0, teacher.error or 0):
         return Cell(text, note=f"({note} ≈)")
     tone: Tone = "better" if (difference > 0) == (better == "higher") else "worse"
-    return Cell(text, tone, f"({note}{',' if note.endswith('less') else ''} {tone})")
+    return Cell(text, tone, f"({note} {tone})")
 
 
 def _layers(model: Model) -> str:

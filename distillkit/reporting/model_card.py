@@ -27,7 +27,7 @@ from distillkit.reporting.reading import (
     shown,
 )
 from distillkit.reporting.sources import facts_of
-from distillkit.reporting.training_section import divergence_table, phase_table
+from distillkit.reporting.training_section import divergence_table, measured_with, over_stored_tokens, phase_table
 from distillkit.runs.names import CARD
 from distillkit.runs.writing import write_whole
 from distillkit.student.mixers.names import FULL, is_student, mixers_in, name_of
@@ -69,10 +69,10 @@ def model_card(run: Run, evaluations: Sequence[Evaluation] = ()) -> str:
     name = str(section(run.config, "training_args").get("hub_model_id") or run.name)
     sections = [
         Section("Results", _results(run, evaluations)),
-        Section("How to use it", [Code(_usage(name, student), "python")]),
+        Section("How to use it", [Code(_usage(name, student, run.path), "python")]),
         Section("Architecture", _architecture(student)),
         Section("Training", _training(run)),
-        Section("Intended use and limits", [Bullets(_limits(run, evaluations))]),
+        Section("Intended use and limits", [Bullets(_limits(run, student, evaluations))]),
         Section("Provenance", [_provenance(run)]),
     ]
     card = Section(name, [_summary(run, student), *(each for each in sections if each.parts)])
@@ -111,7 +111,7 @@ def _summary(run: Run, student: Json) -> str:
 
 
 def _results(run: Run, evaluations: Sequence[Evaluation]) -> list[Part]:
-    measured = divergence_table(run.results)
+    measured = divergence_table(run)
     parts: list[Part] = [] if measured is None else [measured]
     models = merge_models(evaluations)
     here = [model for model in models if not model.is_teacher and model.lies_in(run.path)]
@@ -127,7 +127,7 @@ def _results(run: Run, evaluations: Sequence[Evaluation]) -> list[Part]:
     return parts
 
 
-def _usage(name: str, student: Json) -> str:
+def _usage(name: str, student: Json, folder: Path) -> str:
     known, options = "", ""
     if is_student(student):
         known = (
@@ -136,13 +136,30 @@ def _usage(name: str, student: Json) -> str:
         )
     elif student.get("auto_map"):
         options = ", trust_remote_code=True"
-    path = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else "path/to/this/folder"
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    path = f'path = "{name}"' if on_hub else 'path = "."  # the folder of this card, or its id on the hub'
     return (
         f"{known}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{path}"{options})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{path}")\n'
-        'inputs = tokenizer("The theory of relativity states that", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
+        f"{path}\n"
+        f"model = AutoModelForCausalLM.from_pretrained(path{options})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(path)\n"
+        f"{_prompt(folder)}"
+        'output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=64)\n'
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
+    )
+
+
+def _prompt(folder: Path) -> str:
+    """A text to be continued, or a question where the tokenizer has a chat template."""
+    settings = folder / "tokenizer_config.json"
+    has_template = (folder / "chat_template.jinja").is_file()
+    if not has_template and (not settings.is_file() or not read_content(settings).get("chat_template")):
+        return 'inputs = tokenizer("The theory of relativity states that", return_tensors="pt")\n'
+    return (
+        'messages = [{"role": "user", "content": "What does the theory of relativity state?"}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
+        ")\n"
     )
 
 
@@ -163,26 +180,26 @@ def _training(run: Run) -> list[Part]:
         frozen = shown(numbers.count, run.results, "parameters", "frozen")
         lines.append(f"{numbers.count(trained)} parameters were trained, {frozen} were frozen")
     losses = section(run.results, "losses")
-    final = [f"{name} {numbers.figures(value)}" for name in losses if (value := number(losses, name)) is not None]
+    final = [f"{name} {shown(numbers.figures, losses, name)}" for name in losses]
     lines += [f"Losses at the end: {', '.join(final)}"] if final else []
     return [*([] if phases is None else [phases]), Bullets(lines)]
 
 
-def _limits(run: Run, evaluations: Sequence[Evaluation]) -> list[str]:
+def _limits(run: Run, student: Json, evaluations: Sequence[Evaluation]) -> list[str]:
     """Plain words, each out of a number of the run."""
-    lines = [
-        "For research on linear attention and distillation. The teacher's intended use, its limits and its faults are "
-        "the student's too."
-    ]
+    converted = any(mixer != "full" for mixer in mixers_in(student))
+    about = "linear attention and distillation" if converted else "distillation"
+    lines = [f"For research on {about}. The teacher's intended use, its limits and its faults are the student's too."]
     lengths = [length for phase in run.phases if (length := number(phase.config, "sequence_length")) is not None]
     if lengths:
         longest = numbers.count(max(lengths))
         lines.append(f"Trained on rows of at most {longest} tokens: longer texts are not known to work.")
     kl, agreement = (number(run.results, "divergence", "after", key) for key in ("kl", "agreement"))
     if kl is not None and agreement is not None:
+        over = " over the teacher's stored tokens" if over_stored_tokens(measured_with(run)) else ""
         lines.append(
             f"It is not its teacher: on held-out text its likeliest next token is another in "
-            f"{numbers.percent(1 - agreement)} of places (KL {numbers.nats(kl)} nats per token)."
+            f"{numbers.percent(1 - agreement)} of places (KL {numbers.nats(kl)} nats per token{over})."
         )
     here = [model for model in merge_models(evaluations) if model.lies_in(run.path)]
     missing = [] if any(model.benchmarks for model in here) else ["tasks (benchmarks)"]

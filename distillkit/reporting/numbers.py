@@ -78,9 +78,9 @@ def signed(value: float, form: Form) -> str:
 
 
 def ratio(value: float) -> str:
-    """How many times as much; below a tenth, how many times less."""
-    if 0 < value < 0.1:
-        return f"{1 / value:.3g} times less" if value > 0.001 else f"{1 / value:,.0f} times less"
+    """How many times as much, without an exponent: ×2.5, ×0.127, ×0.0000254."""
+    if 0 < value < 1e-4:
+        return f"{TIMES}{value:.{2 - math.floor(math.log10(value))}f}"
     return f"{TIMES}{value:.3g}" if value < 1000 else f"{TIMES}{value:,.0f}"
 
 

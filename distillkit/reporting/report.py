@@ -16,7 +16,7 @@ from distillkit.reporting.evaluation_sections import (
 from distillkit.reporting.model_card import would_lose_an_evaluation, write_model_card
 from distillkit.reporting.reading import Results, Run, number, read_results
 from distillkit.reporting.sources import failure_section, sources_section
-from distillkit.reporting.training_section import training_section
+from distillkit.reporting.training_section import measured_with, over_stored_tokens, training_section
 from distillkit.runs.names import CARD, HTML, MARKDOWN
 from distillkit.runs.writing import write_whole
 
@@ -110,7 +110,8 @@ def _about_run(run: Run) -> str:
     text = f"The run {run.name}: {numbers.count(tokens)} tokens"
     before, after = (number(run.results, "divergence", when, "kl") for when in ("before", "after"))
     if before is not None and after is not None:
-        text += f" took the student from KL {numbers.nats(before)} to {numbers.nats(after)} nats per token"
+        over = " over the teacher's stored tokens" if over_stored_tokens(measured_with(run)) else ""
+        text += f" took the student from KL {numbers.nats(before)} to {numbers.nats(after)} nats per token{over}"
     if share := number(run.results, "divergence", "after", "agreement"):
         text += f"; the same likeliest token as the teacher in {numbers.percent(share)} of places"
     return f"{text}."

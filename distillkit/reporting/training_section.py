@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from distillkit.reporting import numbers
 from distillkit.reporting.colours import series
-from distillkit.reporting.comparison import AGREEMENT, KL
+from distillkit.reporting.comparison import AGREEMENT, KL, STORED_KL
 from distillkit.reporting.document import Cell, Code, Gallery, Part, Picture, Row, Section, Table
 from distillkit.reporting.numbers import Form
 from distillkit.reporting.plots import Axis, Mark, Series, line_chart, wide
@@ -41,7 +41,7 @@ def training_section(runs: Sequence[Run]) -> Section | None:
     pictures = _loss_curves(runs)
     parts: list[Part] = [_about_curves(runs), Gallery(pictures)] if pictures else []
     for run in runs:
-        tables = [table for table in (divergence_table(run.results), phase_table(run)) if table is not None]
+        tables = [table for table in (divergence_table(run), phase_table(run)) if table is not None]
         generated = [
             Code(f"{each.get('prompt', '')}▸{each.get('continuation', '')}") for each in rows(run.results, "samples")
         ]
@@ -51,13 +51,25 @@ def training_section(runs: Sequence[Run]) -> Section | None:
     return Section("Training", parts)
 
 
-def divergence_table(results: Json) -> Table | None:
+def over_stored_tokens(config: Json) -> bool:
+    """Whether a run's teacher is captured, so that KL is over its stored tokens and is less than of both models."""
+    return section(config, "teacher").get("kind") == "dataset"
+
+
+def measured_with(run: Run) -> Json:
+    """The configuration that a run's divergence was measured with: that of its last phase."""
+    return run.phases[-1].config if run.phases else run.config
+
+
+def divergence_table(run: Run) -> Table | None:
     """Before and after training; None where neither was measured."""
-    before, after = section(results, "divergence", "before"), section(results, "divergence", "after")
+    before, after = section(run.results, "divergence", "before"), section(run.results, "divergence", "after")
     if not before and not after:
         return None
     body: list[Row] = []
     for key, label, form in DIVERGENCE:
+        if key == "kl" and over_stored_tokens(measured_with(run)):
+            label = STORED_KL
         first, last = number(before, key), number(after, key)
         change = Cell("")
         if key != "teacher_perplexity" and first is not None and last is not None:
@@ -89,7 +101,8 @@ def phase_table(run: Run) -> Table | None:
                 shown(numbers.count, phase.config, "sequence_length"),
                 numbers.shown(_learning_rate(phase), numbers.figures),
                 _losses(phase),
-                " → ".join(numbers.shown(each, numbers.nats) for each in kl if each is not None) or numbers.NOTHING,
+                (" → ".join(numbers.shown(each, numbers.nats) for each in kl if each is not None) or numbers.NOTHING)
+                + " (stored tokens)" * (over_stored_tokens(phase.config) and any(each is not None for each in kl)),
             ]
         )
     header = ["phase", "tokens", "steps", "time", "tokens/s", "row, tokens", "learning rate", "losses", "KL"]
@@ -132,16 +145,32 @@ def _summary(run: Run) -> str:
     if not tokens:
         return f"{parts[0]}; no training steps."
     parts.append(f"{numbers.count(tokens)} tokens in {numbers.shown(seconds, numbers.seconds)}")
-    parts += [f"{numbers.rate(tokens / seconds)} tokens/s, teacher included"] if seconds else []
+    included = ", teacher included" if all(map(_runs_the_teacher, run.phases)) else ""
+    parts += [f"{numbers.rate(tokens / seconds)} tokens/s{included}"] if seconds else []
     return f"{'; '.join(parts)}."
+
+
+def _runs_the_teacher(phase: Phase) -> bool:
+    """Whether each step needed the teacher's outputs, and a live teacher computed them."""
+    losses = [loss.get("function") for loss in rows(phase.config, "loss_functions")]
+    return not over_stored_tokens(phase.config) and any(loss != "cross_entropy" for loss in losses)
 
 
 def _about_curves(runs: Sequence[Run]) -> str:
     text = "Each point is the mean per token since the previous log line, over the tokens trained on."
     if any(len(run.phases) > 1 for run in runs):
         text += " Dashed lines: where a phase begins." if len(runs) == 1 else " Lines have a gap between phases."
+        text += _about_lengths(runs)
     lines = max((len(phase.metrics) for run in runs for phase in run.phases), default=0)
     return text + (f" A point is the mean of {-(-lines // MOST_POINTS)} log lines." if lines > MOST_POINTS else "")
+
+
+def _about_lengths(runs: Sequence[Run]) -> str:
+    """What the held-out numbers of phases with rows of several lengths are not."""
+    lengths = [{number(phase.config, "sequence_length") for phase in run.phases} for run in runs]
+    if max(map(len, lengths)) < 2:
+        return ""
+    return " Rows differ in length between phases, and with them what numbers mean: compare them within a phase."
 
 
 def _loss_curves(runs: Sequence[Run]) -> list[Picture]:

@@ -1,11 +1,11 @@
-"""`metrics.jsonl`: each logged line of a run as JSON, one per line."""
+"""`metrics.jsonl`: each logged line of a run as JSON, one per line. A loss that is not finite is null."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from distillkit.runs.names import METRICS
-from distillkit.runs.writing import write_whole
+from distillkit.runs.writing import json_text, write_whole
 
 NOT_LOSSES = ("step", "epoch", "tokens", "tokens_per_second", "seconds", "grad_norm", "learning_rate")
 """Keys of a line that are no losses; all others are."""
@@ -30,11 +30,11 @@ def read_metrics(folder: Path) -> list[Line]:
 def append_metrics(folder: Path, line: Line) -> None:
     """Add a line."""
     with (folder / METRICS).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json_text(line) + "\n")
 
 
 def truncate_metrics(folder: Path, step: int) -> list[Line]:
     """Drop the lines of later steps, which a resumed run makes again; those that are kept."""
     kept = [line for line in read_metrics(folder) if line["step"] <= step]
-    write_whole(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    write_whole(folder / METRICS, "".join(json_text(line) + "\n" for line in kept).encode())
     return kept

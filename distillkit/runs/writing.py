@@ -11,6 +11,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -38,7 +39,23 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file for people and programs, whole as `write_whole` does."""
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json_text(content, indent=2) + "\n").encode())
+
+
+def json_text(content: Any, **options: Any) -> str:
+    """JSON as the standard has it: numbers that are not finite, such as the perplexity of a broken model, are null.
+
+    options: of `json.dumps`.
+    """
+    return json.dumps(_finite(content), ensure_ascii=False, allow_nan=False, **options)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_json(path: Path) -> dict[str, Any]:

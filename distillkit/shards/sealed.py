@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from distillkit.config.errors import UserError, shown
-from distillkit.runs.writing import write_whole
+from distillkit.runs.writing import json_text, write_whole
 
 _DIGEST = "digest"
 
@@ -23,7 +23,7 @@ Content = TypeVar("Content")
 
 def write_sealed(path: Path, content: Any, write: Callable[[Path, bytes], None] = write_whole) -> None:
     """Write a dataclass as JSON. The same content gives the same bytes."""
-    plain = json.loads(json.dumps(asdict(content)))
+    plain = json.loads(json_text(asdict(content)))
     text = json.dumps({**plain, _DIGEST: _digest(plain)}, indent=2, ensure_ascii=False, sort_keys=True)
     write(path, (text + "\n").encode())
 

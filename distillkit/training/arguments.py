@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from distillkit.config import RunConfig
-from distillkit.config.errors import UserError
+from distillkit.config.errors import UserError, reading, reason
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
 from distillkit.training.compilation import Compilation
 
@@ -99,6 +99,7 @@ def build_training_arguments(
                 "training_args.report_to", f"{tracker!r} is not installed; there is {', '.join(installed) or 'none'}"
             )
     _check_optimizer_is_installed(arguments)
+    _check_schedule(arguments)
     return arguments, student_techniques(given)
 
 
@@ -109,6 +110,14 @@ def _check_optimizer_is_installed(arguments: TrainingArguments) -> None:
         raise UserError("training_args.optim", f"{optim} needs torchao: pip install 'distillkit[torchao]'")
     if optim in ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit") and not is_bitsandbytes_available():
         raise UserError("training_args.optim", f"{optim} needs bitsandbytes; install it, or use adamw_torch_8bit")
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """Trainer makes the schedule only when all is loaded, so it is made once before."""
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    with reading("training_args.lr_scheduler_kwargs", f"do not fit {arguments.lr_scheduler_type}: "):
+        kwargs = arguments.lr_scheduler_kwargs
+        get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 1000, scheduler_specific_kwargs=kwargs)
 
 
 def saves_by_the_clock(given: Mapping[str, Any]) -> bool:
@@ -134,9 +143,9 @@ def student_techniques(given: Mapping[str, Any]) -> StudentTechniques:
 def _construct(values: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingArguments:
     try:
         return TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+    except Exception as error:  # whatever transformers raises for what the user gave
         culprit = _culprit(values, given)
-        raise UserError(f"training_args{'.' + culprit if culprit else ''}", f"{error}") from error
+        raise UserError(f"training_args{'.' + culprit if culprit else ''}", reason(error)) from error
 
 
 def _culprit(values: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
@@ -144,7 +153,7 @@ def _culprit(values: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
     for key in given:
         try:
             TrainingArguments(**{name: value for name, value in values.items() if name != key})
-        except (ValueError, TypeError, ImportError, RuntimeError, OSError):
+        except Exception:
             continue
         return key
     return None

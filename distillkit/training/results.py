@@ -43,11 +43,7 @@ def write_phase_results(
         "losses": {name: value for name, value in last.items() if name not in NOT_LOSSES},
         "parameters": {"trained": freezing.trainable, "frozen": freezing.frozen},
         "samples": [asdict(sample) for sample in samples],
-        "seeds": {
-            "training": config.training_args.get("seed", 42),
-            "data": config.dataset.seed,
-            "samples": None if config.evaluation is None else config.evaluation.seed,
-        },
+        "seeds": _seeds(config),
         **_made_with(config),
         "machine": machine(device),
     }
@@ -71,6 +67,7 @@ def write_run_results(run: Run) -> Json:
         "divergence": {name: measured for name, measured in ends.items() if measured is not None},
         "training": {**sums, "seconds": round(sums["seconds"], 3)},
         "phases": [_phase_row(phase, results) for phase, results in found],
+        "seeds": _seeds(run.config),
         **_made_with(run.config),
     }
     write_sealed(run.folder / RESULTS, results)
@@ -109,6 +106,15 @@ def _columns(results: Json) -> Iterator[tuple[str, Divergence]]:
         if end in phase["divergence"]:
             rows = f", rows of {phase['sequence_length']:,}" if several else ""
             yield title + rows, Divergence(**phase["divergence"][end])
+
+
+def _seeds(config: RunConfig) -> Json:
+    """As they were given. Each later phase adds its number to that of the data, and has the sum in its own results."""
+    return {
+        "training": config.training_args.get("seed", 42),
+        "data": config.dataset.seed,
+        "samples": None if config.evaluation is None else config.evaluation.seed,
+    }
 
 
 def _made_with(config: RunConfig) -> Json:

@@ -21,7 +21,19 @@ SEED = Path(__file__).with_name("seed.yaml")
         ("training_args.lerning_rate=1", "training_args.lerning_rate: unknown key; did you mean 'learning_rate'?"),
         ("evalution.num_tokens=9", "evalution: unknown key; did you mean 'evaluation'?"),
         ("teacher={kind: hf}", "teacher.path: is missing: the teacher: a folder, a hub id or a .gguf file"),
-        ("teacher={path: x}", "teacher.kind: is missing; it says what the section describes"),
+        ("teacher={top_k: 4}", "teacher.kind: is missing; it says what the section describes"),
+        ("learning_rate=1", "learning_rate: unknown key; it is a key of training_args: training_args.learning_rate"),
+        ("lr=1", "lr: unknown key; it is a key of training_args: training_args.learning_rate"),
+        ("eval_dataset={}", "eval_dataset: unknown key; it is a key of dataset: dataset.eval_dataset"),
+        ("training_args.lr=1", "training_args.lr: unknown key; did you mean 'learning_rate'?"),
+        (
+            "training_args.trained_weights=float32",
+            "training_args.trained_weights: unknown key; trained_weights is a key of the top level",
+        ),
+        (
+            "compression={}",
+            "compression: a run has no such key, a capture has; where this is the file of a capture: distillkit capt",
+        ),
         # values
         (
             "training_args.hub_token=hf_1",
@@ -32,7 +44,7 @@ SEED = Path(__file__).with_name("seed.yaml")
         ("teacher=arcee-ai/AFM-4.5B", "teacher: must be a mapping of keys to values, got 'arcee-ai/AFM-4.5B'"),
         ("sequence_length=0", "sequence_length: must be > 0, got 0"),
         ("sequence_length=2k", "sequence_length: must be a whole number, got '2k'"),
-        ("sequence_length=", "sequence_length: must be a whole number, got nothing"),
+        ("sequence_length=", "sequence_length: is missing: tokens per row"),
         ("sequence_length=true", "sequence_length: must be a whole number, got true"),
         ("project_name=2025", "project_name: must be text, got 2025 (put it in quotes)"),
         ("trust_remote_code=2", "trust_remote_code: must be true or false, got 2"),
@@ -49,6 +61,7 @@ SEED = Path(__file__).with_name("seed.yaml")
             "dataset.train_dataset.disk_path=text",
             "dataset.train_dataset.repo_id: disk_path is given too; keep one of the two",
         ),
+        ("output_path=''", "output_path: is empty; name a file or folder"),
         # losses
         ("loss_functions.1.temperature=-2", "loss_functions[1].temperature: must be > 0, got -2"),
         ("loss_functions.1.weight=-1", "loss_functions[1].weight: must be >= 0, got -1"),
@@ -115,11 +128,20 @@ SEED = Path(__file__).with_name("seed.yaml")
             "training_args.lr_scheduler_type=cosin",
             "training_args.lr_scheduler_type: must be one of linear, cosine, ",
         ),
-        ("training_args.save_strategy=step", "training_args.save_strategy: must be one of no, steps, epoch, best; got"),
+        ("training_args.save_strategy=step", "training_args.save_strategy: must be one of no, steps, epoch; got"),
         (
             "training_args.warmup_steps=9",
             "training_args.warmup_steps: is the same as warmup_ratio; keep one of the two",
         ),
+        ("training_args.save_strategy=best", "training_args.save_strategy: must be one of no, steps, epoch; got"),
+        ("training_args.seed=-1", "training_args.seed: must be >= 0, got -1"),
+        ("training_args.seed=4294967296", "training_args.seed: must be < 4294967296, got 4.29497e+09"),
+        ("training_args.dataloader_num_workers=-1", "training_args.dataloader_num_workers: must be >= 0, got -1"),
+        ("training_args.adam_beta1=5.0", "training_args.adam_beta1: must be < 1, got 5"),
+        ("training_args.learning_rate=.inf", "training_args.learning_rate: must be a finite number, got inf"),
+        ("training_args.log_level=loud", "training_args.log_level: must be one of detail, debug, info, warning, err"),
+        ("training_args.lr_scheduler_kwargs=x", "training_args.lr_scheduler_kwargs: must be a mapping of keys to"),
+        ("training_args.optim_args=x", "training_args.optim_args: must be key=value pairs with commas between, got"),
         # the override itself
         ("sequence_length", "override 'sequence_length': must be key=value, such as training_args.learning_rate=3e-4"),
         ("teacher.=x", "override 'teacher.=x': must be key=value, such as training_args.learning_rate=3e-4"),
@@ -200,6 +222,51 @@ def test_what_a_run_would_lack_is_known_from_its_configuration(overrides: list[s
 def test_further_mistakes_are_counted() -> None:
     with pytest.raises(UserError, match=r"^trust_remote_code: must be true or false, got 7 \(and 2 more\)$"):
         load_run(SEED, ["trust_remote_code=7", "sequence_length=-1", "loss_functions.0.weight=-1"])
+
+
+def test_null_is_as_if_the_key_were_not_given(tmp_path: Path) -> None:
+    """In a file that extends another it takes the key out; where null is a value (`dataset.seed`), it stays one."""
+    (tmp_path / "base.yaml").write_text(SEED.read_text())
+    (tmp_path / "run.yaml").write_text(
+        "extends: base.yaml\n"
+        "teacher: {path: other/teacher, kwargs: {gguf_file: null, dtype: bfloat16}}\n"
+        "trained_weights: null\n"
+        "dataset: {seed: null, packing: null}\n"
+        "training_args: {learning_rate: null, save_total_limit: null}\n"
+    )
+    config = load_run(tmp_path / "run.yaml").config
+    assert config.teacher.kind == "hf" and "gguf_file" not in config.teacher.kwargs
+    assert (config.trained_weights, config.dataset.seed, config.dataset.packing) == ("float32", None, True)
+    assert "learning_rate" not in config.training_args
+    assert config.training_args["save_total_limit"] is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "project_name: [&a0 [x, x, x, x], " + ", ".join(f"&a{i} [{f'*a{i - 1}, ' * 10}]" for i in range(1, 9)) + "]",
+        "a0: &a0 {k: v}\n" + "\n".join(f"a{i}: &a{i} {{<<: [{f'*a{i - 1}, ' * 10}]}}" for i in range(1, 9)),
+        "project_name: &a [*a]",
+        "project_name: " + "[" * 5000,
+        "project_name: " + "x" * 2**21,
+        'project_name: "\\0"',
+        'project_name: "\\ud800"',
+        "sequence_length: 99999999999999999999",
+        "sequence_length: " + "9" * 5000,
+        "project_name: !!timestamp x",
+        "project_name: !!bool maybe",
+        "project_name: !!binary x",
+        "? [a]\n: b",
+    ],
+    ids=lambda text: text[:25],
+)
+def test_hostile_yaml_is_answered_at_once(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_run(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(

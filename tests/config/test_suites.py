@@ -24,7 +24,7 @@ def line_of(data: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"output_path": None}, "output_path: must be text, got nothing"),
+        ({"output_path": None}, "output_path: is missing: folder for results.json"),
         ({"students": {}}, "students: is missing: name a student with its path, a teacher, or both"),
         ({"students": {"a": "someone/a"}}, "students.a: must be a mapping of keys to values, got 'someone/a'"),
         ({"students": {"a/b": {"path": "x"}}}, "students.a/b: must be a name of letters, digits, points, - and _;"),

@@ -104,6 +104,16 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path):
     assert error(tmp_path / "none").endswith("it has no rows")
 
 
+ROW = '{"text": "a"}\n'
+
+
+@pytest.mark.parametrize("before", ["", " \n", ROW * (10 * 2**20 // len(ROW) + 1)], ids=["first", "space", "10 MiB"])
+def test_a_row_that_is_null_is_refused(tmp_path, before):
+    """Read by pyarrow as the first row of ten MiB, it would end the process."""
+    (tmp_path / "rows.jsonl").write_text(f"{before}null\n{ROW}")
+    assert "a row is null; each must be a mapping" in error(tmp_path / "rows.jsonl")
+
+
 def test_a_hub_dataset_that_cannot_be_reached():
     with pytest.raises(UserError, match=r"dataset\.train_dataset\.repo_id: cannot read 'nobody/nothing'"):
         load_source(DatasetSource(repo_id="nobody/nothing", split="train"), "dataset.train_dataset")

@@ -14,7 +14,7 @@ from distillkit.evaluation.benchmarks import run_benchmark
 from distillkit.models.loading import load_model, load_tokenizer
 
 from ..student.students import LAYOUTS, student
-from ..training.tiny import BYTES, save_llama
+from ..training.tiny import BYTES, llama, save_llama
 from ..training.tiny import tokenizer as byte_tokenizer
 
 TASKS = Path(__file__).parent / "tasks"
@@ -80,18 +80,21 @@ def test_padding_changes_no_score_of_a_student(layout):
     assert differs_by_sample(scores[0]["distillkit_fingerprints"])
 
 
-def test_a_task_by_itself_and_part_of_it():
-    model = student(config_changes={"vocab_size": BYTES, "max_position_embeddings": 512})
+def test_a_task_by_itself_and_part_of_it(tmp_path, monkeypatch, capfd):
+    """And without a word of lm-eval's or git's, also where there is no repository."""
+    monkeypatch.chdir(tmp_path)
+    model = llama(0, vocab=BYTES, max_position_embeddings=512)
     scores = run_benchmark(model, byte_tokenizer(), settings(), "distillkit_facts", limit=6)
     assert list(scores) == ["distillkit_facts"] and scores["distillkit_facts"]["samples"] == 6
+    assert capfd.readouterr() == ("", "")
 
 
 def test_mistakes_are_told(tmp_path, monkeypatch):
-    model, tokenizer = student(), byte_tokenizer()
+    model, tokenizer = llama(0), byte_tokenizer()
     with pytest.raises(UserError, match=r"benchmarks\.tasks: lm-eval has no task 'helaswag'; did you mean 'hellaswag'"):
         run_benchmark(model, tokenizer, settings(), "helaswag")
     with pytest.raises(UserError, match=r"benchmarks\.include_path\[1\]: no such folder"):
         run_benchmark(model, tokenizer, settings(include_path=[str(TASKS), str(tmp_path / "no")]), "distillkit_facts")
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(UserError, match=r"benchmarks: lm-eval cannot be imported .* pip install 'distillkit\[eval\]'"):
         run_benchmark(model, tokenizer, settings(), "distillkit_facts")

@@ -309,6 +309,29 @@ def test_killed_it_goes_on(places, tmp_path):
     assert set(results["divergence"]) == {"near", "far"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"benchmarks": {"tasks": ["helaswag"]}}, "benchmarks.tasks: lm-eval has no task 'helaswag'; did you mean"),
+        (
+            {"needles": {"lengths": [64], "haystack": {"disk_path": "{places}/teacher/config.json"}}},
+            "needles.haystack: has no column text",
+        ),
+        (
+            {"divergence": {"dataset": {"disk_path": "{places}/text.jsonl", "split": "validation"}}},
+            "divergence.dataset.split: '{places}/text.jsonl' has no split 'validation'; it has train",
+        ),
+        ({"students": {"near": {"path": "{places}/none"}}}, "students.near.path: no such file or folder"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_measured_or_written(places, tmp_path, changes, line):
+    changes = json.loads(json.dumps(changes).replace("{places}", str(places)))
+    with pytest.raises(UserError) as caught:
+        run(described(places, tmp_path / "out", "near", **changes))
+    assert str(caught.value).startswith(line.replace("{places}", str(places)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_fails_does_not_take_others_with_it(places, tmp_path, capsys):
     shutil.copytree(places / "near", tmp_path / "broken")
     os.truncate(tmp_path / "broken" / "model.safetensors", 1000)

@@ -7,9 +7,10 @@ import shlex
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from trl.chat_template_utils import qwen3_chat_template
 
 from distillkit.config import UserError
-from distillkit.reporting import write_cards, write_model_card, write_run_report
+from distillkit.reporting import write_cards, write_model_card, write_report, write_run_report
 from distillkit.reporting.model_card import OURS
 from tests.reporting.examples import (
     HYBRID,
@@ -21,6 +22,7 @@ from tests.reporting.examples import (
     write_phases,
     write_run,
 )
+from tests.training.tiny import save_llama, tokenizer
 
 CONFIG = {
     "model_type": "kda_hybrid",
@@ -126,6 +128,47 @@ def test_layers_losses_results_and_limits(tmp_path):
     assert "is another in 38.1% of places (KL 0.6336 nats per token)" in card
     assert "Not measured: tasks (benchmarks) and recall over long texts." in card
     assert "import distillkit" in card
+
+
+def test_a_student_that_was_not_converted_is_not_about_linear_attention(tmp_path):
+    assert "For research on linear attention and distillation." in card_of(finished(tmp_path / "hybrid"))
+    folder = finished(tmp_path / "run")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "For research on distillation." in card_of(folder)
+
+
+def test_a_divergence_over_stored_tokens_has_a_name_of_its_own(tmp_path):
+    """A captured teacher's KL is less than that of the whole distributions, and its teacher took no time."""
+    captured = run_config(teacher={"kind": "dataset"}, model="student", student=None)
+    for config, is_live in ((run_config(), True), (captured, False)):
+        folder = finished(tmp_path / str(is_live), config=config)
+        card, report = card_of(folder), write_report([folder], folder).with_suffix(".md").read_text()
+        for text in (card, report):
+            assert ("| KL(teacher‖student), nats per token |" in text) == is_live
+            assert ("| KL over stored tokens (≤ KL(teacher‖student)), nats" in text) != is_live
+        assert ("(KL 0.6336 nats per token over the teacher's stored tokens)" in card) != is_live
+        assert ("0.6336 (stored tokens) |" in card) != is_live
+        assert ("to 0.6336 nats per token over the teacher's stored tokens" in report) != is_live
+        assert ("tokens/s, teacher included" in report) == is_live
+
+
+def test_rows_of_several_lengths_are_said(tmp_path):
+    folder = write_phases(tmp_path / "run")
+    assert "Rows differ in length between phases" in write_report([folder], folder).with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("chat_template", [None, qwen3_chat_template], ids=["text", "chat"])
+def test_the_snippet_works_as_pasted(tmp_path, monkeypatch, capsys, chat_template):
+    folder = finished(tmp_path / "run")
+    save_llama(folder, 0)
+    words = tokenizer()
+    words.chat_template = chat_template
+    words.save_pretrained(folder)
+    snippet = re.search("```python\n(.*?)```", card_of(folder), re.DOTALL)[1]
+    assert ("apply_chat_template" in snippet) == (chat_template is not None)
+    monkeypatch.chdir(folder)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_phases(tmp_path):

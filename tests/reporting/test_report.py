@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from distillkit.config import RunConfig, UserError
-from distillkit.reporting import write_report
+from distillkit.reporting import numbers, write_report
 from distillkit.reporting.comparison import comparison
 from distillkit.reporting.document import table
 from distillkit.reporting.evaluated import merge_models, score
@@ -91,6 +91,12 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+
+
+def test_a_multiple_is_written_in_one_way():
+    values = [(2.5, "×2.5"), (0.127, "×0.127"), (0.0127, "×0.0127"), (0.000254, "×0.000254"), (1234.4, "×1,234")]
+    values += [(0.0000254, "×0.0000254"), (0, "×0"), (1, "×1")]
+    assert [(value, numbers.ratio(value)) for value, _ in values] == values
 
 
 def test_numbers_and_differences_are_those_of_the_file():

@@ -345,6 +345,7 @@ def test_held_out_rows_with_the_teachers_word_are_measured_against_it(inputs, tm
     assert before["student_perplexity"] == pytest.approx(live.student_perplexity, rel=1e-4)
     assert before["teacher_perplexity"] is None
     assert "eval_kl" in said
+    assert "KL over stored tokens (≤ KL(teacher‖student))" in said and "KL(teacher‖student), nats" not in said
     assert any(line.startswith("│ perplexity, teacher") and "-" in line for line in said.splitlines())
 
 

@@ -151,6 +151,7 @@ def test_the_whole_is_a_student_with_the_results_of_all(finished, inputs):
     one, two = parts[0]["divergence"]["after"], parts[1]["divergence"]["before"]
     assert two["kl"] == pytest.approx(one["kl"], rel=1e-3)  # of the same text; what was frozen trains now, in float32
     assert results["losses"] == parts[2]["losses"]
+    assert [each["seeds"]["data"] for each in (*parts, results)] == [42, 43, 44, 42]  # of the whole as it was given
     assert results["config"]["phases"][2]["tokens"] == 1000
 
 
