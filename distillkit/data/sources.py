@@ -44,18 +44,18 @@ def load_source(source: DatasetSource, key: str = "dataset") -> Dataset:
     """
     named = source.disk_path or source.repo_id or ""
     local = source.disk_path is not None or os.path.exists(named)
-    where = f"{key}.{'disk_path' if source.disk_path is not None else 'repo_id'}: cannot read {named!r}"
+    place = f"{key}.{'disk_path' if source.disk_path is not None else 'repo_id'}"
     try:
-        splits = _local_splits(named, where) if local else _hub_splits(source)
+        splits = _local_splits(named) if local else _hub_splits(source)
     except (StopIteration, IndexError) as error:  # what the datasets library raises for files without rows
-        raise UserError(where, "it has no rows") from error
+        raise UserError(place, f"cannot read {named!r}: it has no rows") from error
     except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(where, reason) from error
+        raise UserError(place, f"cannot read {named!r}: {reason}") from error
     rows = _choose_split(splits, source.split, named, f"{key}.split")
     if len(rows) == 0:
-        raise UserError(where, "it has no rows")
+        raise UserError(place, f"cannot read {named!r}: it has no rows")
     return rows
 
 
@@ -74,24 +74,24 @@ def _hub_splits(source: DatasetSource) -> DatasetDict:
     return loaded
 
 
-def _local_splits(path: str, where: str) -> DatasetDict:
+def _local_splits(path: str) -> DatasetDict:
     if os.path.isfile(os.path.join(path, "dataset_dict.json")) or os.path.isfile(os.path.join(path, "state.json")):
         return _saved(Path(path))
     if os.path.isdir(path) and (manifest := read_manifest(Path(path))) is not None:  # a captured dataset
         return _read("parquet", {"train": [os.path.join(path, shard.file) for shard in manifest.shards]})
     if os.path.isfile(os.path.join(path, PLAN)) and glob.glob(os.path.join(glob.escape(path), f"{SHARD}*")):
-        raise UserError(where, "its capture is not finished; run the same distillkit capture again to complete it")
+        raise ValueError("its capture is not finished; run the same distillkit capture again to complete it")
     found = local_files(path)
     if not found:
-        raise UserError(where, "there is no such file or folder, or it is empty")
+        raise ValueError("there is no such file or folder, or it is empty")
     files = {"train": found}
     if os.path.isdir(path):
-        files = _files_of_folder(path, [os.path.relpath(name, path) for name in found], where)
+        files = _files_of_folder(path, [os.path.relpath(name, path) for name in found])
     kinds = sorted({LOADERS.get(os.path.splitext(name)[1], "") for names in files.values() for name in names})
     if not kinds or "" in kinds:
-        raise UserError(where, f"files must be {', '.join(LOADERS)}, or a folder of save_to_disk")
+        raise ValueError(f"files must be {', '.join(LOADERS)}, or a folder of save_to_disk")
     if len(kinds) > 1:
-        raise UserError(where, f"it holds {' and '.join(kinds)} files; name one kind by a pattern such as {path}/*.txt")
+        raise ValueError(f"it holds {' and '.join(kinds)} files; name one kind by a pattern such as {path}/*.txt")
     return _read(kinds[0], files)
 
 
@@ -111,7 +111,7 @@ def _saved(folder: Path) -> DatasetDict:
     return saved if isinstance(saved, DatasetDict) else DatasetDict({str(saved.split or "train"): saved})
 
 
-def _files_of_folder(folder: str, names: list[str], where: str) -> dict[str, list[str]]:
+def _files_of_folder(folder: str, names: list[str]) -> dict[str, list[str]]:
     """The data files of each split: those that README.md lists, as in a dataset of the hub, else by their names."""
     kept = [
         name
@@ -133,7 +133,7 @@ def _files_of_folder(folder: str, names: list[str], where: str) -> dict[str, lis
             of_split = [os.path.normpath(inside(Path(folder), name, CARD).relative_to(folder)) for name in of_split]
         chosen = dict.fromkeys(name for pattern in of_split for name in matching(pattern))
         if not chosen:
-            raise UserError(where, f"{CARD} lists {', '.join(of_split)} for {split}, but there is no such file")
+            raise ValueError(f"{CARD} lists {', '.join(of_split)} for {split}, but there is no such file")
         files[str(split)] = [str(inside(Path(folder), name, CARD) if listed else Path(folder, name)) for name in chosen]
     return files
 

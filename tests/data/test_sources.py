@@ -192,3 +192,12 @@ def test_a_saved_dataset_names_files_of_its_folder_alone(tmp_path):
     (tmp_path / "both").mkdir()
     (tmp_path / "both/dataset_dict.json").write_text('{"splits": ["../private"]}')
     assert "names '../private', which is not in its folder" in error(tmp_path / "both")
+
+
+def test_the_error_has_the_key_alone_as_its_key(tmp_path):
+    """So that a phase that names the source is named, too."""
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError) as caught:
+        load_source(DatasetSource.parse({"disk_path": str(tmp_path / "empty.jsonl")}), "dataset.train_dataset")
+    assert caught.value.key == "dataset.train_dataset.disk_path"
+    assert caught.value.problem.startswith(f"cannot read '{tmp_path}/empty.jsonl': ")
