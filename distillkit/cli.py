@@ -363,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if first.endswith((".yaml", ".yml")):
         words.insert(0, "distill")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a log in ASCII gets ? for the signs that it has not
+        if isinstance(stream, io.TextIOWrapper):  # a log that is not UTF-8 gets ? for the signs that it has not
             stream.reconfigure(errors="replace")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars are for terminals, not for log files

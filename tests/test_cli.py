@@ -303,7 +303,7 @@ def test_an_error_of_the_system_names_a_file_only_where_it_has_one(
 
 
 def test_a_log_that_has_not_all_signs_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    log = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stderr", log)
     assert main(["capture", "∥.yaml"]) == 2
     log.flush()
