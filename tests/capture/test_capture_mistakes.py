@@ -68,7 +68,7 @@ def test_a_configuration_that_cannot_be(changes, line):
             {"rows_per_shard": 10**8},
             "rows_per_shard: 100000000 rows of 24 tokens and 40 bytes each are more than a file",
         ),
-        ({"teacher": {"path": "./none"}}, "teacher.path: no such folder: './none'"),
+        ({"teacher": {"path": "./none"}}, "teacher.path: no such file or folder: './none'"),
     ],
 )
 def test_what_does_not_fit_the_teacher(teacher, text, tmp_path, changes, line):

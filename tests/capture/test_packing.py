@@ -323,7 +323,7 @@ def test_nothing_outside_of_the_packed_folder_is_deleted(tmp_path):
             pack(source, out, 4, QUIET)
         assert (tmp_path / "precious").read_text() == "mine"
     (out / ".packed_from.json").write_text("[]")
-    with pytest.raises(UserError, match=r"OUT: .* exists already and holds something else"):
+    with pytest.raises(UserError, match=r"\.packed_from\.json: is damaged: it holds no mapping"):
         pack(source, out, 4, QUIET)
     (tmp_path / ".other.partial").mkdir()
     (tmp_path / ".other.partial/precious").write_text("mine")

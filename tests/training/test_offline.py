@@ -201,7 +201,9 @@ def test_a_resumed_run_reads_again_only_a_dataset_that_has_changed(inputs, tmp_p
     content = bytearray(read[1].read_bytes())
     content[len(content) // 2] ^= 1
     read[1].write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00001.parquet: differs from what was captured"):
+    with pytest.raises(
+        UserError, match=r"dataset\.train_dataset: is not what it was when the run .*shard-00001\.parquet"
+    ):
         resume()
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distillkit.config import UserError
+from distillkit.runs.names import COMPLETE, WRITING
 from distillkit.training.optimizers import (
     StochasticAdamW,
     describe,
@@ -217,8 +218,9 @@ def test_a_run_says_its_protection_and_resumes_exactly(inputs, tmp_path, optim):
         assert "optimizer: AdamW8bit, float32 weights" in said
     # What a run leaves that was killed after step 4: its later files are gone.
     run(configuration(inputs, stopped, training, evaluation=None, **trained_weights))
-    for name in ("results.json", "model.safetensors", "checkpoint-8/complete"):
+    for name in ("results.json", "model.safetensors"):
         (stopped / name).unlink()
+    (stopped / "checkpoint-8" / COMPLETE).rename(stopped / "checkpoint-8" / WRITING)
     assert "resuming after step 4" in run(
         configuration(inputs, stopped, training, evaluation=None, resume=True, **trained_weights)
     )
