@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from distillkit.config.compression import LegacyLogitCompressionConfig, LogprobCompressorConfig
 from distillkit.config.errors import KeyProblem
@@ -36,7 +36,11 @@ class DatasetTeacherConfig(Section):
     the columns token_ids and top_values are read as they are.
     """
 
-    kind: Literal["dataset"] = Field(description="dataset: captured outputs; their tokens are the training dataset")
+    model_config = ConfigDict(json_schema_extra={"required": ["kind"]})
+
+    kind: Literal["dataset"] = Field(
+        "dataset", description="dataset: captured outputs; their tokens are the training dataset"
+    )
     logprob_compressor: LogprobCompressorConfig | None = Field(None, description="how the outputs are compressed")
     legacy_logit_compression: LegacyLogitCompressionConfig | None = Field(
         None, description="how the outputs are compressed, in the older format"
