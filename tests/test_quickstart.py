@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distillkit.training.precision import bfloat16_is_slow
+
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [
     "training_args.max_steps=2",
@@ -18,6 +20,8 @@ SMALL = [
     "evaluation.num_tokens=128",
     "evaluation.max_new_tokens=2",
 ]
+if bfloat16_is_slow(torch.device("cpu")):  # as scripts/quickstart does
+    SMALL += ["training_args.bf16=false", "teacher.kwargs.dtype=float32"]
 
 
 @pytest.mark.timeout(600)

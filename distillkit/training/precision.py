@@ -25,6 +25,11 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.float32
 
 
+def bfloat16_is_slow(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 several times slower than in float32: x86 CPUs without AVX-512."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def cast_for_training(model: PreTrainedModel, dtype: torch.dtype, trained_dtype: torch.dtype = torch.float32) -> str:
     """Keep what trains in `trained_dtype` and what is frozen in `dtype`; a line that describes it.
 

