@@ -151,11 +151,12 @@ def lives(work: Callable[[Path, Path], None], inputs: Path, folder: Path, kills:
             killed, done = killed + 1, done + 1
         process = started(work, inputs, output)
         process.join()
-        found = compare(output) if process.exitcode == 0 else {"exit code": process.exitcode}
-        differing += [sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))]
+        files = compare(output) if process.exitcode == 0 else {"exit code": process.exitcode}
+        differing += [sorted(key for key in {*expected, *files} if expected.get(key) != files.get(key))]
         ended += 1
         shutil.rmtree(output)
-    return {"kills": done, "ends": ended, "equal": sum(not each for each in differing), "differing": differing}
+    found = {"kills": done, "ends": ended, "equal": sum(not each for each in differing)}
+    return found | ({"differing": differing} if any(differing) else {})
 
 
 def measure(options: KillsOptions) -> Iterator[Json]:

@@ -231,6 +231,7 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "delta_rule": flat("form", "tokens", "peak_mib", "seconds"),
     "needles": needles,
     "survival": survival,
+    "kills": flat("what", "kills", "ends", "equal"),
     "compression": compression,
 }
 """What is shown of each result file."""

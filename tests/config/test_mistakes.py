@@ -61,7 +61,7 @@ SEED = Path(__file__).with_name("seed.yaml")
             "dataset.train_dataset.disk_path=text",
             "dataset.train_dataset.repo_id: disk_path is given too; keep one of the two",
         ),
-        ("output_path=''", "output_path: is empty; name a file or folder"),
+        ("output_path=''", "output_path: must not be empty; name a folder, a file or a hub id"),
         # losses
         ("loss_functions.1.temperature=-2", "loss_functions[1].temperature: must be > 0, got -2"),
         ("loss_functions.1.weight=-1", "loss_functions[1].weight: must be >= 0, got -1"),

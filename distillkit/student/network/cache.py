@@ -18,6 +18,7 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
     cropped (``activate_past_recording``, as a draft's is) keeps the states before each call since the last crop, too.
     """
 
+    is_compileable = False  # as long as no layer beside it is: a mask would grow with the tokens seen
     record_past: bool
 
     def __init__(self) -> None:

@@ -58,4 +58,10 @@ def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
             cache.layers[index] = cache_layer()
             if getattr(other, "record_past", False):
                 cache.layers[index].activate_past_recording()
+    own = [mixer.cache_layer for mixer in MIXERS.values() if mixer.cache_layer is not None]
+    of_mixers: list[Any] = [layer for layer in cache.layers if isinstance(layer, tuple(own))]
+    # transformers masks the unused places of a cache whose layers all say so: those of full attention decide.
+    fixed = any(layer.is_compileable for layer in cache.layers if layer not in of_mixers)
+    for layer in of_mixers:
+        layer.is_compileable = fixed
     return cache
