@@ -26,7 +26,7 @@ from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError, shown
 from distillkit.data import tokenizer_hash
 from distillkit.losses.labels import IGNORED_LABEL
-from distillkit.runs.secrets import without_secrets
+from distillkit.runs.secrets import HIDDEN, without_secrets
 from distillkit.runs.writing import sha256, write_first
 from distillkit.shards import Manifest, ShardRecord
 from distillkit.shards.names import PLAN
@@ -205,7 +205,8 @@ def _differences(now: Plan, then: Plan) -> Iterator[tuple[str, str]]:
     present, past = _binding(now), without_secrets(_binding(then))
     before, after = (keys.pop("teacher.weights_sha256") for keys in (past, present))
     for key in [*present, *(key for key in past if key not in present)]:
-        if present.get(key) != past.get(key):
+        secret = HIDDEN in f"{present.get(key)}{past.get(key)}"  # which may be another, and is not kept
+        if present.get(key) != past.get(key) and not secret:
             yield key, f"is {shown(present.get(key))}, but was {shown(past.get(key))}"
     if before != after:
         yield "teacher.path", "its weights are not what they were"

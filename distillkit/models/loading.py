@@ -163,7 +163,8 @@ def weights_sha256(path: str, kwargs: Mapping[str, Any]) -> str | None:
         return None
     if "gguf_file" in kwargs:
         place /= kwargs["gguf_file"]
-    return files_sha256([place] if place.is_file() else [place / "config.json", *sorted(place.glob("*.safetensors"))])
+    files = [place] if place.is_file() else [place / "config.json", *sorted(place.glob("*.safetensors"))]
+    return files_sha256([file for file in files if file.is_file()])  # what is missing, loading names
 
 
 def files_sha256(files: Sequence[Path]) -> str:

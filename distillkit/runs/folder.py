@@ -29,6 +29,7 @@ FREE_TO_CHANGE = (
     "resume",
     "project_name",
     "functionary_packing",
+    "teacher.kwargs.revision",  # the commit itself is compared
     "dataset.prepared_dataset_path",
     "dataset.dataset_num_proc",
     "evaluation.prompts",

@@ -66,7 +66,8 @@ def settle(folder: PhaseFolder, key: str, what: str, content: str | None) -> Non
     if known.get(name) == content:
         return
     if folder.checkpoint is not None and name in known:
-        raise _changed(key, f"its {what} is another", folder.path)
+        remedy = f" ({content} instead of {known[name]}, which teacher.kwargs.revision may name)"
+        raise _changed(key, f"its {what} is another{remedy if what == 'commit' else ''}", folder.path)
     folder.update_record(contents={**known, name: content})
 
 
@@ -89,7 +90,11 @@ def _refuse_changes(
     known: dict[str, Fingerprint] = former.files or {}
     for key, then in known.items():
         now = files.get(key, {})
-        if (same_phase or then.keys() & now.keys()) and (found := differences(now, then)):
+        if not same_phase:
+            common = then.keys() & now.keys()
+            now = {name: now[name] for name in common}
+            then = {name: then[name] for name in common}
+        if found := differences(now, then):
             raise _changed(key, found[0] + (f" and {len(found) - 1} more" if len(found) > 1 else ""), folder)
     teacher, noted = config.teacher, (former.origins or {}).get("teacher", {})
     if not isinstance(teacher, HFTeacherConfig) or noted.get("path") != teacher.path:

@@ -101,7 +101,7 @@ def train_phase(
             folder,
             steps=schedule.steps,
             by_the_clock=by_the_clock,
-            dtype=trainer.weights_dtype,
+            dtype=trainer.weights_dtype if context.phase.is_last else torch.float32,
         ),
     )
     print_line(console, f"{phase} ({schedule})")
@@ -248,7 +248,7 @@ def _finish(
         save_student(models.student, folder.path, trainer.weights_dtype)
         models.tokenizer.save_pretrained(folder.path)
         flush_files(folder.path.iterdir())
-        folder.update_record(saved=fingerprint(student_files(folder.path)))
+        folder.update_record(saved=fingerprint(student_files(folder.path), limit=None))
     after = None
     if measure is not None and config.evaluation is not None:
         after = _or_line(console, "the student could not be measured", measure)

@@ -200,7 +200,7 @@ def _convert(
     for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
         shutil.rmtree(remains, ignore_errors=True)
     console.print(convert_model(model, _load_teachers_tokenizer(config, teacher), folder.untrained, config.student))
-    folder.update_record(converted={**recipe, "files": fingerprint(files_in(folder.untrained))})
+    folder.update_record(converted={**recipe, "files": fingerprint(files_in(folder.untrained), limit=None)})
 
 
 def _load_tokenizers(config: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:

@@ -188,6 +188,24 @@ def test_a_later_phase_finds_what_the_one_before_left_and_learnt_from(inputs, tm
         run(in_phases(own, folder, resume=True))
 
 
+def test_a_later_phase_may_read_a_part_of_the_text_of_the_one_before(inputs, tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in ("a", "b"):
+        save_text(tmp_path / "text" / f"{name}.jsonl")
+    dataset = {"train_dataset": {"disk_path": str(tmp_path / "text")}}
+    phases = in_phases(inputs, tmp_path / "run").model_dump(exclude_unset=True)["phases"]
+    phases[1]["dataset"] = {"train_dataset": {"disk_path": str(tmp_path / "text" / "b*.jsonl")}}
+    run(described(inputs, tmp_path / "run", dataset=dataset, evaluation=None, phases=phases))
+    assert (tmp_path / "run" / "phases" / "2-two" / "results.json").exists()
+
+
+def test_a_teacher_without_a_configuration_is_named(inputs, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^teacher\.path: cannot load"):
+        run(described(inputs, tmp_path / "run", teacher={"kind": "hf", "path": str(tmp_path / "teacher")}))
+
+
 def test_the_untrained_student_is_that_of_the_teacher_as_it_is_now(tmp_path):
     inputs, folder = make_inputs(tmp_path), tmp_path / "run"
     untrained, name = folder / "untrained" / "model.safetensors", "model.embed_tokens.weight"
