@@ -379,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     except typer.TyperException as error:
         return _fail(error.format_message())
-    if code == INTERRUPTED:  # before a command could say how to go on
+    if code == INTERRUPTED:  # before a command could print how to resume
         typer.echo("interrupted", err=True)
     return code if isinstance(code, int) else 0
 

@@ -97,22 +97,13 @@ class Plan:
 
 
 def make_plan(
-    config: CaptureConfig,
-    codec: Codec,
-    teacher: PreTrainedConfig,
-    weights: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    vocabulary_size: int,
+    config: CaptureConfig, codec: Codec, described: dict[str, Any], rows: Dataset, vocabulary_size: int
 ) -> Plan:
-    """The plan of a capture of `rows`, which are read once.
-
-    weights: SHA-256 of a local teacher's weights, which may be overwritten under the same name.
-    """
+    """The plan of a capture of `rows`, which are read once. described: by `described_without_rows`."""
     digest, labels, lengths = _scan(rows)
     starts = range(0, len(rows), config.rows_per_shard)
     plan = Plan(
-        **_without_rows(config, codec, teacher, weights, tokenizer, vocabulary_size),
+        **described,
         rows_sha256=digest,
         labels=labels,
         background=config.engine == "transformers" and codec.k < vocabulary_size,
@@ -123,24 +114,14 @@ def make_plan(
     return Plan(**json.loads(json.dumps(asdict(plan))))
 
 
-def refuse_other_capture(
-    folder: Path,
-    config: CaptureConfig,
-    codec: Codec,
-    teacher: PreTrainedConfig,
-    weights: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary_size: int,
-) -> None:
+def refuse_other_capture(folder: Path, described: dict[str, Any]) -> None:
     """Raises `UserError` where another capture was begun in the folder, as far as that shows without the rows."""
     if (folder / PLAN).exists():
         begun = _read(folder / PLAN)
-        _refuse_differences(
-            folder, replace(begun, **_without_rows(config, codec, teacher, weights, tokenizer, vocabulary_size)), begun
-        )
+        _refuse_differences(folder, replace(begun, **described), begun)
 
 
-def _without_rows(
+def described_without_rows(
     config: CaptureConfig,
     codec: Codec,
     teacher: PreTrainedConfig,
@@ -148,7 +129,10 @@ def _without_rows(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary_size: int,
 ) -> dict[str, Any]:
-    """The fields of a plan that do not depend on rows, as they are after a round trip through JSON."""
+    """The fields of a plan that do not depend on rows, as they are after a round trip through JSON.
+
+    weights: SHA-256 of a local teacher's weights, which may be overwritten under the same name.
+    """
     described = {
         "teacher": {
             **without_secrets(config.teacher.model_dump(mode="json", include={"path", "kwargs"})),

@@ -12,7 +12,7 @@ from filelock import FileLock
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distillkit.capture.engines import Row
-from distillkit.capture.plan import Plan, make_plan, refuse_other_capture, settle_plan
+from distillkit.capture.plan import Plan, described_without_rows, make_plan, refuse_other_capture, settle_plan
 from distillkit.compression import Codec, build_codec
 from distillkit.config.capture import CaptureConfig, check_shard_size
 from distillkit.config.errors import UserError
@@ -84,10 +84,11 @@ def prepare(config: CaptureConfig) -> Capture:
     _warn_of_long_rows(config, text)
     tokenizer = load_tokenizer(teacher.path, **options)
     folder, weights = Path(config.output_path), weights_sha256(teacher.path, teacher.kwargs)
-    refuse_other_capture(folder, config, codec, pretrained, weights, tokenizer, text.vocab_size)
+    described = described_without_rows(config, codec, pretrained, weights, tokenizer, text.vocab_size)
+    refuse_other_capture(folder, described)
     kept = {"prepared_dataset_path": config.dataset.prepared_dataset_path or str(_prepared_beside(config))}
     rows, _ = build_datasets(config.dataset.model_copy(update=kept), tokenizer, config.sequence_length)
-    plan = make_plan(config, codec, pretrained, weights, tokenizer, rows, text.vocab_size)
+    plan = make_plan(config, codec, described, rows, text.vocab_size)
     settled = settle_plan(folder, plan)
     if settled.versions != plan.versions:
         then = ", ".join(f"{name} {number}" for name, number in settled.versions.items())

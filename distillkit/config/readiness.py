@@ -23,7 +23,7 @@ def check_ready(run: Run) -> None:
 
 
 def _check_inputs(config: RunConfig, *, check_model: bool) -> None:
-    for key, source in _sources(config).items():
+    for key, source in text_sources(config).items():
         check_source(f"{key}.disk_path", source)
     if config.model is not None and check_model:
         check_model_path("model", config.model)
@@ -43,7 +43,8 @@ def _refuse_split_models() -> None:
             )
 
 
-def _sources(config: RunConfig) -> dict[str, DatasetSource]:
+def text_sources(config: RunConfig) -> dict[str, DatasetSource]:
+    """The text that a run names, by the key of the YAML."""
     named = {"dataset.train_dataset": config.dataset.train_dataset, "dataset.eval_dataset": config.dataset.eval_dataset}
     if config.evaluation is not None:
         named["evaluation.dataset"] = config.evaluation.dataset

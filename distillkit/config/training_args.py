@@ -150,7 +150,7 @@ def takes_null(name: str) -> bool:
 def check_training_args(given: Mapping[str, Any], keys_of_the_run: Iterable[str] = ()) -> dict[str, Any]:
     """The arguments under their present names in transformers, without those that have no effect.
 
-    keys_of_the_run: keys of the top level, which are told to whoever wrote one of them here.
+    keys_of_the_run: keys of the top level; the error for one of them here names its place.
 
     Raises `KeyProblem` for an unknown or refused name, and for a value of the wrong type.
     """

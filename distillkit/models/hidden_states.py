@@ -14,8 +14,8 @@ class HiddenStateTaps:
 
     Indices are those of transformers' `output_hidden_states`: 0 is the embeddings, i the output of layer i - 1, and L,
     the number of layers, the output of the final norm (`final_norm=True`) or of the last layer itself (`False`).
-    `states[i]` is then a tensor [batch, tokens, width] that belongs to the graph of that pass; the next pass starts
-    anew. Only the given indices are kept.
+    `states[i]` is then a tensor [batch, tokens, width] that belongs to the graph of that pass; the next pass
+    replaces it. Only the given indices are kept.
 
         with HiddenStateTaps(model.get_decoder(), [0, 6, 12]) as taps:
             model(**batch)

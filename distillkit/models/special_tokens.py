@@ -42,7 +42,7 @@ def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before a text and behind it."""
     whole, bare = (tokenizer("a", add_special_tokens=each, verbose=False).input_ids for each in (True, False))
-    if not bare:  # "a" is no token of it, so only BOS can be told from what comes behind
+    if not bare:  # "a" is no token of it, so only BOS can be distinguished from what comes behind
         begins = whole[:1] == [tokenizer.bos_token_id]
         return whole[:begins], whole[begins:]
     start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)

@@ -89,7 +89,7 @@ def seconds(
     compiled: bool = False,
     trained_layers: int = 0,
 ) -> float | None:
-    """How long so many operations take, as far as that can be told before; not in float32, whose peaks are others.
+    """Estimated time of so many operations; not for float32, whose peak rates differ.
 
     attention: those of the operations that are softmax attention. trained_layers: of a student whose layers run forward
     and backward; their kernels take a processor some time to start.

@@ -59,7 +59,7 @@ def write_run_report(folder: Path) -> str:
 
 
 def write_cards(paths: Sequence[Path]) -> list[Path]:
-    """Write the cards of the finished runs among `paths` anew, with the results of the evaluations among them.
+    """Rewrite the cards of the finished runs among `paths`, with the results of the evaluations among them.
 
     A card with an evaluation stays as it is where none of its student is given.
     """

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run can be gone on from.
+"""Which checkpoints a run can resume from.
 
 A run can be killed at any moment, also while it writes a checkpoint or deletes an old one. So a checkpoint counts only
 once it holds the file `complete`, written after everything else, and removed before anything else; until then it holds

@@ -1,6 +1,6 @@
-"""The folder of a run: whether a run may start there, go on there, or is finished.
+"""The folder of a run: whether a run may start there, resume there, or is finished.
 
-A run goes on only under the configuration that it was started with: what differs in a way that matters to the weights
+A run resumes only with the configuration that it was started with: what differs in a way that matters to the weights
 is named. Phases that the YAML names have folders of their own within the run's; a run without `phases` is its only
 phase, and the run's folder that phase's. A phase that has begun stays as it was; later ones may still be changed.
 """

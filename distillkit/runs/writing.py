@@ -1,7 +1,7 @@
 """Files that are whole or not there: write under another name, fsync, rename.
 
 Unfinished files have names of their own, so that any number of processes may write into one folder, even the same file.
-They are locked meanwhile, so that what a killed process left behind can be told from what a living one writes.
+They are locked meanwhile, so that what a killed process left behind is distinguished from what a living one writes.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room: also one of safetensors, or of torch, which does not say why."""
+    """Whether a write failed because the disk is full; safetensors and torch raise errors without an errno."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _NO_ROOM
     text = str(error)

@@ -47,7 +47,7 @@ def set_steps(trainer: Trainer, rows: Dataset, budget: int | None, folder: Phase
 
     Raises `UserError` where there are fewer rows than a batch has, and incomplete batches are dropped.
     """
-    lengths, digest = scan_rows(rows)
+    lengths, digest = scan_rows(rows, digested=folder.main_process)
     main_process_first(trainer.args, lambda: settle(folder, "dataset.train_dataset", "rows", digest))
     if len(trainer.get_train_dataloader()) == 0:
         raise UserError(
@@ -94,14 +94,15 @@ def tokens_of_steps(trainer: Trainer, lengths: np.ndarray) -> Iterator[int]:
             yield sum(batches[start : start + accumulated])
 
 
-def scan_rows(rows: Dataset) -> tuple[np.ndarray, str]:
-    """Tokens of each row, and a digest of all of them."""
+def scan_rows(rows: Dataset, *, digested: bool) -> tuple[np.ndarray, str | None]:
+    """The number of tokens of each row, and a digest of all tokens where one is wanted: by one process of a run."""
     lengths, hashed = [], xxhash.xxh3_128()
     for batch in rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
         lengths.append(list_lengths(batch["input_ids"]))
-        hashed.update(lengths[-1].tobytes())
-        hashed.update(pc.list_flatten(batch["input_ids"]).to_numpy().astype(np.int32))
-    return np.concatenate(lengths), hashed.hexdigest()
+        if digested:
+            hashed.update(lengths[-1].tobytes())
+            hashed.update(pc.list_flatten(batch["input_ids"]).to_numpy().astype(np.int32, copy=False))
+    return np.concatenate(lengths), hashed.hexdigest() if digested else None
 
 
 def _steps_of(trainer: Trainer) -> int:

@@ -1,6 +1,6 @@
 """What a run was made from, kept in `run.json`: its models, its text, and by what they are known again.
 
-A run that goes on finds the same teacher, text, tokenizer and losses as it was begun with, or is refused: files by
+A resumed run finds the same teacher, text, tokenizer and losses as it was begun with, or is refused: files by
 their fingerprints, before anything is loaded; rows, tokenizer and commits of the hub by their content, once they are.
 """
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distillkit.config import DatasetSource, Phase, RunConfig, UserError
+from distillkit.config.readiness import text_sources
 from distillkit.config.teacher import HFTeacherConfig
 from distillkit.data import text_to_ids_hash
 from distillkit.data.sources import local_files
@@ -41,7 +42,7 @@ def settle_files(phase: Phase, folder: PhaseFolder) -> None:
         _refuse_changes(config, files, former, folder.path, same_phase=folder.checkpoint is not None)
     if folder.checkpoint is None:
         teacher = config.teacher
-        origins: dict[str, Any] = {"data": {key: _described(source) for key, source in _sources(config).items()}}
+        origins: dict[str, Any] = {"data": {key: _described(source) for key, source in text_sources(config).items()}}
         if isinstance(teacher, HFTeacherConfig):
             origins["teacher"] = _model(teacher.path, teacher.kwargs)
         folder.update_record(origins=origins, files={key: fingerprint(files[key]) for key in files})
@@ -122,7 +123,9 @@ def _changed(key: str, difference: str, folder: Path) -> UserError:
 def _files(config: RunConfig) -> dict[str, dict[str, Path]]:
     """Local files by the key of the YAML that names them, and by their paths."""
     teacher = config.teacher
-    found = {key: _local(source.disk_path) for key, source in _sources(config).items() if source.disk_path is not None}
+    found = {
+        key: _local(source.disk_path) for key, source in text_sources(config).items() if source.disk_path is not None
+    }
     if isinstance(teacher, HFTeacherConfig):
         found["teacher.path"] = _model_files(teacher.path, teacher.kwargs)
     if teacher.background is not None:
@@ -144,16 +147,6 @@ def _model_files(path: str, kwargs: dict[str, Any]) -> dict[str, Path]:
         place /= kwargs["gguf_file"]
     files = [place] if place.is_file() else [file for pattern in _MODEL_FILES for file in place.glob(pattern)]
     return {str(file): file for file in sorted(set(files)) if file.is_file()}
-
-
-def _sources(config: RunConfig) -> dict[str, DatasetSource]:
-    held_out = None if config.evaluation is None else config.evaluation.dataset
-    sources = {
-        "dataset.train_dataset": config.dataset.train_dataset,
-        "dataset.eval_dataset": config.dataset.eval_dataset,
-        "evaluation.dataset": held_out,
-    }
-    return {key: source for key, source in sources.items() if source is not None}
 
 
 def _model(path: str, kwargs: dict[str, Any]) -> dict[str, Any]:

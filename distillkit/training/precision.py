@@ -9,7 +9,7 @@ weight of 0.02 moves by a bf16 step now and then, and by the right amount on ave
 
 What is saved at the end has the dtype that computed: bf16 after a bf16 run, so the saved student is the network that
 the last forward pass used; float32 after a float32 run, so that nothing is rounded away. The divergence "after" is
-measured on the student as saved. Checkpoints, from which a run goes on, keep the float32 masters.
+measured on the student as saved. Checkpoints, from which a run resumes, keep the float32 masters.
 """
 
 import torch

@@ -104,7 +104,7 @@ def _train(run: Run, console: Console, lock: ExitStack) -> None:
         try:
             train_phase(run, phase, arguments, console, check=partial(_check_ahead, run, phase))
         except UserError as error:
-            raise error if (error.key or "").startswith("phases[") else phase.located(error) from None
+            raise phase.located(error) from None
     if run.has_phase_folders and main_process:
         last = run.phases[-1].folder
         check_saved(last)

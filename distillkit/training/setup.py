@@ -60,7 +60,7 @@ def load_models(
     arguments: Arguments,
     console: Console,
 ) -> Models:
-    """Load what a run needs. A student that goes on comes from its checkpoint, float32 masters and all."""
+    """Load what a run needs. The student of a resumed run comes from its checkpoint, float32 masters and all."""
     trainer, techniques = arguments.trainer, arguments.techniques
     model = _load_teacher(config, folder, trainer, console)
     teacher = open_teacher(config, model)

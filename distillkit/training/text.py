@@ -70,7 +70,7 @@ def load_text(
     _check_rows(train_rows, teacher, models, "dataset.train_dataset")
     if held_out is not None:
         _check_rows(held_out.rows, held_out.teacher, models, key)
-        digest = scan_rows(held_out.rows)[1]
+        digest = scan_rows(held_out.rows, digested=True)[1] if folder.main_process else None
         main_process_first(arguments, lambda: settle(folder, key, "rows", digest))
     return train_rows, held_out
 

@@ -1,4 +1,4 @@
-"""What a mixer must say for a teacher to be converted to it, and for the conversion to be planned."""
+"""The interface of a mixer: how it is initialised from a teacher, and what a plan needs to know of it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -80,5 +80,5 @@ class Mixer(ABC):
     def plan_on_cuda(self, layer: Any, count_flops: Callable[[int], None]) -> None:  # noqa: B027  nor this
         """Let a layer on tensors without data allocate and compute what its CUDA kernels do.
 
-        Nothing need be done for a layer whose operations are PyTorch's; `count_flops` is told of the work of others.
+        Nothing need be done for a layer whose operations are PyTorch's; `count_flops` gets those of other kernels.
         """

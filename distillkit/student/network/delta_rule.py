@@ -87,7 +87,7 @@ def chunk_kda(
         decay: ``[batch, tokens, heads, key_dim]``, logarithm of the decay, at most 0.
         beta: ``[batch, tokens, heads]`` in [0, 1].
         initial_state: ``[sequences, heads, key_dim, value_dim]``, zeros if not given.
-        documents: boundaries where the state starts anew; then ``batch`` is 1. Without it every row is one sequence.
+        documents: boundaries where the state is reset; then ``batch`` is 1. Without it every row is one sequence.
 
     Returns: the output ``[batch, tokens, heads, value_dim]`` and the final state of every sequence, both in float32
         (float64 where the inputs are).

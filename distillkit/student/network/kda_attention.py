@@ -283,7 +283,7 @@ def _convolve_with_kernels(
 def short_convolution(
     x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor | None, documents: Documents | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal depthwise convolution and SiLU, anew in each document.
+    """Causal depthwise convolution and SiLU; no document sees another's tokens.
 
     Args:
         x: ``[batch, tokens, channels]``. weight: ``[channels, conv_size]``, the last tap on the token itself.

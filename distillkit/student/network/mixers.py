@@ -56,12 +56,13 @@ def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
             if isinstance(other, CacheLayerMixin) and other.get_seq_length() > 0:
                 raise ValueError(f"past_key_values: layer {index} holds keys and values, and is {mixer} here")
             cache.layers[index] = cache_layer()
+            # transformers masks the unused slots of a cache if all of its layers are compileable: those of full
+            # attention decide.
+            cache.layers[index].is_compileable = any(
+                layer.is_compileable
+                for layer, each in zip(cache.layers, mixers, strict=True)
+                if MIXERS[each].cache_layer is None
+            )
             if getattr(other, "record_past", False):
                 cache.layers[index].activate_past_recording()
-    own = [mixer.cache_layer for mixer in MIXERS.values() if mixer.cache_layer is not None]
-    of_mixers: list[Any] = [layer for layer in cache.layers if isinstance(layer, tuple(own))]
-    # transformers masks the unused places of a cache whose layers all say so: those of full attention decide.
-    fixed = any(layer.is_compileable for layer in cache.layers if layer not in of_mixers)
-    for layer in of_mixers:
-        layer.is_compileable = fixed
     return cache

@@ -83,7 +83,7 @@ class KDAHybridForCausalLM(KDAHybridPreTrainedModel, GenerationMixin):
     """Causal language model around a decoder with exchanged attention; loads, saves and generates as any other.
 
     Sequences may be padded on either side (2-D ``attention_mask``) or, without a mask and with ``use_cache=False``,
-    packed (``position_ids`` that start anew with each document, or ``cu_seqlens`` with one row): no attention and no
+    packed (``position_ids`` that restart at 0 with each document, or ``cu_seqlens`` with one row): no attention and no
     state crosses from one document to the next. A 2-D mask tells of padding alone, as everywhere in transformers.
     """
 

@@ -2,9 +2,8 @@
 
 At their first call for a number and size of heads and a dtype (l2norm for a number of tokens, too) the kernels of
 flash-linear-attention try out some hundreds of configurations, which takes two to five minutes on a new machine. fla
-can be told of a folder in which what was chosen is written down. Those in `tuned` are named as fla names GPUs, and hold
-the heads of SmolLM2-135M and of AFM-4.5B; what is not in there is tuned as ever. `python benchmarks/start_up.py --keep
-FOLDER` writes such files.
+can read its choices from a folder. Those in `tuned` are named as fla names GPUs, and hold the heads of SmolLM2-135M and
+of AFM-4.5B; what is not in there is tuned as ever. `python benchmarks/start_up.py --keep FOLDER` writes such files.
 """
 
 import os

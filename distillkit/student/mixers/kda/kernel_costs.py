@@ -23,7 +23,7 @@ def kda_flops(tokens: int, heads: int, head_dim: int) -> int:
 
 
 def mix_as_kernels_do(kda: KimiDeltaAttention, count_flops: Callable[[int], None]) -> None:
-    """Let a layer without data do what it does on CUDA with fla; `count_flops` is told of the kernels' work."""
+    """Make a layer on the meta device allocate as on CUDA with fla; `count_flops` gets the kernels' operations."""
 
     def mix(x: Tensor, documents: Any, cache: Any) -> Tensor:
         projections = ((kda.q_proj, kda.q_conv1d), (kda.k_proj, kda.k_conv1d), (kda.v_proj, kda.v_conv1d))
