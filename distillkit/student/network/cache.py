@@ -11,18 +11,25 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 
-class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
+class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """Convolution inputs ``[batch, conv_size - 1, channels]`` and state ``[batch, heads, key_dim, value_dim]``.
 
     Both have the same size after one token and after a million. A state cannot be taken back, so a cache that is to be
     cropped (``activate_past_recording``, as a draft's is) keeps the states before each call since the last crop, too.
+
+    Args:
+        static: of a ``StaticCache``, whose steps may be one graph: states and the count stay at their addresses.
+        counter: the layer of the same cache that counts the tokens for this one; by default it counts by itself.
     """
 
-    is_compileable = False  # as long as no layer beside it is: a mask would grow with the tokens seen
+    is_compileable = False
     record_past: bool
+    seen_tokens: int | torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, static: bool = False, counter: "RecurrentCacheLayer | None" = None) -> None:
         super().__init__()
+        self.is_compileable = static
+        self.counter = self if counter is None else counter
         self.seen_tokens = 0
         self.is_initialized = False
         self.recorded: list[tuple[int, torch.Tensor | None, torch.Tensor | None, Callable[[int], Any]]] = []
@@ -37,9 +44,25 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def store(self, conv_state: torch.Tensor, recurrent_state: torch.Tensor) -> None:
         """Replace both states."""
-        self.conv_states[0], self.recurrent_states[0] = conv_state, recurrent_state
+        if self.is_compileable:
+            if self.conv_state is None:
+                self.lazy_initialization(conv_states=conv_state, recurrent_states=recurrent_state)
+            assert self.conv_state is not None and self.recurrent_state is not None
+            self.conv_state.copy_(conv_state)
+            self.recurrent_state.copy_(recurrent_state)
+        else:
+            self.conv_states[0], self.recurrent_states[0] = conv_state, recurrent_state
         self.dtype, self.device = conv_state.dtype, conv_state.device
         self._mark(initialized=True)
+
+    def count(self, tokens: int) -> None:
+        """So many tokens more."""
+        if self.counter is not self:
+            return
+        if self.is_compileable and not isinstance(self.seen_tokens, torch.Tensor):
+            self.seen_tokens = torch.tensor(self.seen_tokens, device=self.device)
+            torch._dynamo.mark_static_address(self.seen_tokens)
+        self.seen_tokens += tokens  # of a static cache: in place
 
     def _mark(self, *, initialized: bool) -> None:
         self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = initialized
@@ -47,7 +70,8 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def record(self, tokens: int, replay: Callable[[int], Any]) -> None:
         """Before a call with so many tokens; ``replay`` makes the call with the first few of them."""
-        self.recorded.append((tokens, self.conv_state, self.recurrent_state, replay))
+        kept = (None if state is None else state.clone() for state in (self.conv_state, self.recurrent_state))
+        self.recorded.append((tokens, *kept, replay))
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
@@ -61,7 +85,7 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
         while remove > 0:
             tokens, self.conv_states[0], self.recurrent_states[0], replay = self.recorded.pop()
             self._mark(initialized=self.conv_state is not None)
-            self.seen_tokens -= tokens
+            self.count(-tokens)
             if tokens > remove:
                 replay(tokens - remove)
             remove -= tokens
@@ -70,19 +94,25 @@ class KDACacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a KDA layer has no keys and values to store")
 
-    def get_seq_length(self) -> int:
-        return self.seen_tokens
+    def get_seq_length(self) -> int | torch.Tensor:
+        return self.counter.seen_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen_tokens + query_length, 0
+        """Asked only where no layer is of full attention, so that nothing looks at the mask."""
+        return query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        record_past = self.record_past
-        KDACacheLayer.__init__(self)
-        self.record_past = record_past
+        """Forget all tokens; tensors stay where they are."""
+        super().reset()
+        self._mark(initialized=False)
+        self.recorded = []
+        if isinstance(self.seen_tokens, torch.Tensor):
+            self.seen_tokens.zero_()
+        else:
+            self.seen_tokens = 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.conv_state is not None and self.recurrent_state is not None:

@@ -102,6 +102,7 @@ class KDAHybridConfig(PretrainedConfig):
     num_hidden_layers = _OfBase()
     num_attention_heads = _OfBase()
     num_key_value_heads = _OfBase()
+    head_dim = _OfBase()
     max_position_embeddings = _OfBase()
     sliding_window = _OfBase()
     attention_chunk_size = _OfBase()

@@ -6,6 +6,7 @@ flash-linear-attention installed its kernels do the work; anywhere else the PyTo
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,19 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .cache import KDACacheLayer
+from .cache import RecurrentCacheLayer
 from .delta_rule import chunk_kda, log_decay, recurrent_kda
 from .documents import Documents
 from .tuned_kernels import allow_tuned_kernels, use_tuned_kernels
+
+try:
+    if not torch.cuda.is_available():
+        raise ImportError
+    from .step_kernels import kda_step
+
+    STEP_KERNELS = True
+except ImportError:
+    STEP_KERNELS = False
 
 try:
     if not torch.cuda.is_available():
@@ -155,7 +165,7 @@ class KimiDeltaAttention(nn.Module):
         Args:
             hidden_states: ``[batch, tokens, hidden_size]``.
             documents: where sequences start and end; without it each row is one.
-            past_key_values: a cache whose layer ``layer_idx`` is a ``KDACacheLayer``; read and updated.
+            past_key_values: a cache whose layer ``layer_idx`` is a ``RecurrentCacheLayer``; read and updated.
             kwargs: what decoders hand to softmax attention (masks, positions); not needed here.
 
         Returns: the output ``[batch, tokens, hidden_size]``, and ``None`` for attention weights.
@@ -164,14 +174,16 @@ class KimiDeltaAttention(nn.Module):
         cache = None
         if past_key_values is not None:
             cache = past_key_values.layers[self.layer_idx]
-            if not isinstance(cache, KDACacheLayer):
-                raise TypeError(f"layer {self.layer_idx} of the cache is {cache}, not a KDACacheLayer")
+            if not isinstance(cache, RecurrentCacheLayer):
+                raise TypeError(f"layer {self.layer_idx} of the cache is {cache}, not a RecurrentCacheLayer")
             if cache.record_past:
                 cache.record(tokens, functools.partial(self._again, hidden_states, documents, past_key_values))
         if documents is not None:
             hidden_states = documents.flatten(hidden_states)
         output = hidden_states
-        if hidden_states.shape[1] > 0:  # else all is padding, and the state stays as it is
+        if cache is not None and cache.is_initialized and documents is None and tokens == 1:
+            output = self.o_proj(self._step(hidden_states, cache))
+        elif hidden_states.shape[1] > 0:  # else all is padding, and the state stays as it is
             output = self._mix(hidden_states, documents, cache)
             gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
             output = self.o_norm(output, gate).flatten(-2)
@@ -179,7 +191,7 @@ class KimiDeltaAttention(nn.Module):
         if documents is not None:
             output = documents.restore(output, batch, tokens)
         if cache is not None:
-            cache.seen_tokens += tokens
+            cache.count(tokens)
         return output, None
 
     def _again(self, hidden_states: torch.Tensor, documents: Documents | None, cache: Cache, tokens: int) -> None:
@@ -187,7 +199,7 @@ class KimiDeltaAttention(nn.Module):
         part = None if documents is None else documents.first(tokens, *hidden_states.shape[:2])
         self(hidden_states[:, :tokens], part, cache)
 
-    def _mix(self, x: torch.Tensor, documents: Documents | None, cache: KDACacheLayer | None) -> torch.Tensor:
+    def _mix(self, x: torch.Tensor, documents: Documents | None, cache: RecurrentCacheLayer | None) -> torch.Tensor:
         """``[batch, tokens, hidden_size]`` → ``[batch, tokens, heads, head_dim]``."""
         projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         weights = [self.q_conv1d(), self.k_conv1d(), self.v_conv1d()]
@@ -201,18 +213,51 @@ class KimiDeltaAttention(nn.Module):
                 torch.cat(projected, dim=-1), torch.cat(weights), conv_state, documents
             )
             convolved = list(joined.split([each.shape[-1] for each in projected], dim=-1))
+        inputs = [*self._heads(convolved), self.f_proj(x).unflatten(-1, (-1, self.head_dim)), self.b_proj(x)]
+        state = None if cache is None else cache.recurrent_state
+        attend = self._attend_with_kernels if kernels else self._attend
+        output, state = attend(inputs, state, documents, cache is not None)
+        if cache is not None and conv_state is not None:
+            cache.store(conv_state, state)
+        return output
+
+    def _step(self, x: torch.Tensor, cache: RecurrentCacheLayer) -> torch.Tensor:
+        """One token more, ``[batch, 1, hidden_size]`` → ``[batch, 1, heads * head_dim]``; all in one graph."""
+        projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        weights = [self.q_conv1d(), self.k_conv1d(), self.v_conv1d()]
+        decay_gate, beta_gate, gate = self.f_proj(x), self.b_proj(x), self.g_proj(x)
+        if STEP_KERNELS and x.is_cuda and not torch.is_grad_enabled():
+            return kda_step(
+                projected,
+                weights,
+                decay_gate,
+                beta_gate,
+                gate,
+                cache.conv_state,
+                cache.recurrent_state,
+                A_log=self.A_log,
+                dt_bias=self.dt_bias,
+                norm_weight=self.o_norm.weight,
+                norm_eps=self.o_norm.eps,
+                head_dim=self.head_dim,
+                lower_bound=self.gate_lower_bound,
+            )
+        joined, conv_state = convolution_step(torch.cat(projected, dim=-1), torch.cat(weights), cache.conv_state)
+        query, key, value = self._heads(joined.split([each.shape[-1] for each in projected], dim=-1))
+        decay_gate, gate = (each.unflatten(-1, (-1, self.head_dim)) for each in (decay_gate, gate))
+        decay = log_decay(decay_gate, self.A_log, self.dt_bias, self.gate_lower_bound)
+        beta = beta_gate.to(decay.dtype).sigmoid()
+        output, state = recurrent_kda(query, key, value, decay, beta, cache.recurrent_state)
+        cache.store(conv_state, state)
+        return self.o_norm(output, gate).flatten(-2).to(x.dtype)
+
+    def _heads(self, convolved: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Queries, keys and values, ``[batch, tokens, heads, head_dim]``, those of grouped heads repeated."""
         query, key, value = (each.unflatten(-1, (-1, self.head_dim)) for each in convolved)
         if self.num_kv_heads != self.num_heads:
             repeats = self.num_heads // self.num_kv_heads
             key, value = key.repeat_interleave(repeats, dim=-2), value.repeat_interleave(repeats, dim=-2)
-        decay_gate = self.f_proj(x).unflatten(-1, (-1, self.head_dim))
-        beta_gate = self.b_proj(x)
-        state = None if cache is None else cache.recurrent_state
-        attend = self._attend_with_kernels if kernels else self._attend
-        output, state = attend([query, key, value, decay_gate, beta_gate], state, documents, cache is not None)
-        if cache is not None and conv_state is not None:
-            cache.store(conv_state, state)
-        return output
+        return [query, key, value]
 
     @torch.compiler.disable  # every set of documents would be another graph
     def _attend(
@@ -225,8 +270,6 @@ class KimiDeltaAttention(nn.Module):
         query, key, value, decay_gate, beta_gate = inputs
         decay = log_decay(decay_gate, self.A_log, self.dt_bias, self.gate_lower_bound)
         beta = beta_gate.to(decay.dtype).sigmoid()
-        if query.shape[1] == 1 and documents is None:
-            return recurrent_kda(query, key, value, decay, beta, state)
         return chunk_kda(query, key, value, decay, beta, state, documents)
 
     @torch.compiler.disable
@@ -298,11 +341,6 @@ def short_convolution(
     count = batch if documents is None else documents.count
     if state is None:
         state = x.new_zeros(count, taps - 1, channels)
-    if documents is None and tokens == 1:  # decoding; a convolution takes several times as long to start
-        window = torch.cat([state, x], dim=1)
-        dtype = torch.promote_types(x.dtype, torch.float32)  # a convolution adds up unrounded products, too
-        output = (window.to(dtype) * weight.t().to(dtype)).sum(1, keepdim=True)
-        return F.silu(output.to(x.dtype)), window[:, 1:].clone()
     if documents is None:
         padded = torch.cat([state, x], dim=1)
         output = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=channels).transpose(1, 2)
@@ -318,3 +356,11 @@ def short_convolution(
     output = F.conv1d(padded.t().unsqueeze(0), weight.unsqueeze(1), groups=channels).squeeze(0).t()
     output = output.index_select(0, places - (taps - 1)).unsqueeze(0)
     return F.silu(output), padded[ends.unsqueeze(1) - (taps - 1) + window]
+
+
+def convolution_step(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``short_convolution`` of one token, ``[batch, 1, channels]``: conv1d takes far longer to start."""
+    window = torch.cat([state, x], dim=1)
+    dtype = torch.promote_types(x.dtype, torch.float32)  # a convolution adds up unrounded products, too
+    output = (window.to(dtype) * weight.t().to(dtype)).sum(1, keepdim=True)
+    return F.silu(output.to(x.dtype)), window[:, 1:].clone()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
-from .cache import KDACacheLayer
+from .cache import RecurrentCacheLayer
 from .full_attention import keep_full_attention
 from .kda_attention import KimiDeltaAttention
 
@@ -28,7 +28,7 @@ class LayerMixer:
 
     layer_type: str
     build: Callable[[nn.Module, Any, int], nn.Module]
-    cache_layer: type[CacheLayerMixin] | None = None
+    cache_layer: type[RecurrentCacheLayer] | None = None
     float32: tuple[str, ...] = ()
 
 
@@ -36,7 +36,7 @@ MIXERS: dict[str, LayerMixer] = {
     "kda": LayerMixer(
         "linear_attention",
         KimiDeltaAttention.in_place_of,
-        KDACacheLayer,
+        RecurrentCacheLayer,
         float32=("A_log", "dt_bias"),  # their exponentials are the memory of a head
     ),
     "full": LayerMixer("full_attention", keep_full_attention),
@@ -50,19 +50,15 @@ def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
     """
     while len(cache.layers) < len(mixers):  # a DynamicCache made without a config adds its layers as they come
         cache.layers.append(cache.layer_class_to_replicate())
+    counter = None
     for index, mixer in enumerate(mixers):
         cache_layer, other = MIXERS[mixer].cache_layer, cache.layers[index]
         if cache_layer is not None and not isinstance(other, cache_layer):
             if isinstance(other, CacheLayerMixin) and other.get_seq_length() > 0:
                 raise ValueError(f"past_key_values: layer {index} holds keys and values, and is {mixer} here")
-            cache.layers[index] = cache_layer()
-            # transformers masks the unused slots of a cache if all of its layers are compileable: those of full
-            # attention decide.
-            cache.layers[index].is_compileable = any(
-                layer.is_compileable
-                for layer, each in zip(cache.layers, mixers, strict=True)
-                if MIXERS[each].cache_layer is None
-            )
+            layer = cache_layer(static=isinstance(cache, StaticCache), counter=counter)
+            counter = layer.counter
             if getattr(other, "record_past", False):
-                cache.layers[index].activate_past_recording()
+                layer.activate_past_recording()
+            cache.layers[index] = layer
     return cache

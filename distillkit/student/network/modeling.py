@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import MODEL_MAPPING, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -141,12 +142,18 @@ class KDAHybridForCausalLM(KDAHybridPreTrainedModel, GenerationMixin):
         return result
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:
-        """None ahead of the decoder, for any cache: its own are for full attention, others take the padding itself."""
-        return attention_mask
+    def create_masks_for_generate(
+        config: KDAHybridConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> Any:
+        """Ahead of a step of a static cache, which is one graph, what full attention takes; else the decoder makes it.
 
-    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
-        return False  # a step of a static cache is no one graph: documents, kernels and states stand outside of graphs
+        Other mixers take the mask of a prompt for its padding. A step has none.
+        """
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        if all(MIXERS[mixer].layer_type == "linear_attention" for mixer in config.mixers):
+            return None
+        return create_masks_for_generate(config.base_config, inputs_embeds, attention_mask, **kwargs)
 
 
 def exchange_attention(decoder: Any, config: KDAHybridConfig) -> None:
@@ -202,6 +209,8 @@ class _DecoderInputs:
         kwargs = {**self._asked_for(), **kwargs, **self._cache(decoder, kwargs)}
         cu_seqlens = kwargs.pop("cu_seqlens", None)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if inputs.shape[1] == 1 and cu_seqlens is None and _is_of_a_step(mask, kwargs["past_key_values"]):
+            return (), kwargs
         seen = 0 if kwargs["past_key_values"] is None else kwargs["past_key_values"].get_seq_length()
         if cu_seqlens is not None:
             if inputs.shape[0] != 1 or mask is not None:
@@ -233,6 +242,14 @@ class _DecoderInputs:
         if cache is not None:
             with_mixer_layers(cache, self.config.mixers)
         return {"use_cache": use_cache and not checkpointing, "past_key_values": cache}
+
+
+def _is_of_a_step(mask: Any, cache: Cache | None) -> bool:
+    """Whether there is no padding to know of: no mask, or one made ahead of a step of a static cache.
+
+    Such a mask hides padding and unused places of the cache from full attention, never the new token.
+    """
+    return mask is None or (isinstance(cache, StaticCache) and (isinstance(mask, dict) or mask.dim() == 4))
 
 
 def _of_new_tokens(mask: Any, seen: int, tokens: int) -> torch.Tensor:
