@@ -35,11 +35,13 @@ class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.recorded: list[tuple[int, torch.Tensor | None, torch.Tensor | None, Callable[[int], Any]]] = []
 
     @property
-    def conv_state(self) -> torch.Tensor | None:
+    def conv_state(self) -> Any:
+        """A tensor, or None before the first token."""
         return self.conv_states[0]
 
     @property
-    def recurrent_state(self) -> torch.Tensor | None:
+    def recurrent_state(self) -> Any:
+        """A tensor, or None before the first token."""
         return self.recurrent_states[0]
 
     def store(self, conv_state: torch.Tensor, recurrent_state: torch.Tensor) -> None:
@@ -47,7 +49,6 @@ class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         if self.is_compileable:
             if self.conv_state is None:
                 self.lazy_initialization(conv_states=conv_state, recurrent_states=recurrent_state)
-            assert self.conv_state is not None and self.recurrent_state is not None
             self.conv_state.copy_(conv_state)
             self.recurrent_state.copy_(recurrent_state)
         else:
@@ -70,8 +71,8 @@ class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def record(self, tokens: int, replay: Callable[[int], Any]) -> None:
         """Before a call with so many tokens; ``replay`` makes the call with the first few of them."""
-        kept = (None if state is None else state.clone() for state in (self.conv_state, self.recurrent_state))
-        self.recorded.append((tokens, *kept, replay))
+        conv_state, state = (None if each is None else each.clone() for each in (self.conv_state, self.recurrent_state))
+        self.recorded.append((tokens, conv_state, state, replay))
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:

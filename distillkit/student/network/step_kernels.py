@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _convolution_kernel(
+def _convolution_kernel(  # type: ignore[no-untyped-def]  -- pointers and numbers of Triton's
     query,
     key,
     value,
@@ -51,7 +51,7 @@ def _convolution_kernel(
 
 
 @triton.jit
-def _delta_rule_kernel(
+def _delta_rule_kernel(  # type: ignore[no-untyped-def]
     convolved,  # [rows, channels of queries, keys and values]
     decay_gate,  # [rows, heads * SIZE]
     beta_gate,  # [rows, heads]
