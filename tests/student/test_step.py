@@ -5,8 +5,9 @@ import torch
 from transformers import StaticCache
 from transformers.generation import CompileConfig
 
-from distillkit.student.network.delta_rule import log_decay, recurrent_kda
-from distillkit.student.network.kda_attention import GatedRMSNorm, convolution_step
+from distillkit.student.network import kda_attention
+from distillkit.student.network.cache import RecurrentCacheLayer
+from distillkit.student.network.kda_attention import KimiDeltaAttention
 
 from .students import FULL, KDA, LAYOUTS, student, tokens
 
@@ -66,56 +67,44 @@ def test_prompts_in_pieces_and_beams_with_a_static_cache():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lower_bound", [-5.0, None], ids=["safe gate", "plain gate"])
-@pytest.mark.parametrize("kv_heads", [4, 2], ids=["expanded", "grouped"])
-@pytest.mark.parametrize(("head_dim", "conv_size"), [(64, 4), (96, 3)])
+@pytest.mark.parametrize("rows", [1, 19, 70])
+@pytest.mark.parametrize(
+    ("head_dim", "changes"),
+    [
+        (64, {}),
+        (96, {"conv_size": 3, "qkv_bias": True}),
+        (128, {"gate_lower_bound": None, "num_kv_heads": 2}),
+    ],
+    ids=["head 64", "head 96, biases, 3 taps", "head 128, plain gate, grouped"],
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @torch.no_grad()
-def test_kernels_of_a_step_equal_plain_pytorch(dtype, tolerance, head_dim, conv_size, kv_heads, lower_bound):
-    """Output and both states, after a prompt and several steps; the kernels' own rounding alone differs."""
+def test_kernels_of_a_step_equal_plain_pytorch(dtype, tolerance, head_dim, changes, rows, monkeypatch):
+    """Output and both states after several steps; the order of summation alone differs."""
     from distillkit.student.network.step_kernels import kda_step
 
     torch.manual_seed(0)
-    heads, rows = 4, 3
-    channels = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-
-    def random(*shape, scale=1.0):
-        return (scale * torch.randn(*shape)).to(DEVICE, dtype)
-
-    weights = [random(size, conv_size) for size in channels]
-    A_log, dt_bias, norm_weight = (random(size).float() for size in (heads, heads * head_dim, head_dim))
-    conv_state, state = random(rows, conv_size - 1, sum(channels)), random(rows, heads, head_dim, head_dim).float()
-    found_conv, found_state = conv_state.clone(), state.clone()
-    norm = GatedRMSNorm(head_dim).to(DEVICE)
-    norm.weight.copy_(norm_weight)
+    arguments = {"hidden_size": 200, "num_heads": 4, "num_kv_heads": 4, "head_dim": head_dim, "layer_idx": 0}
+    layer = KimiDeltaAttention(**{**arguments, **changes})
+    for parameter in (layer.A_log, layer.dt_bias, layer.o_norm.weight):
+        torch.nn.init.normal_(parameter)
+    layer.f_proj[1].weight.mul_(10)  # some forget at once, some remember for long
+    layer = layer.to(DEVICE, dtype)
+    monkeypatch.setattr(kda_attention, "STEP_KERNELS", False)
+    cache = RecurrentCacheLayer(static=True)
+    channels = sum(conv.weight.shape[0] for conv in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d))
+    past = layer.q_conv1d.weight.shape[-1] - 1
+    cache.store(
+        torch.randn(rows, past, channels, device=DEVICE, dtype=dtype),
+        torch.randn(rows, 4, head_dim, head_dim, device=DEVICE),
+    )
+    states = [cache.conv_state.clone(), cache.recurrent_state.clone()]
     for _ in range(3):
-        projected = [random(rows, 1, size) for size in channels]
-        decay_gate, gate = random(rows, 1, heads * head_dim, scale=3.0), random(rows, 1, heads * head_dim)
-        beta_gate = random(rows, 1, heads)
-        found = kda_step(
-            projected,
-            weights,
-            decay_gate,
-            beta_gate,
-            gate,
-            found_conv,
-            found_state,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            norm_weight=norm_weight,
-            norm_eps=norm.eps,
-            head_dim=head_dim,
-            lower_bound=lower_bound,
-        )
-        joined, conv_state = convolution_step(torch.cat(projected, dim=-1), torch.cat(weights), conv_state)
-        query, key, value = (each.unflatten(-1, (-1, head_dim)) for each in joined.split(channels, dim=-1))
-        key, value = (each.repeat_interleave(heads // kv_heads, dim=-2) for each in (key, value))
-        decay = log_decay(decay_gate.unflatten(-1, (-1, head_dim)), A_log, dt_bias, lower_bound)
-        output, state = recurrent_kda(query, key, value, decay, beta_gate.float().sigmoid(), state)
-        expected = norm(output, gate.unflatten(-1, (-1, head_dim))).flatten(-2)
-        for one, other in ((found, expected), (found_state, state)):
-            assert (one.float() - other.float()).norm() < tolerance * other.float().norm()
-        assert torch.equal(found_conv, conv_state)
+        x = torch.randn(rows, 1, 200, device=DEVICE, dtype=dtype)
+        found, expected = kda_step(layer, x, *states), layer._step(x, cache)
+        for one, other in ((found, expected), (states[0], cache.conv_state), (states[1], cache.recurrent_state)):
+            assert one.dtype == other.dtype
+            assert (one.double() - other.double()).norm() < tolerance * other.double().norm()
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from .tuned_kernels import allow_tuned_kernels, use_tuned_kernels
 try:
     if not torch.cuda.is_available():
         raise ImportError
-    from .step_kernels import kda_step
+    from .step_kernels import has_step_kernels, kda_step
 
     STEP_KERNELS = True
 except ImportError:
@@ -223,30 +223,15 @@ class KimiDeltaAttention(nn.Module):
 
     def _step(self, x: torch.Tensor, cache: RecurrentCacheLayer) -> torch.Tensor:
         """One token more, ``[batch, 1, hidden_size]`` → ``[batch, 1, heads * head_dim]``; all in one graph."""
+        if STEP_KERNELS and has_step_kernels(self, x):
+            return kda_step(self, x, cache.conv_state, cache.recurrent_state)
         projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         weights = [self.q_conv1d(), self.k_conv1d(), self.v_conv1d()]
-        decay_gate, beta_gate, gate = self.f_proj(x), self.b_proj(x), self.g_proj(x)
-        if STEP_KERNELS and x.is_cuda and not torch.is_grad_enabled():
-            return kda_step(
-                projected,
-                weights,
-                decay_gate,
-                beta_gate,
-                gate,
-                cache.conv_state,
-                cache.recurrent_state,
-                A_log=self.A_log,
-                dt_bias=self.dt_bias,
-                norm_weight=self.o_norm.weight,
-                norm_eps=self.o_norm.eps,
-                head_dim=self.head_dim,
-                lower_bound=self.gate_lower_bound,
-            )
         joined, conv_state = convolution_step(torch.cat(projected, dim=-1), torch.cat(weights), cache.conv_state)
         query, key, value = self._heads(joined.split([each.shape[-1] for each in projected], dim=-1))
-        decay_gate, gate = (each.unflatten(-1, (-1, self.head_dim)) for each in (decay_gate, gate))
+        decay_gate, gate = (each(x).unflatten(-1, (-1, self.head_dim)) for each in (self.f_proj, self.g_proj))
         decay = log_decay(decay_gate, self.A_log, self.dt_bias, self.gate_lower_bound)
-        beta = beta_gate.to(decay.dtype).sigmoid()
+        beta = self.b_proj(x).to(decay.dtype).sigmoid()
         output, state = recurrent_kda(query, key, value, decay, beta, cache.recurrent_state)
         cache.store(conv_state, state)
         return self.o_norm(output, gate).flatten(-2).to(x.dtype)

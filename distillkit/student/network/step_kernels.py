@@ -1,57 +1,151 @@
-"""One token more through a KDA layer on a GPU, in two kernels: the short convolution, and all of a head after it.
+"""One token more through a KDA layer on a GPU, in three kernels between its norm and its output projection.
 
-A decoding step reads each weight and each state once; what it waits for beside them is the start of every kernel. So
-normalisation, gates, the delta rule and the gated RMSNorm of a head are one kernel, and states are updated in place.
+A decoding step reads each weight and each state once, and beyond that mostly waits for kernels to start. So one kernel
+makes all projections of a token and the short convolutions of three of them, one the second halves of both low-rank
+gates, and one all the rest of a head: normalisation, gates, the delta rule, the gated RMSNorm. States are updated in
+place.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import nn
 
 
 @triton.jit
-def _convolution_kernel(  # type: ignore[no-untyped-def]  -- pointers and numbers of Triton's
-    query,
-    key,
-    value,
+def _weight_times_tokens(x, weight, channels, tokens, channel_count, token_count, INNER, BLOCK_INNER, C, T):  # type: ignore
+    """``[C, T]``, float32: rows ``channels`` of a weight ``[channel_count, INNER]`` times rows ``tokens`` of ``x``."""
+    total = tl.zeros((C, T), tl.float32)
+    for start in range(0, INNER, BLOCK_INNER):
+        inner = start + tl.arange(0, BLOCK_INNER)
+        w = tl.load(
+            weight + channels.to(tl.int64)[:, None] * INNER + inner[None, :],
+            mask=(channels < channel_count)[:, None] & (inner < INNER)[None, :],
+            other=0.0,
+        )
+        y = tl.load(
+            x + tokens.to(tl.int64)[None, :] * INNER + inner[:, None],
+            mask=(tokens < token_count)[None, :] & (inner < INNER)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(w, y, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _projection_kernel(  # type: ignore
+    x,  # [rows, HIDDEN]
     query_weight,
     key_weight,
     value_weight,
-    state,  # [rows, TAPS - 1, channels of the three]
-    output,  # [rows, channels of the three]
+    query_bias,
+    key_bias,
+    value_bias,
+    query_taps,  # [channels, TAPS]
+    key_taps,
+    value_taps,
+    decay_weight,
+    output_weight,
+    beta_weight,
+    conv_state,  # [rows, TAPS - 1, channels of queries, keys and values]
+    convolved,  # [rows, the same channels]
+    decay,  # [rows, RANK]
+    gate,  # [rows, RANK]
+    beta,  # [rows, heads]
+    rows,
     query_size,
     kv_size,
+    heads,
+    HIDDEN: tl.constexpr,
+    RANK: tl.constexpr,
     TAPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    kind = tl.program_id(1)
-    channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    all_channels = query_size + 2 * kv_size
-    x, weight, size, first = query, query_weight, query_size, 0
-    if kind == 1:
-        x, weight, size, first = key, key_weight, kv_size, query_size
-    if kind == 2:
-        x, weight, size, first = value, value_weight, kv_size, query_size + kv_size
-    inside = channel < size
-    new = tl.load(x + row * size + channel, mask=inside)
-    total = new.to(tl.float32) * tl.load(weight + channel * TAPS + TAPS - 1, mask=inside).to(tl.float32)
-    past = state + row * (TAPS - 1) * all_channels + first + channel
-    for tap in tl.static_range(TAPS - 1):
-        old = tl.load(past + tap * all_channels, mask=inside)
-        total += old.to(tl.float32) * tl.load(weight + channel * TAPS + tap, mask=inside).to(tl.float32)
-        if tap > 0:
-            tl.store(past + (tap - 1) * all_channels, old, mask=inside)
-    tl.store(past + (TAPS - 2) * all_channels, new, mask=inside)
-    total = total.to(new.dtype).to(tl.float32)  # as a convolution in that dtype returns it
-    silu = total * tl.sigmoid(total)
-    tl.store(output + row * all_channels + first + channel, silu.to(output.dtype.element_ty), mask=inside)
+    query_blocks, kv_blocks = tl.cdiv(query_size, C), tl.cdiv(kv_size, C)
+    block = tl.program_id(1)
+    tokens = tl.program_id(0) * T + tl.arange(0, T)
+    if block < query_blocks + 2 * kv_blocks:
+        weight, bias, taps, size, first = query_weight, query_bias, query_taps, query_size, 0
+        if block >= query_blocks:
+            block -= query_blocks
+            weight, bias, taps, size, first = key_weight, key_bias, key_taps, kv_size, query_size
+            if block >= kv_blocks:
+                block -= kv_blocks
+                weight, bias, taps, first = value_weight, value_bias, value_taps, query_size + kv_size
+        channels = block * C + tl.arange(0, C)
+        new = _weight_times_tokens(x, weight, channels, tokens, size, rows, HIDDEN, BLOCK_HIDDEN, C, T)
+        inside = channels < size
+        if BIAS:
+            new += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)[:, None]
+        new = new.to(convolved.dtype.element_ty)
+        both = inside[:, None] & (tokens < rows)[None, :]
+        total = new.to(tl.float32) * tl.load(taps + channels * TAPS + TAPS - 1, mask=inside).to(tl.float32)[:, None]
+        all_channels = query_size + 2 * kv_size
+        of_token = tokens.to(tl.int64)[None, :] * all_channels + first + channels[:, None]
+        past = conv_state + tokens.to(tl.int64)[None, :] * ((TAPS - 2) * all_channels) + of_token
+        for tap in tl.static_range(TAPS - 1):
+            old = tl.load(past + tap * all_channels, mask=both)
+            total += old.to(tl.float32) * tl.load(taps + channels * TAPS + tap, mask=inside).to(tl.float32)[:, None]
+            if tap > 0:
+                tl.store(past + (tap - 1) * all_channels, old, mask=both)
+        tl.store(past + (TAPS - 2) * all_channels, new.to(conv_state.dtype.element_ty), mask=both)
+        total = total.to(new.dtype).to(tl.float32)  # as a convolution in that dtype returns it
+        tl.store(convolved + of_token, (total * tl.sigmoid(total)).to(new.dtype), mask=both)
+    else:
+        block -= query_blocks + 2 * kv_blocks
+        rank_blocks = tl.cdiv(RANK, C)
+        weight, out, size = decay_weight, decay, RANK
+        if block >= rank_blocks:
+            block -= rank_blocks
+            weight, out = output_weight, gate
+            if block >= rank_blocks:
+                block -= rank_blocks
+                weight, out, size = beta_weight, beta, heads
+        channels = block * C + tl.arange(0, C)
+        new = _weight_times_tokens(x, weight, channels, tokens, size, rows, HIDDEN, BLOCK_HIDDEN, C, T)
+        places = tokens.to(tl.int64)[None, :] * size + channels[:, None]
+        tl.store(out + places, new.to(out.dtype.element_ty), mask=(channels < size)[:, None] & (tokens < rows)[None, :])
 
 
 @triton.jit
-def _delta_rule_kernel(  # type: ignore[no-untyped-def]
+def _gate_kernel(  # type: ignore
+    decay,  # [rows, RANK]
+    gate,  # [rows, RANK]
+    decay_weight,  # [size, RANK]
+    output_weight,  # [size, RANK]
+    output_bias,  # [size]
+    wide_decay,  # [rows, size]
+    wide_gate,  # [rows, size]
+    rows,
+    size,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+):
+    blocks = tl.cdiv(size, C)
+    block = tl.program_id(1)
+    x, weight, out = decay, decay_weight, wide_decay
+    bias = 0.0
+    if block >= blocks:
+        block -= blocks
+        x, weight, out = gate, output_weight, wide_gate
+        bias = 1.0
+    tokens = tl.program_id(0) * T + tl.arange(0, T)
+    channels = block * C + tl.arange(0, C)
+    new = _weight_times_tokens(x, weight, channels, tokens, size, rows, RANK, BLOCK_RANK, C, T)
+    new += bias * tl.load(output_bias + channels, mask=channels < size, other=0.0).to(tl.float32)[:, None]
+    places = tokens.to(tl.int64)[None, :] * size + channels[:, None]
+    tl.store(out + places, new.to(out.dtype.element_ty), mask=(channels < size)[:, None] & (tokens < rows)[None, :])
+
+
+@triton.jit
+def _delta_rule_kernel(  # type: ignore
     convolved,  # [rows, channels of queries, keys and values]
     decay_gate,  # [rows, heads * SIZE]
     beta_gate,  # [rows, heads]
@@ -75,27 +169,27 @@ def _delta_rule_kernel(  # type: ignore[no-untyped-def]
     kv_head = head // (heads // kv_heads)
     channel = tl.arange(0, BLOCK)
     inside = channel < SIZE
+    places = (row * heads + head) * SIZE * SIZE + channel[:, None] * SIZE + channel[None, :]
+    square = inside[:, None] & inside[None, :]
+    memory = tl.load(state + places, mask=square, other=0.0).to(tl.float32)
+
     of_row = convolved + row * (heads + 2 * kv_heads) * SIZE + channel
     query = tl.load(of_row + head * SIZE, mask=inside, other=0.0).to(tl.float32)
     key = tl.load(of_row + (heads + kv_head) * SIZE, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(of_row + (heads + kv_heads + kv_head) * SIZE, mask=inside, other=0.0).to(tl.float32)
-    query = query * (scale / tl.sqrt(tl.sum(query * query) + 1e-6))
-    key = key / tl.sqrt(tl.sum(key * key) + 1e-6)
-
     of_head = (row * heads + head) * SIZE + channel
     gate = tl.load(decay_gate + of_head, mask=inside, other=0.0).to(tl.float32)
     gate += tl.load(dt_bias + head * SIZE + channel, mask=inside, other=0.0).to(tl.float32)
     rate = tl.exp(tl.load(A_log + head).to(tl.float32))
+    beta = tl.sigmoid(tl.load(beta_gate + row * heads + head).to(tl.float32))
+    query = query * (scale / tl.sqrt(tl.sum(query * query) + 1e-6))
+    key = key / tl.sqrt(tl.sum(key * key) + 1e-6)
     if SAFE_GATE:
         decay = lower_bound * tl.sigmoid(rate * gate)
     else:
-        softplus = tl.maximum(gate, 0.0) + tl.log(1 + tl.exp(-tl.abs(gate)))
-        decay = -rate * softplus
-    beta = tl.sigmoid(tl.load(beta_gate + row * heads + head).to(tl.float32))
+        decay = -rate * (tl.maximum(gate, 0.0) + tl.log(1 + tl.exp(-tl.abs(gate))))
 
-    places = (row * heads + head) * SIZE * SIZE + channel[:, None] * SIZE + channel[None, :]
-    square = inside[:, None] & inside[None, :]
-    memory = tl.load(state + places, mask=square, other=0.0).to(tl.float32) * tl.exp(decay)[:, None]
+    memory *= tl.exp(decay)[:, None]
     update = beta * (value - tl.sum(memory * key[:, None], axis=0))
     memory += key[:, None] * update[None, :]
     tl.store(state + places, memory.to(state.dtype.element_ty), mask=square)
@@ -107,70 +201,107 @@ def _delta_rule_kernel(  # type: ignore[no-untyped-def]
     tl.store(output + of_head, mixed.to(output.dtype.element_ty), mask=inside)
 
 
-def kda_step(
-    projected: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    decay_gate: torch.Tensor,
-    beta_gate: torch.Tensor,
-    output_gate: torch.Tensor,
-    conv_state: torch.Tensor,
-    recurrent_state: torch.Tensor,
-    *,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_eps: float,
-    head_dim: int,
-    lower_bound: float | None,
-) -> torch.Tensor:
-    """From the projections of one token per row to what the output projection takes; updates both states.
+def has_step_kernels(layer: Any, x: torch.Tensor) -> bool:
+    """Whether ``kda_step`` can do the work of ``layer``: on a GPU, without gradients, and all its weights are there.
+
+    The kernels read weights without calling the modules that own them. A module that is another than PyTorch's own
+    (adapters, quantization), or has hooks (weights that are brought just in time), must be called.
+    """
+    linears = [layer.q_proj, layer.k_proj, layer.v_proj, *layer.f_proj, layer.b_proj, *layer.g_proj]
+    modules = [*linears, layer.q_conv1d, layer.k_conv1d, layer.v_conv1d, layer.o_norm, layer.f_proj, layer.g_proj]
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and all(type(linear) is nn.Linear and type(linear.weight) is nn.Parameter for linear in linears)
+        and all(linear.weight.dtype == x.dtype and linear.weight.is_contiguous() for linear in linears)
+        and not any(module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in modules)
+    )
+
+
+def kda_step(layer: Any, x: torch.Tensor, conv_state: torch.Tensor, recurrent_state: torch.Tensor) -> torch.Tensor:
+    """One token of each row through a KDA layer, up to its output projection; updates both states.
 
     Args:
-        projected: queries, keys and values before their convolution, each ``[rows, 1, channels]``.
-        weights: of those convolutions, each ``[channels, conv_size]``.
-        decay_gate, output_gate: ``[rows, 1, heads * head_dim]``. beta_gate: ``[rows, 1, heads]``.
-        conv_state: ``[rows, conv_size - 1, channels of all three]``.
+        layer: a ``KimiDeltaAttention`` for which ``has_step_kernels``.
+        x: ``[rows, 1, hidden_size]``.
+        conv_state: ``[rows, conv_size - 1, channels of queries, keys and values]``.
         recurrent_state: ``[rows, heads, head_dim, head_dim]``.
-        A_log, dt_bias, lower_bound: see ``delta_rule.log_decay``. norm_weight, norm_eps: of the gated RMSNorm.
 
-    Returns: ``[rows, 1, heads * head_dim]``, in the dtype of the projections.
+    Returns: ``[rows, 1, heads * head_dim]``, in the dtype of ``x``.
     """
-    query, key, value = (each.contiguous() for each in projected)
-    rows, heads, kv_heads = len(query), query.shape[-1] // head_dim, key.shape[-1] // head_dim
-    convolved = query.new_empty(rows, query.shape[-1] + 2 * key.shape[-1])
-    block = 256
-    _convolution_kernel[(rows, 3, triton.cdiv(query.shape[-1], block))](
-        query,
-        key,
-        value,
-        *weights,
+    rows, size = len(x), layer.head_dim
+    query_size, kv_size = layer.num_heads * size, layer.num_kv_heads * size
+    x = x.contiguous()
+    convolved = x.new_empty(rows, query_size + 2 * kv_size)
+    decay, gate, beta = x.new_empty(rows, size), x.new_empty(rows, size), x.new_empty(rows, layer.num_heads)
+    wide_decay, wide_gate, output = (x.new_empty(rows, 1, query_size) for _ in range(3))
+    blocks: dict[str, Any] = {"C": 64, "T": min(64, max(16, triton.next_power_of_2(rows)))}
+    token_blocks = triton.cdiv(rows, blocks["T"])
+
+    def channel_blocks(*sizes: int) -> int:
+        return sum(triton.cdiv(each, blocks["C"]) for each in sizes)
+
+    bias = layer.q_proj.bias is not None
+    attention = [layer.q_proj, layer.k_proj, layer.v_proj]
+    _projection_kernel[(token_blocks, channel_blocks(query_size, kv_size, kv_size, size, size, layer.num_heads))](
+        x,
+        *(linear.weight for linear in attention),
+        *(linear.bias if bias else linear.weight for linear in attention),
+        *(convolution.weight for convolution in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d)),
+        layer.f_proj[0].weight,
+        layer.g_proj[0].weight,
+        layer.b_proj.weight,
         conv_state,
         convolved,
-        query.shape[-1],
-        key.shape[-1],
-        TAPS=weights[0].shape[-1],
-        BLOCK=block,
-        num_warps=2,
+        decay,
+        gate,
+        beta,
+        rows,
+        query_size,
+        kv_size,
+        layer.num_heads,
+        HIDDEN=x.shape[-1],
+        RANK=size,
+        TAPS=layer.q_conv1d.weight.shape[-1],
+        BIAS=bias,
+        BLOCK_HIDDEN=128 if x.itemsize == 2 else 32,
+        num_warps=4,
+        num_stages=4,
+        **blocks,
     )
-    output = torch.empty_like(query)
-    _delta_rule_kernel[(rows * heads,)](
+    _gate_kernel[(token_blocks, 2 * channel_blocks(query_size))](
+        decay,
+        gate,
+        layer.f_proj[1].weight,
+        layer.g_proj[1].weight,
+        layer.g_proj[1].bias,
+        wide_decay,
+        wide_gate,
+        rows,
+        query_size,
+        RANK=size,
+        BLOCK_RANK=max(16, min(128 if x.itemsize == 2 else 32, triton.next_power_of_2(size))),
+        num_warps=4,
+        **blocks,
+    )
+    _delta_rule_kernel[(rows * layer.num_heads,)](
         convolved,
-        decay_gate.contiguous(),
-        beta_gate.contiguous(),
-        output_gate.contiguous(),
+        wide_decay,
+        beta,
+        wide_gate,
         recurrent_state,
-        A_log,
-        dt_bias,
-        norm_weight,
+        layer.A_log,
+        layer.dt_bias,
+        layer.o_norm.weight,
         output,
-        norm_eps,
-        0.0 if lower_bound is None else lower_bound,
-        head_dim**-0.5,
-        heads,
-        kv_heads,
-        SAFE_GATE=lower_bound is not None,
-        SIZE=head_dim,
-        BLOCK=triton.next_power_of_2(head_dim),
-        num_warps=8,
+        layer.o_norm.eps,
+        0.0 if layer.gate_lower_bound is None else layer.gate_lower_bound,
+        size**-0.5,
+        layer.num_heads,
+        layer.num_kv_heads,
+        SAFE_GATE=layer.gate_lower_bound is not None,
+        SIZE=size,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=4,
     )
     return output
