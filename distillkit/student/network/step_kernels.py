@@ -78,11 +78,11 @@ def _projection_kernel(  # type: ignore
                 block -= kv_blocks
                 weight, bias, taps, first = value_weight, value_bias, value_taps, query_size + kv_size
         channels = block * C + tl.arange(0, C)
-        new = _weight_times_tokens(x, weight, channels, tokens, size, rows, HIDDEN, BLOCK_HIDDEN, C, T)
+        products = _weight_times_tokens(x, weight, channels, tokens, size, rows, HIDDEN, BLOCK_HIDDEN, C, T)
         inside = channels < size
         if BIAS:
-            new += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)[:, None]
-        new = new.to(convolved.dtype.element_ty)
+            products += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)[:, None]
+        new = products.to(convolved.dtype.element_ty)
         both = inside[:, None] & (tokens < rows)[None, :]
         total = new.to(tl.float32) * tl.load(taps + channels * TAPS + TAPS - 1, mask=inside).to(tl.float32)[:, None]
         all_channels = query_size + 2 * kv_size
@@ -107,9 +107,11 @@ def _projection_kernel(  # type: ignore
                 block -= rank_blocks
                 weight, out, size = beta_weight, beta, heads
         channels = block * C + tl.arange(0, C)
-        new = _weight_times_tokens(x, weight, channels, tokens, size, rows, HIDDEN, BLOCK_HIDDEN, C, T)
+        products = _weight_times_tokens(x, weight, channels, tokens, size, rows, HIDDEN, BLOCK_HIDDEN, C, T)
         places = tokens.to(tl.int64)[None, :] * size + channels[:, None]
-        tl.store(out + places, new.to(out.dtype.element_ty), mask=(channels < size)[:, None] & (tokens < rows)[None, :])
+        tl.store(
+            out + places, products.to(out.dtype.element_ty), mask=(channels < size)[:, None] & (tokens < rows)[None, :]
+        )
 
 
 @triton.jit
