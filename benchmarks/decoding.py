@@ -4,14 +4,21 @@
     python benchmarks/decoding.py --shapes afm-4.5b --dtype bfloat16 --contexts 1024 4096 16384 65536 --output afm.json
 
 `--shapes` needs no file: its teacher has random weights. The students are freshly converted, so what they write is
-nonsense, at the speed of trained ones. The models are made and measured one after the other, on an accelerator if there
-is one. `flatness` is the largest deviation of a model's decoding from its mean over the contexts; more than 10 % for a
-student without attention is an error, raised once the file is written.
+nonsense, at the speed of trained ones. On CUDA a step is one CUDA graph (`--decoding eager`: without). The models are
+measured one after the other, or with `--share` each in a process of its own: all processes that share a file load and
+compile side by side, and are alone on the GPU while they are timed. `flatness` is the largest deviation of a model's
+decoding from its mean over the contexts; more than 10 % for a student without attention is an error, raised once the
+file is written.
 """
 
+import fcntl
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +27,7 @@ from transformers import PreTrainedModel
 from distillkit.config import StudentConfig
 from distillkit.config.evaluate import SpeedConfig
 from distillkit.conversion import build_student
+from distillkit.evaluation.generation import decode_as_graphs
 from distillkit.evaluation.speed import measure_speed
 from distillkit.models.loading import load_model
 from distillkit.training.precision import cast_for_training
@@ -39,6 +47,8 @@ class DecodingOptions(Options):
     models: list[str] = option(MODELS, choices=MODELS)
     dtype: str = option("float32")
     contexts: list[int] = option([256, 1024, 4096, 8192])
+    decoding: Literal["graph", "eager"] = option("graph")
+    share: Path | None = option(None, "file through which processes on one GPU wait for each other")
     batch_size: int = option(1)
     prefill_tokens: int = option(8192, "of each row, read at a time")
     decode_tokens: int = option(64)
@@ -49,18 +59,43 @@ class DecodingOptions(Options):
             raise ValueError("give one of --teacher and --shapes")
 
 
-def measure(name: str, options: DecodingOptions) -> Iterator[Json]:
+def measure(name: str, options: DecodingOptions) -> list[Json]:
     """A row per context; the model's memory is free again afterwards."""
-    model = model_of(name, options)
-    settings = SpeedConfig.parse(options.settings(*SPEED))
-    for context in settings.contexts:
-        start = now()
-        row = measure_speed(model, settings, context)
-        print(f"{name}: {row} in {now() - start:.1f} s", flush=True)
-        yield row
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
+    torch._dynamo.config.automatic_dynamic_shapes = (
+        False  # each length has a graph of its own, as in an evaluation of it
+    )
+    rows = []
+    with sharing(options.share) as timed:
+        model = model_of(name, options)
+        if options.decoding == "graph":
+            decode_as_graphs(model)
+        settings = SpeedConfig.parse(options.settings(*SPEED))
+        for context in settings.contexts:
+            start = now()
+            rows.append(measure_speed(model, settings, context, timed))
+            print(f"{name}: {rows[-1]} in {now() - start:.1f} s", flush=True)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+@contextmanager
+def sharing(file: Path | None) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Together with other processes that share the file; gives the context in which this one is alone."""
+    if file is None:
+        yield nullcontext
+        return
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+        fcntl.flock(opened, fcntl.LOCK_SH)
+
+    with file.open("w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        yield alone
 
 
 def model_of(name: str, options: DecodingOptions) -> PreTrainedModel:
@@ -85,15 +120,24 @@ def flatness(rows: list[Json]) -> float:
 def main() -> None:
     options = parse(DecodingOptions)
     models: Json = {}
-    settings = {"teacher": options.shapes or options.teacher, **options.settings("dtype", *SPEED)}
+    settings = {"teacher": options.shapes or options.teacher, **options.settings("dtype", "decoding", *SPEED)}
     what = f"decoding and prefill against the length of the context, batch {options.batch_size}"
-    for name in options.models:
-        rows = list(measure(name, options))
+    for name, rows in measured(options):
         models[name] = {"flatness": flatness(rows), "rows": rows}
         save(options, {"what": what, "settings": settings, "models": models}, "flash-linear-attention")
     found = models.get("kda_only", {"flatness": 0})["flatness"]
     if found > FLAT:
         raise SystemExit(f"the decoding of kda_only is not flat: {found:.1%} off its mean")
+
+
+def measured(options: DecodingOptions) -> Iterator[tuple[str, list[Json]]]:
+    """Each model's rows, as soon as they are there."""
+    if options.share is None:
+        yield from ((name, measure(name, options)) for name in options.models)
+        return
+    with ProcessPoolExecutor(len(options.models), mp_context=get_context("spawn")) as processes:
+        names = {processes.submit(measure, name, options): name for name in options.models}
+        yield from ((names[done], done.result()) for done in as_completed(names))
 
 
 if __name__ == "__main__":

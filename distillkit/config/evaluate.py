@@ -136,6 +136,12 @@ class EvaluateConfig(WholeFile):
     teacher: ModelConfig | None = Field(None, description="the teacher, with which students are compared")
     students: dict[str, ModelConfig] = Field(default={}, description="students, by name")
     trust_remote_code: bool = Field(False, description="run code that comes with the models")
+    decoding: Literal["graph", "eager"] = Field(
+        "graph",
+        description="graph: on CUDA, tokens are written with a static cache, each step one CUDA graph, which "
+        "takes torch.compile about a minute for each model; eager: without, and each token takes several times as "
+        "long",
+    )
     limit: int | None = Field(None, gt=0, description="maximum number of samples of each task, and of rows of text")
     smoke: bool = Field(
         False, description="try everything on two samples of the shortest length; results go to smoke in output_path"

@@ -26,6 +26,7 @@ from distillkit.config.evaluate import TEACHER, EvaluateConfig
 from distillkit.config.evaluate_options import check_evaluate_ready
 from distillkit.config.yaml_files import as_section
 from distillkit.console import INTERRUPTED, print_line
+from distillkit.evaluation.generation import decode_as_graphs
 from distillkit.evaluation.model_spec import LoadedModel, ModelSpec, release_memory
 from distillkit.evaluation.progress import EvaluationProgress
 from distillkit.evaluation.results import FAILURES, print_results, write_results
@@ -174,7 +175,10 @@ class _Evaluation:
 
     def _load(self, spec: ModelSpec) -> LoadedModel:
         self._progress.begin(f"loading {spec.name}")
-        return self._load_teacher() if spec.name == TEACHER else spec.load(self.device)
+        loaded = self._load_teacher() if spec.name == TEACHER else spec.load(self.device)
+        if self._config.decoding == "graph":
+            decode_as_graphs(loaded.model)
+        return loaded
 
     def _load_teacher(self) -> LoadedModel:
         if self._teacher is None:

@@ -8,13 +8,20 @@ keeps padding out of attention and states, and positions are counted from a row'
 need no mask, so faster kernels without masks can run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
+
+from distillkit.student.network.cache import RecurrentCacheLayer
+from distillkit.student.network.mixers import with_mixer_layers
+
+CAPACITY_STEP = 1024
+"""Static caches hold a multiple of so many tokens, so that prompts of about one length need one graph."""
 
 
 def left_padded(
@@ -57,23 +64,89 @@ def decode_greedily(
     logits: Float[Tensor, "batch vocab"],
     cache: Cache,
     attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    *,
+    at_most: int,
 ) -> Iterator[Int[Tensor, " batch"]]:
-    """The likeliest token, then the likeliest after it, and so on without end; `cache` grows.
+    """The likeliest token, then the likeliest after it, and so on; `cache` is used up.
 
     Args:
         attention_mask: the prompt's, if `prefill` had one.
+        at_most: tokens.
     """
-    padding: dict[str, Tensor] = {}
-    while True:
+    step = decoding_step(model, cache, attention_mask, at_most=at_most)
+    for remaining in range(at_most - 1, -1, -1):
         tokens = logits.argmax(-1)
         yield tokens
-        if attention_mask is not None:
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
-            padding = _padding(attention_mask, 1)
-        with torch.no_grad():
-            logits = model(
-                input_ids=tokens.unsqueeze(1), past_key_values=cache, use_cache=True, logits_to_keep=1, **padding
-            ).logits[:, -1]
+        if remaining:
+            logits = step(tokens)
+
+
+def decoding_step(
+    model: PreTrainedModel,
+    cache: Cache,
+    attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    *,
+    at_most: int,
+) -> Callable[[Int[Tensor, " batch"]], Float[Tensor, "batch vocab"]]:
+    """A function that reads one more token of each row and gives the logits of the next; for `at_most` calls.
+
+    For a model that is to decode as graphs (`decode_as_graphs`), a call is a CUDA graph: what it returns holds until
+    the next one.
+
+    Args: as of `decode_greedily`.
+    """
+    settings, static = model.generation_config, None
+    if settings is not None and settings.cache_implementation == "static":
+        static = _static(model, cache, at_most)
+    forward = model if static is None else model.get_compiled_call(settings.compile_config)
+    cache = cache if static is None else static
+    mask = attention_mask
+
+    @torch.no_grad()
+    def step(tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        nonlocal mask
+        given: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+        if mask is not None:
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            given |= _padding(mask, 1)
+        if static is not None:  # the mask of full attention is made ahead of the graph
+            given = model.prepare_inputs_for_generation(tokens.unsqueeze(1), past_key_values=cache, **given)
+            torch.compiler.cudagraph_mark_step_begin()
+            return forward(**given).logits[:, -1]
+        return forward(input_ids=tokens.unsqueeze(1), past_key_values=cache, **given).logits[:, -1]
+
+    return step
+
+
+def decode_as_graphs(model: PreTrainedModel) -> None:
+    """Let the model decode with a static cache, each step of it compiled, as a CUDA graph; only where it is on CUDA.
+
+    Compiling takes about a minute for a model of 36 layers, once for a number of rows. `generate` does so, too.
+    """
+    one_device = len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
+    if model.device.type == "cuda" and one_device and model.generation_config is not None:
+        model.generation_config.cache_implementation = "static"
+
+
+def _static(model: PreTrainedModel, cache: Cache, room: int) -> StaticCache | None:
+    """The content of a cache, layer by layer taken out of it, in a static one with room for so many tokens more.
+
+    None, and the cache is as it was, where a layer keeps a window of tokens: such layers are read from the start.
+    """
+    length = cache.get_seq_length()
+    static = StaticCache(config=model.config, max_cache_len=-(-(length + room) // CAPACITY_STEP) * CAPACITY_STEP)
+    if mixers := getattr(model.config, "mixers", None):
+        with_mixer_layers(static, mixers)
+    if any(type(layer) is not StaticLayer and not isinstance(layer, RecurrentCacheLayer) for layer in static.layers):
+        return None
+    for index, (old, new) in enumerate(zip(cache.layers, static.layers, strict=True)):
+        if isinstance(new, RecurrentCacheLayer):
+            new.store(old.conv_state, old.recurrent_state)
+            new.count(length)
+        else:
+            new.update(old.keys, old.values)
+        cache.layers[index] = new
+    return static
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
@@ -86,4 +159,7 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
 def _padding(attention_mask: Int[Tensor, "batch seen"], tokens: int) -> dict[str, Tensor]:
     """Mask and positions for the last `tokens` columns."""
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return {"attention_mask": attention_mask, "position_ids": positions[:, -tokens:]}
+    return {
+        "attention_mask": attention_mask,
+        "position_ids": positions[:, -tokens:].contiguous(),
+    }  # strides are part of a graph

@@ -8,7 +8,6 @@ eight prompts as for that of one.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,7 +116,7 @@ def _scores(
     piece = max(tokens_at_a_time // len(prompts), 1)
     logits, cache = prefill(model, input_ids, piece, attention_mask)
     answers = [_Answer(prompt, tokenizer, end_tokens(model)) for prompt in prompts]
-    for tokens in islice(decode_greedily(model, logits, cache, attention_mask), ANSWER_TOKENS):
+    for tokens in decode_greedily(model, logits, cache, attention_mask, at_most=ANSWER_TOKENS):
         for answer, token_id in zip(answers, tokens.tolist(), strict=True):
             answer.add(token_id)
         if all(answer.over for answer in answers):

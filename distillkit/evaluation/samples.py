@@ -49,6 +49,7 @@ def generate_samples(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        cache_implementation="static" if _graphs_pay(student, len(prompts) * max_new_tokens) else None,
         **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
     )
     training = student.training
@@ -63,3 +64,8 @@ def generate_samples(
             samples.append(Sample(prompt, tokenizer.decode(written, skip_special_tokens=True)))
     student.train(training)
     return samples
+
+
+def _graphs_pay(student: PreTrainedModel, tokens: int) -> bool:
+    """On CUDA, where so many tokens would take longer step by step than it takes to compile a step."""
+    return student.device.type == "cuda" and tokens >= 1500

@@ -1,13 +1,16 @@
 """Speed of prefill and decoding at a length of context, and memory.
 
-Sizes are those of the tensors in the cache after prefill, not of a formula. Times are medians over the repeats,
-measured with the device synchronised. A first round, in which kernels are compiled and selected, counts neither for
-times nor for memory.
+Sizes are those of the tensors in the cache after prefill, not of a formula. Times are medians over the repeats: of the
+first token from the prompt to its end, of decoding from the fourth token to the last, with the device synchronised
+before and after. A first round and the first steps, in which kernels are compiled and selected and CUDA graphs
+recorded, count neither for times nor for memory.
 """
 
 import time
-from collections.abc import Iterable
-from itertools import chain, islice, pairwise
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, islice
 from statistics import median
 from typing import Any
 
@@ -19,11 +22,19 @@ from transformers.cache_utils import Cache
 from distillkit.config.evaluate import SpeedConfig
 from distillkit.evaluation.generation import decode_greedily, prefill
 
+RECORDED_STEPS = 3
+"""Of decoding: torch.compile runs a CUDA graph for the third time before it is as fast as it will be."""
 
-def measure_speed(model: PreTrainedModel, settings: SpeedConfig, context: int) -> dict[str, Any]:
+
+def measure_speed(
+    model: PreTrainedModel,
+    settings: SpeedConfig,
+    context: int,
+    timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Any]:
     """Prefill `context` tokens and decode `settings.decode_tokens` more, for `settings.batch_size` rows at once.
 
-    The tokens are random, and the same for every model of one vocabulary.
+    The tokens are random, and the same for every model of one vocabulary. `timed` is entered when all is compiled.
 
     Returns: `context`; `prefill_tokens_per_second` and `decode_tokens_per_second`, of all rows together;
         `time_to_first_token_seconds`; `weights_bytes`; `kv_cache_bytes` and `state_bytes` (recurrent and convolution
@@ -33,28 +44,34 @@ def measure_speed(model: PreTrainedModel, settings: SpeedConfig, context: int) -
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     input_ids = torch.randint(vocabulary, (settings.batch_size, context), generator=generator).to(device)
-    first_tokens, steps = [], []
-    sizes: dict[str, int] = {}
-    for repeat in range(1 + settings.repeats):
-        if repeat == 1 and device.type == "cuda":  # without the memory that selecting kernels took
-            torch.cuda.reset_peak_memory_stats(device)
+    first_tokens: list[float] = []
+    steps: list[float] = []
+
+    def once(wanted: int) -> dict[str, int]:
         start = _now(device)
         logits, cache = prefill(model, input_ids, settings.prefill_tokens)
         sizes = cache_bytes(cache)
-        moments = [start]
-        wanted = settings.decode_tokens if repeat else 1  # the first round only compiles and selects kernels
-        for _ in islice(decode_greedily(model, logits, cache), 1 + wanted):
-            moments.append(_now(device))
-        durations = [end - begin for begin, end in pairwise(moments)]
-        first_tokens.append(durations[0])
-        steps.append(durations[1:])
-        del logits, cache
+        tokens = decode_greedily(model, logits, cache, at_most=1 + RECORDED_STEPS + wanted)
+        next(tokens)
+        first_tokens.append(_now(device) - start)
+        deque(islice(tokens, RECORDED_STEPS), maxlen=0)
+        start = _now(device)
+        deque(tokens, maxlen=0)
+        steps.append((_now(device) - start) / wanted)
+        return sizes
+
+    once(1)
+    with timed():
+        if device.type == "cuda":  # without the memory that selecting kernels took
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(settings.repeats):
+            sizes = once(settings.decode_tokens)
     first_token = median(first_tokens[1:])
     return {
         "context": context,
         "prefill_tokens_per_second": input_ids.numel() / first_token,
         "time_to_first_token_seconds": first_token,
-        "decode_tokens_per_second": settings.batch_size / median(chain.from_iterable(steps[1:])),
+        "decode_tokens_per_second": settings.batch_size / median(steps[1:]),
         "weights_bytes": _bytes(chain(model.parameters(), model.buffers())),
         **sizes,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

@@ -22,7 +22,7 @@ from distillkit.data.prepared import file_states
 from distillkit.runs.secrets import without_secrets
 from distillkit.runs.writing import read_json, write_json
 
-VERSIONS = {"model": 2, "divergence": 2, "benchmarks": 1, "needles": 1, "speed": 2}
+VERSIONS = {"model": 2, "divergence": 2, "benchmarks": 1, "needles": 1, "speed": 3}
 """Version of each suite's maths, increased when the same models and settings give other numbers than before."""
 
 LIBRARIES = ("torch", "transformers", "flash-linear-attention")
@@ -100,7 +100,13 @@ def units_of(config: EvaluateConfig, device: torch.device) -> Iterator[Unit]:
         if config.speed is not None:
             threads = torch.get_num_threads() if device.type == "cpu" else None
             settings = config.speed.model_dump(mode="json", exclude={"contexts"})
-            settings = {**settings, **libraries, "device": _name(device), "threads": threads}
+            settings = {
+                **settings,
+                **libraries,
+                "device": _name(device),
+                "threads": threads,
+                "decoding": config.decoding,
+            }
             for context in config.speed.contexts:
                 yield Unit(model, "speed", str(context), settings)
 
@@ -124,7 +130,7 @@ def _benchmarks(model: str, config: EvaluateConfig) -> Iterator[Unit]:
         return
     settings = config.benchmarks.model_dump(mode="json", exclude={"tasks", "include_path"})
     tasks = [[str(file), *_state(file)] for folder in config.benchmarks.include_path for file in _task_files(folder)]
-    decided_by = {**_libraries(), "limit": config.limit, "lm_eval": _version("lm_eval")}
+    decided_by = {**_libraries(), "limit": config.limit, "decoding": config.decoding, "lm_eval": _version("lm_eval")}
     for task in config.benchmarks.tasks:
         own = [[str(file), *_state(file)] for file in _files_beside(task)]
         yield Unit(model, "benchmarks", task, {**settings, **decided_by, "files": [*tasks, *own]})
@@ -138,6 +144,7 @@ def _needles(model: str, config: EvaluateConfig) -> Iterator[Unit]:
         **config.needles.model_dump(mode="json", exclude={"tasks", "lengths", "haystack"}),
         **_libraries(),
         "limit": config.limit,
+        "decoding": config.decoding,
     }
     for task in config.needles.tasks:
         haystack = {}

@@ -1,12 +1,12 @@
 """What a model says does not depend on how it is read: in pieces, from its cache, alone or beside longer prompts."""
 
-from itertools import islice
-
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.generation import CompileConfig
 
-from distillkit.evaluation.generation import decode_greedily, left_padded, prefill
+from distillkit.evaluation import generation
+from distillkit.evaluation.generation import decode_as_graphs, decode_greedily, left_padded, prefill
 from distillkit.student.network import KimiDeltaAttention
 
 from ..student.students import student, tokens
@@ -43,7 +43,7 @@ def test_tokens_are_those_without_a_cache(name):
     for _ in range(12):
         following = model(expected, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
         expected = torch.cat([expected, following], dim=1)
-    written = torch.stack(list(islice(decode_greedily(model, *prefill(model, ids, 64)), 12)), dim=1)
+    written = torch.stack(list(decode_greedily(model, *prefill(model, ids, 64), at_most=12)), dim=1)
     assert torch.equal(written, expected[:, 90:])
 
 
@@ -72,7 +72,7 @@ def answers(model, rows, piece):
     """First logits, and the twelve tokens that are written, of rows that are read together."""
     ids, mask = left_padded(rows, model.device)
     logits, cache = prefill(model, ids, piece, mask)
-    written = torch.stack(list(islice(decode_greedily(model, logits, cache, mask), 12)), dim=1)
+    written = torch.stack(list(decode_greedily(model, logits, cache, mask, at_most=12)), dim=1)
     return logits, written
 
 
@@ -88,6 +88,43 @@ def test_a_row_is_answered_in_company_as_it_is_alone(name):
         assert torch.equal(together[1], written)
     unmasked, _ = prefill(model, left_padded(rows, model.device)[0], 1000)
     assert (unmasked - logits).abs().max() > 0.1  # padding does matter to this model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_static_cache_gives_the_same_tokens(name, monkeypatch):
+    """What was read into a growing cache goes on in a static one; a layer with a window has no such cache."""
+    monkeypatch.setattr(generation, "CAPACITY_STEP", 16)
+    model, rows = attentive(name), rows_of(LENGTHS[:2])
+    expected = answers(model, rows, 16)[1]
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = CompileConfig(backend="eager", mode=None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(answers(model, rows, 16)[1], expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (0 if name == "mistral" else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["teacher", "hybrid", "kda_only"])
+@torch.no_grad()
+def test_logits_of_a_graph_are_those_of_eager_decoding(name):
+    """In bfloat16, 256 tokens, padded: as near as those of float32 are to them."""
+    model, rows = attentive(name, "cuda").bfloat16(), rows_of(LENGTHS)
+    given = torch.randint(128, (256, len(rows)), device="cuda")
+
+    def logits_of(model):
+        ids, mask = left_padded(rows, model.device)
+        _, cache = prefill(model, ids, 1000, mask)
+        step = generation.decoding_step(model, cache, mask, at_most=len(given))
+        return torch.stack([step(tokens).float().clone() for tokens in given])
+
+    eager = logits_of(model)
+    decode_as_graphs(model)
+    graph = logits_of(model)
+    model.generation_config.cache_implementation = None
+    exact = logits_of(model.float())
+    assert (graph - exact).norm() < 1.2 * (eager - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.gpu

@@ -203,6 +203,14 @@ def _delta_rule_kernel(  # type: ignore
     tl.store(output + of_head, mixed.to(output.dtype.element_ty), mask=inside)
 
 
+@torch.compiler.assume_constant_result
+def _stages(bytes_of_one: int) -> int:
+    """Blocks of a weight that are on their way at a time: as many as fit into a multiprocessor's memory, at most 8."""
+    device = torch.cuda.current_device()
+    memory = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    return max(1, min(8, memory // bytes_of_one - 1))
+
+
 def has_step_kernels(layer: Any, x: torch.Tensor) -> bool:
     """Whether ``kda_step`` can do the work of ``layer``: on a GPU, without gradients, and all its weights are there.
 
@@ -239,6 +247,7 @@ def kda_step(layer: Any, x: torch.Tensor, conv_state: torch.Tensor, recurrent_st
     wide_decay, wide_gate, output = (x.new_empty(rows, 1, query_size) for _ in range(3))
     blocks: dict[str, Any] = {"C": 64, "T": min(64, max(16, triton.next_power_of_2(rows)))}
     token_blocks = triton.cdiv(rows, blocks["T"])
+    block_hidden = 128 // x.itemsize
 
     def channel_blocks(*sizes: int) -> int:
         return sum(triton.cdiv(each, blocks["C"]) for each in sizes)
@@ -266,9 +275,9 @@ def kda_step(layer: Any, x: torch.Tensor, conv_state: torch.Tensor, recurrent_st
         RANK=size,
         TAPS=layer.q_conv1d.weight.shape[-1],
         BIAS=bias,
-        BLOCK_HIDDEN=128 if x.itemsize == 2 else 32,
+        BLOCK_HIDDEN=block_hidden,
         num_warps=4,
-        num_stages=4,
+        num_stages=_stages((blocks["C"] + blocks["T"]) * block_hidden * x.itemsize),
         **blocks,
     )
     _gate_kernel[(token_blocks, 2 * channel_blocks(query_size))](
@@ -282,7 +291,7 @@ def kda_step(layer: Any, x: torch.Tensor, conv_state: torch.Tensor, recurrent_st
         rows,
         query_size,
         RANK=size,
-        BLOCK_RANK=max(16, min(128 if x.itemsize == 2 else 32, triton.next_power_of_2(size))),
+        BLOCK_RANK=max(16, min(256 // x.itemsize, triton.next_power_of_2(size))),
         num_warps=4,
         **blocks,
     )
