@@ -6,6 +6,7 @@ gates, and one all the rest of a head: normalisation, gates, the delta rule, the
 place.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -203,14 +204,6 @@ def _delta_rule_kernel(  # type: ignore
     tl.store(output + of_head, mixed.to(output.dtype.element_ty), mask=inside)
 
 
-@torch.compiler.assume_constant_result
-def _stages(bytes_of_one: int) -> int:
-    """Blocks of a weight that are on their way at a time: as many as fit into a multiprocessor's memory, at most 8."""
-    device = torch.cuda.current_device()
-    memory = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
-    return max(1, min(8, memory // bytes_of_one - 1))
-
-
 def has_step_kernels(layer: Any, x: torch.Tensor) -> bool:
     """Whether ``kda_step`` can do the work of ``layer``: on a GPU, without gradients, and all its weights are there.
 
@@ -239,11 +232,44 @@ def kda_step(layer: Any, x: torch.Tensor, conv_state: torch.Tensor, recurrent_st
 
     Returns: ``[rows, 1, heads * head_dim]``, in the dtype of ``x``.
     """
-    rows, size = len(x), layer.head_dim
-    query_size, kv_size = layer.num_heads * size, layer.num_kv_heads * size
-    x = x.contiguous()
+    attention = [layer.q_proj, layer.k_proj, layer.v_proj]
+    return _step(
+        x.contiguous(),
+        conv_state,
+        recurrent_state,
+        [linear.weight for linear in attention],
+        [linear.bias for linear in attention if linear.bias is not None],
+        [convolution.weight for convolution in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d)],
+        [layer.f_proj[0].weight, layer.f_proj[1].weight, layer.A_log, layer.dt_bias, layer.b_proj.weight],
+        [layer.g_proj[0].weight, layer.g_proj[1].weight, layer.g_proj[1].bias, layer.o_norm.weight],
+        layer.head_dim,
+        layer.gate_lower_bound,
+        layer.o_norm.eps,
+    )
+
+
+@torch.library.custom_op("distillkit::kda_step", mutates_args=("conv_state", "recurrent_state"))
+def _step(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    attention: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    taps: list[torch.Tensor],
+    decay: list[torch.Tensor],
+    gate: list[torch.Tensor],
+    head_dim: int,
+    lower_bound: float | None,
+    norm_eps: float,
+) -> torch.Tensor:
+    """An operator of PyTorch's, which says what it changes: looking at the kernels, torch.compile finds weights, too,
+    and would copy them."""
+    decay_weight, wide_decay_weight, A_log, dt_bias, beta_weight = decay
+    gate_weight, wide_gate_weight, gate_bias, norm_weight = gate
+    rows, (query_size, kv_size) = len(x), (len(attention[0]), len(attention[1]))
+    heads, kv_heads = query_size // head_dim, kv_size // head_dim
     convolved = x.new_empty(rows, query_size + 2 * kv_size)
-    decay, gate, beta = x.new_empty(rows, size), x.new_empty(rows, size), x.new_empty(rows, layer.num_heads)
+    narrow_decay, narrow_gate, beta = x.new_empty(rows, head_dim), x.new_empty(rows, head_dim), x.new_empty(rows, heads)
     wide_decay, wide_gate, output = (x.new_empty(rows, 1, query_size) for _ in range(3))
     blocks: dict[str, Any] = {"C": 64, "T": min(64, max(16, triton.next_power_of_2(rows)))}
     token_blocks = triton.cdiv(rows, blocks["T"])
@@ -252,67 +278,80 @@ def kda_step(layer: Any, x: torch.Tensor, conv_state: torch.Tensor, recurrent_st
     def channel_blocks(*sizes: int) -> int:
         return sum(triton.cdiv(each, blocks["C"]) for each in sizes)
 
-    bias = layer.q_proj.bias is not None
-    attention = [layer.q_proj, layer.k_proj, layer.v_proj]
-    _projection_kernel[(token_blocks, channel_blocks(query_size, kv_size, kv_size, size, size, layer.num_heads))](
+    _projection_kernel[(token_blocks, channel_blocks(query_size, kv_size, kv_size, head_dim, head_dim, heads))](
         x,
-        *(linear.weight for linear in attention),
-        *(linear.bias if bias else linear.weight for linear in attention),
-        *(convolution.weight for convolution in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d)),
-        layer.f_proj[0].weight,
-        layer.g_proj[0].weight,
-        layer.b_proj.weight,
+        *attention,
+        *(biases or attention),
+        *taps,
+        decay_weight,
+        gate_weight,
+        beta_weight,
         conv_state,
         convolved,
-        decay,
-        gate,
+        narrow_decay,
+        narrow_gate,
         beta,
         rows,
         query_size,
         kv_size,
-        layer.num_heads,
+        heads,
         HIDDEN=x.shape[-1],
-        RANK=size,
-        TAPS=layer.q_conv1d.weight.shape[-1],
-        BIAS=bias,
+        RANK=head_dim,
+        TAPS=taps[0].shape[-1],
+        BIAS=bool(biases),
         BLOCK_HIDDEN=block_hidden,
         num_warps=4,
-        num_stages=_stages((blocks["C"] + blocks["T"]) * block_hidden * x.itemsize),
+        num_stages=_stages(x.device, (blocks["C"] + blocks["T"]) * block_hidden * x.itemsize),
         **blocks,
     )
     _gate_kernel[(token_blocks, 2 * channel_blocks(query_size))](
-        decay,
-        gate,
-        layer.f_proj[1].weight,
-        layer.g_proj[1].weight,
-        layer.g_proj[1].bias,
+        narrow_decay,
+        narrow_gate,
+        wide_decay_weight,
+        wide_gate_weight,
+        gate_bias,
         wide_decay,
         wide_gate,
         rows,
         query_size,
-        RANK=size,
-        BLOCK_RANK=max(16, min(256 // x.itemsize, triton.next_power_of_2(size))),
+        RANK=head_dim,
+        BLOCK_RANK=max(16, min(256 // x.itemsize, triton.next_power_of_2(head_dim))),
         num_warps=4,
         **blocks,
     )
-    _delta_rule_kernel[(rows * layer.num_heads,)](
+    _delta_rule_kernel[(rows * heads,)](
         convolved,
         wide_decay,
         beta,
         wide_gate,
         recurrent_state,
-        layer.A_log,
-        layer.dt_bias,
-        layer.o_norm.weight,
+        A_log,
+        dt_bias,
+        norm_weight,
         output,
-        layer.o_norm.eps,
-        0.0 if layer.gate_lower_bound is None else layer.gate_lower_bound,
-        size**-0.5,
-        layer.num_heads,
-        layer.num_kv_heads,
-        SAFE_GATE=layer.gate_lower_bound is not None,
-        SIZE=size,
-        BLOCK=triton.next_power_of_2(size),
+        norm_eps,
+        0.0 if lower_bound is None else lower_bound,
+        head_dim**-0.5,
+        heads,
+        kv_heads,
+        SAFE_GATE=lower_bound is not None,
+        SIZE=head_dim,
+        BLOCK=triton.next_power_of_2(head_dim),
         num_warps=4,
     )
     return output
+
+
+@_step.register_fake
+def _(x: torch.Tensor, conv_state: torch.Tensor, recurrent_state: torch.Tensor, *others: Any) -> torch.Tensor:
+    attention = others[0]
+    return x.new_empty(len(x), 1, len(attention[0]))
+
+
+@functools.cache
+def _stages(device: torch.device, bytes_of_one: int) -> int:
+    """Blocks of a weight that are on their way at a time: as many as fit into a multiprocessor's memory, at most 8."""
+    if device.type != "cuda":  # the interpreter
+        return 1
+    memory = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return max(1, min(8, memory // bytes_of_one - 1))
