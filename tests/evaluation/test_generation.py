@@ -90,7 +90,7 @@ def test_a_row_is_answered_in_company_as_it_is_alone(name):
     assert (unmasked - logits).abs().max() > 0.1  # padding does matter to this model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["teacher", "hybrid", "mistral"])
 @torch.no_grad()
 def test_a_static_cache_gives_the_same_tokens(name, monkeypatch):
     """What was read into a growing cache goes on in a static one; a layer with a window has no such cache."""
