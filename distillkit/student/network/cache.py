@@ -19,17 +19,18 @@ class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     Args:
         static: of a ``StaticCache``, whose steps may be one graph: states and the count stay at their addresses.
-        counter: the layer of the same cache that counts the tokens for this one; by default it counts by itself.
+        counter: the layer of the same cache that counts the tokens for this one, the first of full attention if there
+            is any; by default it counts by itself.
     """
 
     is_compileable = False
     record_past: bool
     seen_tokens: int | torch.Tensor
 
-    def __init__(self, *, static: bool = False, counter: "RecurrentCacheLayer | None" = None) -> None:
+    def __init__(self, *, static: bool = False, counter: CacheLayerMixin | None = None) -> None:
         super().__init__()
         self.is_compileable = static
-        self.counter = self if counter is None else counter
+        self.counter = counter
         self.seen_tokens = 0
         self.is_initialized = False
         self.recorded: list[tuple[int, torch.Tensor | None, torch.Tensor | None, Callable[[int], Any]]] = []
@@ -58,7 +59,7 @@ class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def count(self, tokens: int) -> None:
         """So many tokens more."""
-        if self.counter is not self:
+        if self.counter is not None:
             return
         if self.is_compileable and not isinstance(self.seen_tokens, torch.Tensor):
             self.seen_tokens = torch.tensor(self.seen_tokens, device=self.device)
@@ -96,11 +97,12 @@ class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         raise TypeError("a KDA layer has no keys and values to store")
 
     def get_seq_length(self) -> int | torch.Tensor:
-        return self.counter.seen_tokens
+        return self.seen_tokens if self.counter is None else self.counter.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Asked only where no layer is of full attention, so that nothing looks at the mask."""
-        return query_length, 0
+        if self.counter is not None:
+            return self.counter.get_mask_sizes(query_length)
+        return query_length, 0  # no layer is of full attention, so nothing looks at the mask
 
     def get_max_length(self) -> int:
         return -1

@@ -50,14 +50,15 @@ def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
     """
     while len(cache.layers) < len(mixers):  # a DynamicCache made without a config adds its layers as they come
         cache.layers.append(cache.layer_class_to_replicate())
-    counter = None
+    kept = (layer for layer, mixer in zip(cache.layers, mixers, strict=False) if MIXERS[mixer].cache_layer is None)
+    counter = next(kept, None)
     for index, mixer in enumerate(mixers):
         cache_layer, other = MIXERS[mixer].cache_layer, cache.layers[index]
         if cache_layer is not None and not isinstance(other, cache_layer):
             if isinstance(other, CacheLayerMixin) and other.get_seq_length() > 0:
                 raise ValueError(f"past_key_values: layer {index} holds keys and values, and is {mixer} here")
             layer = cache_layer(static=isinstance(cache, StaticCache), counter=counter)
-            counter = layer.counter
+            counter = counter or layer
             if getattr(other, "record_past", False):
                 layer.activate_past_recording()
             cache.layers[index] = layer
