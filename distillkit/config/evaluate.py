@@ -87,7 +87,9 @@ class ModelConfig(Section):
         description="sequence length that it was trained with, marked in the report; by default that of its run, else "
         "the model's max_position_embeddings",
     )
-    server: Annotated[ServerConfig | None, BeforeValidator(_with_url)] = Field(
+    server: Annotated[
+        ServerConfig | None, BeforeValidator(_with_url, json_schema_input_type=str | ServerConfig | None)
+    ] = Field(
         None,
         description="OpenAI-compatible server that answers for the model (its url, or url and more): benchmarks are "
         "measured through it, with the tokenizer of path",

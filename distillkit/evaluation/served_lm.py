@@ -82,7 +82,7 @@ class ServedLM(LocalCompletionsAPI):
                     f"{self.served.server.key}.max_length",
                     f"is {self.served.max_length}, but answers alone may have {arguments['max_gen_toks']} tokens",
                 )
-        with _refusals():
+        with self._refusals():
             return super().generate_until(requests, **kwargs)
 
     @contextmanager
@@ -90,26 +90,27 @@ class ServedLM(LocalCompletionsAPI):
         """Raises `UserError` where the server gives no likelihoods."""
         if (error := self.served.without_likelihoods) is not None:
             raise error
-        with _refusals():
+        with self._refusals():
             yield
 
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Adds to an error what the server said, which lm-eval logs only."""
-    said: list[str] = []
-    logger = logging.getLogger("lm_eval.models.api_models")
-    handler, level = logging.Handler(logging.WARNING), logger.level
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        refused = [line for line in said if line.startswith("API request failed")]
-        raise RuntimeError(f"{type(error).__name__}: {error}. {' '.join(refused[-1:])}") from error
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Adds to an error what the server said, which lm-eval logs only."""
+        said: list[str] = []
+        logger = logging.getLogger("lm_eval.models.api_models")
+        handler, level = logging.Handler(logging.WARNING), logger.level
+        handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            refused = [line for line in said if line.startswith("API request failed")]
+            raise RuntimeError(
+                f"{type(error).__name__}: {error}. {self.served.server.hide(' '.join(refused[-1:]))}"
+            ) from error
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)

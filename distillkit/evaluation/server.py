@@ -19,6 +19,7 @@ from distillkit.config.errors import UserError, reason
 from distillkit.config.evaluate import ServerConfig
 from distillkit.models.loading import weights_sha256
 from distillkit.models.special_tokens import encode_texts
+from distillkit.runs.secrets import HIDDEN
 
 SECONDS = 3600
 """That an answer may take: the longest ones wait for many others."""
@@ -36,11 +37,18 @@ class Server:
     key: str
     settings: ServerConfig
 
-    @cached_property
+    @property
     def headers(self) -> dict[str, str]:
-        """Of every request, with the key from the environment; they are written nowhere."""
-        name = self.settings.api_key_env
-        return {} if name is None else {"Authorization": f"Bearer {os.environ.get(name, '')}"}
+        """Of every request; they are written nowhere."""
+        return {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
+
+    @property
+    def _secret(self) -> str:
+        return os.environ.get(self.settings.api_key_env or "", "")
+
+    def hide(self, text: str) -> str:
+        """A server's words without its key, which it may repeat."""
+        return text.replace(self._secret, HIDDEN) if self._secret else text
 
     def ask(self, url: str, body: Mapping[str, Any] | None = None, seconds: float = 30) -> Any:
         """The JSON that the server answers. Raises `UserError` where it answers none."""
@@ -55,7 +63,7 @@ class Server:
                 raise UserError(
                     f"{self.key}.api_key_env", f"{problem}; name the environment variable that holds it"
                 ) from error
-            said = error.read(300).decode(errors="replace")
+            said = self.hide(error.read(300).decode(errors="replace"))
             raise UserError(f"{self.key}.url", f"{url} answers {error.code} {error.reason}: {said}") from error
         except (OSError, ValueError, HTTPException) as error:
             problem = f"no answer from {url}: {reason(error)}"

@@ -100,11 +100,13 @@ def test_a_server_without_prompt_likelihoods_answers_generated_tasks_alone(folde
 
 
 def test_what_a_server_refuses_is_told(folder, model, monkeypatch):
+    """Without the key, which it may repeat."""
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("SERVED", "20 tokens")
     with serving(answers := completions(folder, model)) as url:
-        through = served(folder, url)
+        through = served(folder, url, api_key_env="SERVED")
         answers.card["max_model_len"] = 20
-        with pytest.raises(RuntimeError, match=r"400.*maximum context length is 20 tokens"):
+        with pytest.raises(RuntimeError, match=r"400.*maximum context length is \*\*\*"):
             run_served_benchmark(through, settings(), "distillkit_sums", limit=2)
         with pytest.raises(UserError, match="max_length: is 8, but answers alone may have 8 tokens"):
             run_served_benchmark(served(folder, url, max_length=8), settings(), "distillkit_sums", limit=2)
