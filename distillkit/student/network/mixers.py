@@ -50,7 +50,7 @@ def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
     """
     while len(cache.layers) < len(mixers):  # a DynamicCache made without a config adds its layers as they come
         cache.layers.append(cache.layer_class_to_replicate())
-    counter = None
+    counter, made = None, []
     for index, mixer in enumerate(mixers):
         cache_layer, other = MIXERS[mixer].cache_layer, cache.layers[index]
         if cache_layer is not None and not isinstance(other, cache_layer):
@@ -61,4 +61,9 @@ def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
             if getattr(other, "record_past", False):
                 layer.activate_past_recording()
             cache.layers[index] = layer
+            made.append(layer)
+    kept = (each for each in cache.layers if not isinstance(each, RecurrentCacheLayer) and not each.is_sliding)
+    if made and (full := next(kept, None)) is not None:
+        for layer in made:  # transformers before 5.23 takes the first layer for one of full attention
+            layer.get_mask_sizes = full.get_mask_sizes  # type: ignore[method-assign]
     return cache
