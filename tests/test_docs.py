@@ -138,3 +138,14 @@ def test_yaml_has_known_keys_and_whole_files_parse(page: Path, tmp_path: Path) -
         if "output_path" in data:
             kind.parse(data)
         assert data.keys() <= kind.model_fields.keys()
+
+
+def test_the_installation_tells_of_every_part_and_what_is_needed():
+    page = text_of(ROOT / "docs" / "installation.md")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [name for name in project["optional-dependencies"] if not re.search(rf"[`,\[]{name}[`,\]]", page)] == []
+    floors = dict(each.split(">=") for each in project["dependencies"])
+    needed = (
+        f"Python {project['requires-python'][2:]}, torch {floors['torch']} and transformers {floors['transformers']}"
+    )
+    assert needed in page

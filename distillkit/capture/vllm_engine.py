@@ -24,6 +24,11 @@ from distillkit.models.loading import load_pretrained_config, refuse_adapter
 TOKENS_AT_ONCE = 2**15
 """Tokens of the requests in one call of vLLM: it returns Python numbers, about 100 bytes for each of k per token."""
 
+LOGITS_AT_ONCE = 2**28
+"""Of prompts in one step of vLLM, 1 GiB in float32: it leaves no room for them when it reserves memory."""
+LEAST_TOKENS = 1024
+"""In one step: at least as many as the sequences that vLLM runs side by side."""
+
 Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Number of entries of each position; then token ids and log-probabilities of all entries, position after position."""
 
@@ -63,6 +68,12 @@ class VLLMEngine:
             )
         self.device = torch.device("cpu")
         self.vocabulary_size: int = config.get_text_config().vocab_size
+        # vLLM's own choice for a checkpoint of float32 is bfloat16, another teacher.
+        checkpoint = str(config.get_text_config().dtype or "auto").removeprefix("torch.")
+        defaults = {
+            "dtype": checkpoint,
+            "max_num_batched_tokens": max(LOGITS_AT_ONCE // self.vocabulary_size, LEAST_TOKENS),
+        }
         try:
             self._llm = LLM(
                 model=teacher.path,
@@ -71,7 +82,7 @@ class VLLMEngine:
                 max_logprobs=k,
                 logprobs_mode="raw_logprobs",  # of the raw logits: temperature 1, no penalties
                 enable_prefix_caching=False,  # a cached prefix has no log-probabilities
-                **kwargs,
+                **{**defaults, **kwargs},
             )
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             problem = f"vllm does not start with {teacher.path!r}: {error}"

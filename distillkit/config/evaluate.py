@@ -2,8 +2,9 @@
 
 import re
 from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem
@@ -43,6 +44,36 @@ Lengths = Annotated[list[Positive], Field(min_length=1), AfterValidator(_ascendi
 """Numbers of tokens, in ascending order."""
 
 
+def _check_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"must be the address of an API, such as http://localhost:8000/v1; got {url!r}")
+    if "@" in parts.netloc or parts.query:
+        raise ValueError("must hold no key or password; api_key_env names the environment variable that does")
+    return url.rstrip("/")
+
+
+class ServerConfig(Section):
+    """A running server that answers for a model."""
+
+    url: Annotated[str, AfterValidator(_check_url)] = Field(
+        description="address of an OpenAI-compatible API, such as http://localhost:8000/v1"
+    )
+    model: str | None = Field(None, min_length=1, description="name under which it is served; by default its path")
+    max_length: int | None = Field(
+        None, gt=1, description="tokens that a prompt and its answer may have; by default what the server tells"
+    )
+    concurrency: int = Field(32, gt=0, description="requests at a time")
+    api_key_env: str | None = Field(
+        None, min_length=1, description="name of the environment variable that holds the server's key"
+    )
+
+
+def _with_url(server: Any) -> Any:
+    """An address alone is the server's `url`."""
+    return {"url": server} if isinstance(server, str) else server
+
+
 class ModelConfig(Section):
     """A model to be measured."""
 
@@ -55,6 +86,13 @@ class ModelConfig(Section):
         gt=0,
         description="sequence length that it was trained with, marked in the report; by default that of its run, else "
         "the model's max_position_embeddings",
+    )
+    server: Annotated[
+        ServerConfig | None, BeforeValidator(_with_url, json_schema_input_type=str | ServerConfig | None)
+    ] = Field(
+        None,
+        description="OpenAI-compatible server that answers for the model (its url, or url and more): benchmarks are "
+        "measured through it, with the tokenizer of path",
     )
 
 
@@ -172,7 +210,15 @@ class EvaluateConfig(WholeFile):
                 raise KeyProblem(
                     f"students.{name}", "must be a name of letters, digits, points, - and _; it becomes a file's name"
                 )
+        for key, model in self.models().items():
+            if model.server is not None and self.benchmarks is None:
+                raise KeyProblem(f"{key}.server", "has no effect: only benchmarks are measured through a server")
         return self
+
+    def models(self) -> dict[str, ModelConfig]:
+        """The teacher and the students, by their key in the YAML."""
+        teacher = {} if self.teacher is None else {TEACHER: self.teacher}
+        return {**teacher, **{f"students.{name}": student for name, student in self.students.items()}}
 
     @model_validator(mode="after")
     def check_suites(self) -> Self:

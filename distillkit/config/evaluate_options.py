@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distillkit.config.errors import UserError, one_of
-from distillkit.config.evaluate import NAME, SUITES, TEACHER, EvaluateConfig, ModelConfig
+from distillkit.config.evaluate import NAME, SUITES, EvaluateConfig
 from distillkit.config.readiness import check_model_path, check_source
 from distillkit.config.yaml_files import apply_override, read_yaml
 
@@ -55,16 +55,20 @@ def load_evaluate_config(
 
 def check_evaluate_ready(config: EvaluateConfig) -> None:
     """Raises `UserError` where the evaluation could not start: files that do not exist, lm-eval not installed."""
-    for key, model in _models(config):
+    for key, model in config.models().items():
         check_model_path(f"{key}.path", model.path)
         _refuse_unfinished_run(f"{key}.path", Path(model.path))
+        if model.server is not None and (name := model.server.api_key_env) and not os.environ.get(name):
+            raise UserError(f"{key}.server.api_key_env", f"the environment has no variable {name!r}; export it first")
     if config.divergence is not None:
         check_source("divergence.dataset.disk_path", config.divergence.dataset)
     if config.needles is not None and config.needles.haystack is not None:
         check_source("needles.haystack.disk_path", config.needles.haystack)
     if config.benchmarks is not None:
-        if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("benchmarks", "needs lm-eval; install it with: pip install 'distillkit[eval]'")
+        served = any(model.server is not None for model in config.models().values())
+        for package in ("lm_eval", "tenacity") if served else ("lm_eval",):  # the second of lm-eval's own extra `api`
+            if importlib.util.find_spec(package) is None:
+                raise UserError("benchmarks", f"needs {package}; install it with: pip install 'distillkit[eval]'")
         for index, folder in enumerate(config.benchmarks.include_path):
             if not os.path.isdir(folder):
                 raise UserError(f"benchmarks.include_path[{index}]", f"no such folder: {folder!r}")
@@ -112,11 +116,6 @@ def _set_models(data: dict[str, Any], options: EvaluateOptions) -> None:
         students[name] = {"path": path}
     if students:
         data["students"] = students
-
-
-def _models(config: EvaluateConfig) -> list[tuple[str, ModelConfig]]:
-    teacher = [] if config.teacher is None else [(TEACHER, config.teacher)]
-    return [*teacher, *((f"students.{name}", student) for name, student in config.students.items())]
 
 
 def _refuse_unfinished_run(key: str, folder: Path) -> None:

@@ -202,7 +202,7 @@ def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM, layers
     if missing or report.unexpected_keys:
         difference = (missing + report.unexpected_keys)[0]
         raise UserError("teacher", f"{type(teacher).__name__} cannot be converted: no counterpart for {difference}")
-    for name, buffer in teacher.named_buffers():  # those that are not in the state_dict: rotary frequencies
+    for name, buffer in teacher.named_buffers(remove_duplicate=False):  # also rotary frequencies, not in the state_dict
         if not name.startswith(exchanged):
             module, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(module), attribute, buffer)

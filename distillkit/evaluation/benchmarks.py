@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config.errors import UserError, did_you_mean
 from distillkit.config.evaluate import BenchmarksConfig
+from distillkit.evaluation.server import ServedModel
 from distillkit.models.special_tokens import prompt_tokenizer
 
 
@@ -40,28 +41,49 @@ def run_benchmark(
         UserError: lm-eval is not installed, a folder of `include_path` does not exist, or there is no such task.
     """
     tasks = check_tasks(settings, [task])
-    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _without_noise():
-        results = simple_evaluate(
-            HFLM(
-                pretrained=model,
-                tokenizer=prompt_tokenizer(tokenizer),
-                backend="causal",
-                batch_size=settings.batch_size,
-            ),
-            tasks=[task],
-            task_manager=tasks,
-            num_fewshot=settings.num_fewshot,
-            apply_chat_template=settings.apply_chat_template,
-            limit=limit,
-            log_samples=False,
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed,
+        harness = HFLM(
+            pretrained=model, tokenizer=prompt_tokenizer(tokenizer), backend="causal", batch_size=settings.batch_size
         )
+        return _evaluate(harness, tasks, settings, task, limit)
+
+
+def run_served_benchmark(
+    served: ServedModel, settings: BenchmarksConfig, task: str, *, limit: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """The same of a model that a server answers for, and `server`: where the scores come from.
+
+    Raises `UserError` also where the server gives no log-probabilities of prompts and the task needs them.
+    """
+    tasks = check_tasks(settings, [task])
+    from distillkit.evaluation.served_lm import ServedLM
+
+    with _without_noise():
+        scores = _evaluate(ServedLM(served, settings.seed), tasks, settings, task, limit)
+    return {name: {**each, "server": served.about()} for name, each in scores.items()}
+
+
+def _evaluate(
+    harness: Any, tasks: Any, settings: BenchmarksConfig, task: str, limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """harness: a model as lm-eval takes it. tasks: of `check_tasks`."""
+    from lm_eval import simple_evaluate
+
+    results = simple_evaluate(
+        harness,
+        tasks=[task],
+        task_manager=tasks,
+        num_fewshot=settings.num_fewshot,
+        apply_chat_template=settings.apply_chat_template,
+        limit=limit,
+        log_samples=False,
+        random_seed=settings.seed,
+        numpy_random_seed=settings.seed,
+        torch_random_seed=settings.seed,
+        fewshot_random_seed=settings.seed,
+    )
     return _scores(results)
 
 

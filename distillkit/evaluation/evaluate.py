@@ -11,7 +11,7 @@ import os
 import shlex
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,9 @@ class _Evaluation:
                 self._found[unit] = measured
         if known := sum(unit.suite != "model" for unit in self._found):
             print_line(self._console, f"{known} results exist already")
+        for unit in self._missing:
+            if unit.suite == "benchmarks":
+                _ = self._specs[unit.model].served  # a server that does not answer is told now, not in hours
         count = sum(unit.suite != "model" for unit in self._missing)
         with EvaluationProgress(self._console, count) as self._progress:
             for spec in self._specs.values():
@@ -133,7 +136,7 @@ class _Evaluation:
 
     def _measure_model(self, spec: ModelSpec, units: list[Unit]) -> None:
         try:
-            loaded = self._load(spec)
+            loaded = self._load(spec, units)
         except Exception as error:
             for unit in units:
                 self._missing.remove(unit)
@@ -173,8 +176,10 @@ class _Evaluation:
         names = (unit.model, TEACHER) if unit.suite == "divergence" else (unit.model,)
         return [self._specs[name].state for name in names]
 
-    def _load(self, spec: ModelSpec) -> LoadedModel:
+    def _load(self, spec: ModelSpec, units: Sequence[Unit]) -> LoadedModel:
         self._progress.begin(f"loading {spec.name}")
+        if spec.config.server is not None and all(unit.suite in ("model", "benchmarks") for unit in units):
+            return spec.without_weights()
         loaded = self._load_teacher() if spec.name == TEACHER else spec.load(self.device)
         if self._config.decoding == "graph":
             decode_as_graphs(loaded.model)

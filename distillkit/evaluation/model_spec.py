@@ -1,4 +1,4 @@
-"""The models of an evaluation: loaded when they are needed, and identified by digests of their files."""
+"""The models of an evaluation: loaded when they are needed, or served; identified by digests of their files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config.errors import UserError
 from distillkit.config.evaluate import TEACHER, ModelConfig
+from distillkit.evaluation.server import ServedModel, Server, connect
 from distillkit.models.loading import (
     files_sha256,
     load_model,
@@ -80,6 +81,21 @@ class ModelSpec:
     def _has_tokenizer(self) -> bool:
         folder = Path(self.config.path)
         return not folder.is_dir() or "gguf_file" in self.config.kwargs or has_tokenizer(folder)
+
+    @cached_property
+    def served(self) -> ServedModel | None:
+        """The model as its server gives it; None without a server. Raises `UserError` where the server does not."""
+        if self.config.server is None:
+            return None
+        server = Server(f"{self.key.removesuffix('.path')}.server", self.config.server)
+        return connect(server, self.config.path, self.state["weights"], self.load_tokenizer())
+
+    def without_weights(self) -> LoadedModel:
+        """What is known of a model that only its server has in memory."""
+        config = load_pretrained_config(self.config.path, **self.options)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        return LoadedModel(self, model, self.load_tokenizer(), torch.device("meta"), placed=True)
 
     def load(self, device: torch.device) -> LoadedModel:
         """The model on the device, in evaluation mode, in the dtype of its checkpoint unless `kwargs` name another.

@@ -52,8 +52,10 @@ def measure(
         return _divergence(loaded, teacher(), config, progress)
     if unit.suite == "benchmarks":
         assert config.benchmarks is not None
-        from distillkit.evaluation.benchmarks import run_benchmark
+        from distillkit.evaluation.benchmarks import run_benchmark, run_served_benchmark
 
+        if (served := loaded.spec.served) is not None:
+            return run_served_benchmark(served, config.benchmarks, unit.task, limit=config.limit)
         return run_benchmark(loaded.model, loaded.tokenizer, config.benchmarks, unit.task, limit=config.limit)
     if unit.suite == "needles":
         assert config.needles is not None

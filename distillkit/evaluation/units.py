@@ -130,7 +130,12 @@ def _benchmarks(model: str, config: EvaluateConfig) -> Iterator[Unit]:
         return
     settings = config.benchmarks.model_dump(mode="json", exclude={"tasks", "include_path"})
     tasks = [[str(file), *_state(file)] for folder in config.benchmarks.include_path for file in _task_files(folder)]
-    decided_by = {**_libraries(), "limit": config.limit, "decoding": config.decoding, "lm_eval": _version("lm_eval")}
+    decided_by = {**_libraries(), "limit": config.limit, "lm_eval": _version("lm_eval")}
+    described = config.teacher if model == TEACHER else config.students[model]
+    if described is None or described.server is None:
+        decided_by["decoding"] = config.decoding
+    else:
+        decided_by["server"] = described.server.model_dump(include={"url", "model", "max_length"})
     for task in config.benchmarks.tasks:
         own = [[str(file), *_state(file)] for file in _files_beside(task)]
         yield Unit(model, "benchmarks", task, {**settings, **decided_by, "files": [*tasks, *own]})

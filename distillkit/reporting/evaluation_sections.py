@@ -10,7 +10,7 @@ from distillkit.reporting.document import Gallery, Part, Picture, Section, Table
 from distillkit.reporting.evaluated import Model, common_tasks, lengths, needle_rows, score
 from distillkit.reporting.numbers import Form
 from distillkit.reporting.plots import Axis, Mark, Series, heat_map, line_chart, short, wide
-from distillkit.reporting.reading import Json, number, rows, shown
+from distillkit.reporting.reading import Json, number, rows, section, shown
 
 POSITION_COLUMNS: list[tuple[str, str, Form]] = [
     ("tokens", "tokens", numbers.count),
@@ -56,7 +56,19 @@ def divergence_section(models: Sequence[Model]) -> Section | None:
 def benchmark_section(models: Sequence[Model]) -> Section | None:
     """Every metric of every task."""
     table = benchmark_table(models)
-    return Section("Benchmarks", ["As lm-evaluation-harness scores them.", table]) if table is not None else None
+    if table is None:
+        return None
+    return Section("Benchmarks", ["As lm-evaluation-harness scores them.", *filter(None, map(_servers, models)), table])
+
+
+def _servers(model: Model) -> str:
+    """Which of the scores are of a server's answers; empty where none is."""
+    found: dict[str, list[str]] = {}
+    for task in model.benchmarks:
+        if server := section(model.benchmarks[task], "server"):
+            by = f" ({server['by']})" if server.get("by") else ""
+            found.setdefault(f"{server.get('url')}{by}, as {server.get('model')}", []).append(task)
+    return " ".join(f"{model.name} answered through {server}: {', '.join(tasks)}." for server, tasks in found.items())
 
 
 def speed_section(models: Sequence[Model]) -> Section | None:

@@ -125,6 +125,16 @@ def test_a_longer_window_may_be_given(teacher, vllm):
     assert engine._llm.max_model_len == 100
 
 
+def test_the_dtype_is_that_of_the_checkpoint_and_a_step_has_room_for_its_logits(teacher, vllm, monkeypatch):
+    llm = VLLMEngine(HFTeacherConfig(path=str(teacher)), 6, 5)._llm
+    assert (llm.dtype, llm.engine_args["max_num_batched_tokens"]) == ("float32", 2**28 // 40)
+    monkeypatch.setattr(vllm_engine, "LOGITS_AT_ONCE", 40)
+    given = {"dtype": "bfloat16", "max_num_batched_tokens": 99}
+    assert VLLMEngine(HFTeacherConfig(path=str(teacher)), 6, 5)._llm.engine_args["max_num_batched_tokens"] == 1024
+    llm = VLLMEngine(HFTeacherConfig(path=str(teacher), kwargs=given), 6, 5)._llm
+    assert (llm.dtype, llm.engine_args["max_num_batched_tokens"]) == ("bfloat16", 99)
+
+
 def test_the_revision_is_that_of_the_configuration_too(teacher, vllm, monkeypatch):
     def load(path, **options):
         asked.append(options.get("revision"))

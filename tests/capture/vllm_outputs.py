@@ -1,7 +1,7 @@
 """vLLM's outputs in their shape, filled from the logits of a model that runs here.
 
-The classes have those fields of vLLM's classes of the same names that are read, as the API reference of 0.20.2 and the
-source since have them (`vllm/logprobs.py`, `vllm/outputs.py`). So has each position its entries: the prompt's or
+The classes have those fields of vLLM's classes of the same names that are read, as the source of 0.24.0 has them
+(`vllm/logprobs.py`, `vllm/outputs.py`). So has each position its entries: the prompt's or
 sampled token first, with its rank in the vocabulary, then the k likeliest. In a dictionary a token comes once; flat,
 it comes twice where it is one of the likeliest.
 """
@@ -89,7 +89,7 @@ class LLM:
     def __init__(self, model, *, max_model_len, max_logprobs, trust_remote_code=False, dtype="auto", **engine_args):
         from transformers import AutoModelForCausalLM
 
-        self.engine_args = engine_args
+        self.engine_args, self.dtype = engine_args, dtype
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         positions = self.model.config.max_position_embeddings
