@@ -37,6 +37,7 @@ SHAPES = {"afm-4.5b": ROOT / "tests/shapes/afm-4.5b/config.json"}
 """Configurations of teachers."""
 STEPS = ["check", "parity", "serve", "throughput", "prefill"]
 MODELS = ["teacher", "kda_only", "hybrid"]
+MODES = ["compiled", "graphs", "eager"]
 PROMPTS, WRITTEN = 20, 64
 """Of the comparison with transformers."""
 DECODED, SKIPPED = 64, 8
@@ -69,7 +70,9 @@ class ServingOptions(Options):
     most_sequences: int = option(1536, "at a time, where more would fit")
     tensor_parallel_size: int = option(1)
     variants: int = option(1, "of vLLM's prefill kernels that Triton may choose from; 0 for all, which takes minutes")
-    eager: bool = option(False, "neither compile nor record graphs")
+    mode: str = option(
+        "compiled", "of vLLM: compiled, graphs (of decoding, not compiled: a faster start) or eager", choices=MODES
+    )
     seconds: int = option(240, "limit for each process")
     job: str | None = option(None, "one measurement, in this process")
 
@@ -150,13 +153,17 @@ def engine(options: ServingOptions, folder: Path, **arguments: Any) -> Any:
 
     if options.variants:
         limit_variants(options.variants)
-    arguments = {"attention_backend": "FLASH_ATTN", "enforce_eager": options.eager, **arguments}
+    compilation = arguments.pop("compilation_config", {})
+    if options.mode == "graphs":
+        compilation |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    arguments = {"attention_backend": "FLASH_ATTN", "enforce_eager": options.mode == "eager", **arguments}
     return LLM(
         model=str(folder),
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         seed=0,
         tensor_parallel_size=options.tensor_parallel_size,
+        compilation_config=compilation,
         **arguments,
     )
 
@@ -183,10 +190,9 @@ def sampling(tokens: int, **others: Any) -> Any:
 
 
 def check(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
-    base = AutoConfig.for_model(
-        "llama", **dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=VOCABULARY),
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": VOCABULARY}
+    base = AutoConfig.for_model("llama", **sizes, **heads, bos_token_id=1, eos_token_id=None)
     torch.manual_seed(0)
     student = KDAHybridForCausalLM(KDAHybridConfig(base, mixers=["kda", "kda", "kda", "full"]))
     student.lm_head.weight.data.normal_(std=0.3)
@@ -423,7 +429,7 @@ def prefill(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
 
 
 def about(options: ServingOptions, rows: list[Json]) -> Json:
-    return {"settings": options.settings("shapes", "contexts", "tensor_parallel_size", "variants", "eager", "teacher")}
+    return {"settings": options.settings("shapes", "contexts", "tensor_parallel_size", "variants", "mode", "teacher")}
 
 
 if __name__ == "__main__":

@@ -136,8 +136,9 @@ class AtPositionZero(nn.Module):
     def __init__(self, rotary: Any) -> None:
         super().__init__()
         self.rotary = rotary
-        cos, sin = rotary.cos_sin_cache[0].float().chunk(2)
-        self.is_identity = bool((cos == 1).all() and (sin == 0).all())
+        first = rotary.cos_sin_cache[0]
+        cos, sin = first.float().chunk(2)
+        self.is_identity = not first.is_meta and bool((cos == 1).all() and (sin == 0).all())
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
