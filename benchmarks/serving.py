@@ -6,7 +6,7 @@
 
 `check` starts vLLM with a tiny random student, in well under a minute. `parity` compares tokens and log-probabilities
 of freshly converted students. `serve` starts `vllm serve` and asks it over HTTP. `throughput` writes behind contexts
-that nobody read (see served_context.py), at random weights, with one sequence and with as many as fit. `prefill` reads
+that nobody read (see `read_context`), at random weights, with one sequence and with as many as fit. `prefill` reads
 prompts. Each measurement has a process and a time limit of its own, so that one which fails costs its row only.
 """
 
@@ -356,7 +356,7 @@ def throughput(options: ServingOptions, job: Json, folder: Path) -> Iterator[Jso
         gpu_memory_utilization=0.92,
         compilation_config={"cudagraph_capture_sizes": [x for x in GRAPHS if x <= options.most_sequences]},
         kv_transfer_config=KVTransferConfig(
-            kv_connector="ReadContext", kv_role="kv_both", kv_connector_module_path="served_context"
+            kv_connector="ReadContext", kv_role="kv_both", kv_connector_module_path="serving"
         ),
     )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -371,6 +371,34 @@ def throughput(options: ServingOptions, job: Json, folder: Path) -> Iterator[Jso
                 **decoded(llm, scheduler, sequences, context),
                 "free_gib": free / GIB,
             }
+
+
+def read_context() -> type:
+    """A connector that says it has read a prompt when nobody has, for vLLM to import under the name `ReadContext`.
+
+    To read 32k tokens for each of a thousand sequences would take many times as long as the writing that is measured.
+    The cache is filled once with small random numbers; each sequence has its own share of it, as after a real prompt.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1.decode_bench_connector import DecodeBenchConnector
+
+    class ReadContext(DecodeBenchConnector):
+        def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+            # States first: attention sees the same memory in another dtype, and any number of its is a small one of
+            # a state's, but not the other way round.
+            for cache in sorted(kv_caches.values(), key=lambda cache: isinstance(cache, torch.Tensor)):
+                for tensor in [cache] if isinstance(cache, torch.Tensor) else cache:
+                    tensor.normal_(std=0.02)
+
+        def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+            """Nothing to load."""
+
+    return ReadContext
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ReadContext":
+        return read_context()
+    raise AttributeError(name)
 
 
 def capacity(cache: Any, tokens: int) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """What a server needs to know of a student, from its configuration alone: its shapes, and whether it can be served."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import MODEL_MAPPING
@@ -93,9 +92,11 @@ def sliding_windows(config: KDAHybridConfig) -> list[int | None]:
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def check_served(config: Any, tensor_parallel_size: int = 1) -> None:
+def check_served(config: KDAHybridConfig, tensor_parallel_size: int = 1, *, speculative: bool = False) -> None:
     """Raises ValueError, in one line, for a student that vLLM would not compute as transformers does."""
     problem = _problem(config, tensor_parallel_size)
+    if problem is None and speculative:
+        problem = "speculative_config: a state cannot be taken back to before a refused token; serve without it"
     if problem is not None:
         raise ValueError(f"distillkit: vLLM cannot serve this student: {problem}")
 

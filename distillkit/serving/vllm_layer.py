@@ -46,6 +46,9 @@ class KDALayer(nn.Module, MambaBase):
         prefix: name of the layer, by which vLLM finds its states.
     """
 
+    kv_cache: tuple[torch.Tensor, ...]
+    """Set by vLLM: what the convolution and the delta rule keep of each sequence, by its place in the cache."""
+
     def __init__(self, shapes: KDAShapes, gate_lower_bound: float | None, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.prefix, self.shapes, self.gate_lower_bound = prefix, shapes, gate_lower_bound
@@ -213,7 +216,7 @@ class KDALayer(nn.Module, MambaBase):
         return output[0]
 
     def _ready_kernels(self, qkv: torch.Tensor) -> None:
-        """Have Triton choose among the variants of its kernels while memory is free; the first layer does it for all."""
+        """Have Triton choose among variants of its kernels while memory is free; the first layer does it for all."""
         key = (self.num_heads, self.shapes.head_dim, qkv.dtype)
         if key in _READY or not qkv.is_cuda:
             return

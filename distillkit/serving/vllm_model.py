@@ -45,11 +45,11 @@ class KDAHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
                 vllm_config.compilation_config.static_forward_context.pop(layer.self_attn.attn.layer_name)
                 layer.self_attn = KDALayer(shapes, self.config.gate_lower_bound, vllm_config, name)
                 continue
-            if layer.self_attn.attn.sliding_window != windows[index]:
+            window = layer.self_attn.attn.sliding_window
+            if window != windows[index]:
                 raise ValueError(
-                    f"distillkit: vLLM cannot serve this student: layer {index} looks back on {windows[index] or 'all'} "
-                    f"tokens, in vLLM's {ARCHITECTURES[self.config.base_config.model_type]} on "
-                    f"{layer.self_attn.attn.sliding_window or 'all'}"
+                    f"distillkit: vLLM cannot serve this student: layer {index} looks back on "
+                    f"{windows[index] or 'all'} tokens, in vLLM's {type(self.teacher).__name__} on {window or 'all'}"
                 )
             if not self.config.use_rope:
                 layer.self_attn.rotary_emb = AtPositionZero(layer.self_attn.rotary_emb)
@@ -106,7 +106,7 @@ class KDAHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
             if name.endswith(".bias") and self._served(name) not in parameters:
                 raise ValueError(
                     f"distillkit: vLLM cannot serve this student: {name} has no place in vLLM's "
-                    f"{ARCHITECTURES[self.config.base_config.model_type]}"
+                    f"{type(self.teacher).__name__}"
                 )
             yield name, weight
 

@@ -36,7 +36,11 @@ def register() -> None:
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            check_served(vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size)
+            check_served(
+                vllm_config.model_config.hf_config,
+                vllm_config.parallel_config.tensor_parallel_size,
+                speculative=vllm_config.speculative_config is not None,
+            )
 
     MODEL_ARCH_CONFIG_CONVERTORS["kda_hybrid"] = StudentShapes
     MODELS_CONFIG_MAP["KDAHybridForCausalLM"] = StudentChecks

@@ -3,7 +3,6 @@
 Import it before anything else imports triton or vLLM.
 """
 
-# ruff: noqa: E402
 import os
 import sys
 
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import KernelInterface
-
 from vllm.config import (
     CacheConfig,
     CompilationConfig,

@@ -83,6 +83,13 @@ def test_a_teacher_of_another_architecture_is_refused():
         check_served(config)
 
 
+def test_speculative_decoding_is_refused():
+    config = KDAHybridConfig(base_config(num_hidden_layers=1, head_dim=32), ["linear_attention"])
+    check_served(config)
+    with pytest.raises(ValueError, match="speculative_config: a state cannot be taken back"):
+        check_served(config, speculative=True)
+
+
 def test_layers_of_full_attention_look_back_as_far_as_the_teachers():
     changes = {"num_hidden_layers": 1, "sliding_window": 16}
     assert sliding_windows(KDAHybridConfig(base_config("mistral", **changes), ["full_attention"])) == [16]

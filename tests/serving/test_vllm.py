@@ -15,7 +15,7 @@ from tests.student.students import tokens
 KDA, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
 STUDENTS = {
     "llama": {"layers": [KDA, FULL]},
-    "llama without attention": {"layers": [KDA, KDA]},
+    "llama without attention, tied head": {"layers": [KDA, KDA], "config_changes": {"tie_word_embeddings": True}},
     "llama with biases": {"layers": [KDA, FULL], "config_changes": {"attention_bias": True}},
     "arcee, plain gate, two taps": {"family": "arcee", "layers": [FULL, KDA], "gate_lower_bound": None, "conv_size": 2},
     "mistral, sliding, with positions": {
