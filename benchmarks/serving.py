@@ -240,10 +240,10 @@ def prompts_of(teacher: str) -> list[list[int]]:
     """Of 16 to 1,000 tokens, from the language reference that comes with Python."""
     from pydoc_data import topics
 
-    tokenizer = load_tokenizer(teacher)
-    text = [topics.topics[name] for name in sorted(topics.topics) if len(topics.topics[name]) > 8000][:PROMPTS]
+    ids = load_tokenizer(teacher)("\n\n".join(topics.topics[name] for name in sorted(topics.topics)))["input_ids"]
     lengths = [round(16 * (1000 / 16) ** (place / (PROMPTS - 1))) for place in range(PROMPTS)]
-    return [tokenizer(each)["input_ids"][:length] for each, length in zip(text, lengths, strict=True)]
+    apart = len(ids) // PROMPTS
+    return [ids[place * apart :][:length] for place, length in enumerate(lengths)]
 
 
 @torch.no_grad()
@@ -254,11 +254,8 @@ def compared(student: PreTrainedModel, llm: Any, prompts: list[list[int]], writt
     )
     equal, gaps, differences, own = 0, [0.0], [], []
     dtype = student.dtype
-    for prompt, output in zip(prompts, outputs, strict=True):
+    for prompt, answer, output in zip(prompts, written_by(student, prompts, written), outputs, strict=True):
         ids = torch.tensor([prompt], device=DEVICE)
-        answer = student.generate(ids, max_new_tokens=written, min_new_tokens=written, do_sample=False, pad_token_id=0)[
-            0, len(prompt) :
-        ].tolist()
         theirs = [*output.outputs[0].token_ids]
         logits = student(torch.tensor([prompt + answer], device=DEVICE)).logits[0].float()
         equal += answer == theirs
@@ -284,6 +281,16 @@ def compared(student: PreTrainedModel, llm: Any, prompts: list[list[int]], writt
     }
 
 
+def written_by(student: PreTrainedModel, prompts: list[list[int]], written: int) -> list[list[int]]:
+    """What transformers writes behind each prompt, all of them in one batch."""
+    student.generation_config.eos_token_id = None  # nothing ends early, as in vLLM
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=DEVICE)
+    answers = student.generate(ids, attention_mask=mask, max_new_tokens=written, do_sample=False, pad_token_id=0)
+    return answers[:, longest:].tolist()
+
+
 def rounding(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """From a number to the next one of this dtype."""
     return torch.finfo(dtype).eps * 2.0 ** x.abs().clamp(min=1e-30).log2().floor()
@@ -302,6 +309,7 @@ def serve(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
     load_tokenizer(str(options.teacher)).save_pretrained(folder)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--port", "8123"]
     command += ["--max-model-len", "2048", "--gpu-memory-utilization", "0.4", "--served-model-name", "student"]
+    command += ["--enforce-eager"]  # to compile takes longer than the question
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     start = time.perf_counter()
     server = subprocess.Popen(command, env=environment)
