@@ -208,6 +208,16 @@ def plan_times(content: Json) -> list[Part]:
     return flat(*columns)({"rows": [{**row, "step": step(row["step"])} for row in content["rows"]]})
 
 
+def served_text(content: Json) -> list[Part]:
+    """Of vLLM beside transformers; what `vllm serve` answered is for the reader of the file."""
+    rows = [row for row in content["rows"] if row["step"] == "parity"]
+    for row in rows:
+        if "error" not in row:
+            row["equal_texts"] = f"{row['equal_prompts']} of {row['prompts']}"
+    names = ("model", "dtype", "equal_texts", "largest_gap_in_roundings", "largest_difference", "mean_difference")
+    return flat(*names)({"rows": rows})
+
+
 SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "parity": flat(),
     "replication": replication,
@@ -221,6 +231,9 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "smollm2_hybrid": before_and_after,
     "quickstart": before_and_after,
     "alignment": alignment,
+    "serving_afm": flat("model", "context", "sequences", "tokens_per_second", "fitting_sequences", "mib_per_sequence"),
+    "serving_parity": served_text,
+    "serving_prefill": flat("model", "context", "prefill_tokens_per_second"),
     "initialization": flat("short_convolution", "output_scale", "decay", "kl_before", "kl_after", key="results"),
     "initialization_memory": starts,
     "initialization_short": starts,
