@@ -202,7 +202,7 @@ def test_a_later_phase_may_read_a_part_of_the_text_of_the_one_before(inputs, tmp
 def test_a_teacher_without_a_configuration_is_named(inputs, tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"^teacher\.path: cannot load"):
+    with pytest.raises(UserError, match=r"^teacher\.path: .* is damaged"):
         run(described(inputs, tmp_path / "run", teacher={"kind": "hf", "path": str(tmp_path / "teacher")}))
 
 
