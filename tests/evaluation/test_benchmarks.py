@@ -17,8 +17,8 @@ from ..training.tiny import BYTES, llama, save_llama
 from ..training.tiny import tokenizer as byte_tokenizer
 
 TASKS = Path(__file__).parent / "tasks"
-SAMPLES = 12
-"""Of the 40 of each task: more than a batch of 8, and a last batch that is not full."""
+SAMPLES = 9
+"""Of the 40 of each task: more than a batch of 8; the last batch is not full."""
 
 
 @pytest.fixture(autouse=True)
