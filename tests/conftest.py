@@ -1,9 +1,23 @@
-"""Tests marked `gpu` are skipped where there is no CUDA device, and where there is one no kernel is tuned for them."""
+"""Tests marked `gpu` are skipped where there is no CUDA device, and where there is one no kernel is tuned for them.
+
+What takes time in every run and is the same in each is done once in a process: pictures of reports, and none waits for
+the disk, for no test cuts the power.
+"""
 
 import gc
+import os
 from functools import cache
+from typing import Any
 
 import pytest
+
+os.fsync = lambda descriptor: None  # processes that tests fork and run do not have it
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is there to stay, and is not looked through each time that a run collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,6 +29,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+_pictures: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for tests of reports, the first run's loss curves stand in all reports: to draw them is a third of a run."""
+    if "reporting" in request.path.parts or request.path.name == "test_results.py":
+        return
+    from distillkit.reporting import training_section
+    from distillkit.reporting.plots import line_chart
+
+    def drawn(name: str, *given: Any, **options: Any) -> Any:
+        return _pictures.get(name) or _pictures.setdefault(name, line_chart(name, *given, **options))
+
+    monkeypatch.setattr(training_section, "line_chart", drawn)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +66,8 @@ def keep_one_configuration_of_each_kernel() -> None:
     if not FLA_AVAILABLE:
         return
     import fla.layers  # noqa: F401 — its kernels are among them
+
+    gc.unfreeze()
     from triton.runtime.autotuner import Autotuner
 
     for tuner in gc.get_objects():

@@ -125,7 +125,7 @@ def _parsed(path: str, key: str) -> Any:
     except ImportError as error:
         raise UserError(key, f"GGUF files need the package gguf: {error}") from error
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
     except Exception as error:  # any, for a damaged file sends the reader anywhere
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
@@ -133,6 +133,14 @@ def _parsed(path: str, key: str) -> Any:
                     key, f"{path!r} is no GGUF file: it does not start with the GGUF magic bytes"
                 ) from error
         raise UserError(key, f"{path!r} is not a whole GGUF file: {error}") from error
+    expected = reader.data_offset
+    for tensor in reader.tensors:  # of another type or size in the header, numbers of its neighbours would be read
+        if tensor.data_offset != expected:
+            raise UserError(
+                key, f"{path!r} is not a whole GGUF file: the numbers of {tensor.name} begin too early or late"
+            )
+        expected += int(tensor.n_bytes) + -int(tensor.n_bytes) % reader.alignment
+    return reader
 
 
 @contextmanager

