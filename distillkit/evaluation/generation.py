@@ -23,6 +23,9 @@ from distillkit.student.network.mixers import with_mixer_layers
 CAPACITY_STEP = 1024
 """Static caches hold a multiple of so many tokens, so that prompts of about one length need one graph."""
 
+GENERATED_CAPACITY = 2048
+"""Tokens that a static cache of `generate` holds at least: questions and answers of most tasks need one graph."""
+
 
 def left_padded(
     rows: Sequence[Sequence[int]], device: torch.device
@@ -96,7 +99,7 @@ def decoding_step(
     Args: as of `decode_greedily`.
     """
     settings, static = model.generation_config, None
-    if settings is not None and settings.cache_implementation == "static":
+    if settings is not None and settings.cache_implementation == "static" and _compiles(model):
         static = _static(model, cache, at_most)
     forward = model if static is None else model.get_compiled_call(settings.compile_config)
     cache = cache if static is None else static
@@ -126,6 +129,13 @@ def decode_as_graphs(model: PreTrainedModel) -> None:
     one_device = len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
     if model.device.type == "cuda" and one_device and model.generation_config is not None:
         model.generation_config.cache_implementation = "static"
+        model.generation_config.max_cache_len = GENERATED_CAPACITY
+
+
+def _compiles(model: PreTrainedModel) -> bool:
+    """Whether `generate` would compile a step of a static cache: not on a CPU, nor weights that are elsewhere."""
+    cache = StaticCache(config=model.config, max_cache_len=1)
+    return model._valid_auto_compile_criteria({"past_key_values": cache}, model.generation_config)
 
 
 def _static(model: PreTrainedModel, cache: Cache, room: int) -> StaticCache | None:

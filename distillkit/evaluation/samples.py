@@ -7,7 +7,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config.errors import UserError
+from distillkit.evaluation.generation import GENERATED_CAPACITY
 from distillkit.models.special_tokens import encode_texts
+
+GRAPHS_PAY = 1500
+"""Tokens that take longer, step by step, than it takes to compile a step."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,14 @@ def generate_samples(
     The caller's random number generators are not changed.
     """
     device = next(student.parameters()).device
+    as_graphs = device.type == "cuda" and len(prompts) * max_new_tokens >= GRAPHS_PAY
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        cache_implementation="static" if _graphs_pay(student, len(prompts) * max_new_tokens) else None,
+        **({"cache_implementation": "static", "max_cache_len": GENERATED_CAPACITY} if as_graphs else {}),
         **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
     )
     training = student.training
@@ -63,9 +68,5 @@ def generate_samples(
             written = output[0, input_ids.shape[1] :]
             samples.append(Sample(prompt, tokenizer.decode(written, skip_special_tokens=True)))
     student.train(training)
+    vars(student).pop("_compiled_call", None)  # of transformers; its graphs keep memory
     return samples
-
-
-def _graphs_pay(student: PreTrainedModel, tokens: int) -> bool:
-    """On CUDA, where so many tokens would take longer step by step than it takes to compile a step."""
-    return student.device.type == "cuda" and tokens >= 1500

@@ -99,6 +99,7 @@ def test_a_static_cache_gives_the_same_tokens(name, monkeypatch):
     expected = answers(model, rows, 16)[1]
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = CompileConfig(backend="eager", mode=None)
+    model.generation_config.compile_config._compile_all_devices = True
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert torch.equal(answers(model, rows, 16)[1], expected)

@@ -1,10 +1,14 @@
 """Decoding token by token: one graph, states at fixed addresses, and the kernels of a step against plain PyTorch."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import StaticCache
+from transformers.dynamic_module_utils import get_imports
 from transformers.generation import CompileConfig
 
+from distillkit.student import network
 from distillkit.student.network import kda_attention
 from distillkit.student.network.cache import RecurrentCacheLayer
 from distillkit.student.network.kda_attention import KimiDeltaAttention
@@ -55,16 +59,49 @@ def test_states_of_a_static_cache_stay_where_they_are(layout):
     assert places == [state.data_ptr() for state in (cache.layers[0].conv_state, cache.layers[0].recurrent_state)]
 
 
+@pytest.mark.parametrize("layout", [[KDA, FULL], [KDA, KDA]], ids=["hybrid", "kda_only"])
 @torch.no_grad()
-def test_prompts_in_pieces_and_beams_with_a_static_cache():
-    model = student(layout=[KDA, FULL])
+def test_prompts_in_pieces_and_beams_with_a_static_cache(layout):
+    """Also where steps are compiled, and where a piece of a padded prompt is as short as a step."""
+    model = student(layout=layout)
     text = tokens(2, 11)
     mask = torch.ones_like(text)
     mask[1, :4] = 0
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
-    for extra in ({"prefill_chunk_size": 4}, {"num_beams": 3}):
-        static = model.generate(text, cache_implementation="static", **options, **extra)
-        assert torch.equal(static, model.generate(text, **options, **extra))
+    expected = model.generate(text, **options)
+    compiled = {"cache_implementation": "static", "compile_config": whole_graph()}
+    for piece in (1, 4, 10):
+        assert torch.equal(model.generate(text, prefill_chunk_size=piece, **compiled, **options), expected)
+    beams = model.generate(text, num_beams=3, cache_implementation="static", **options)
+    assert torch.equal(beams, model.generate(text, num_beams=3, **options))
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_taken_over_or_refused():
+    text = tokens(1, 6)
+    first, second = student(layout=[KDA, FULL, KDA, FULL]), student(layout=[KDA, KDA, KDA, FULL], use_rope=True)
+    cache = StaticCache(first.config, max_cache_len=16)
+    first(text, past_key_values=cache)
+    cache.reset()
+    for start in range(0, 6, 2):
+        found = second(text[:, start : start + 2], past_key_values=cache).logits
+    torch.testing.assert_close(found, second(text).logits[:, 4:])
+    with pytest.raises(ValueError, match="layer 1 holds states, and is full here"):
+        first(text, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_takes_another_number_of_rows():
+    model = student(layout=[KDA, KDA])
+    cache = model(tokens(2, 5)).past_key_values
+    cache.reset()
+    torch.testing.assert_close(model(tokens(3, 5), past_key_values=cache).logits, model(tokens(3, 5)).logits)
+
+
+def test_files_of_the_network_need_nothing_that_a_cpu_lacks():
+    """transformers looks for what the files beside a student import before it runs them."""
+    for file in Path(network.__path__[0]).glob("*.py"):
+        assert "triton" not in get_imports(file)
 
 
 @pytest.mark.gpu

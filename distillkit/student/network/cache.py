@@ -19,18 +19,17 @@ class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     Args:
         static: of a ``StaticCache``, whose steps may be one graph: states and the count stay at their addresses.
-        counter: the layer of the same cache that counts the tokens for this one, the first of full attention if there
-            is any; by default it counts by itself.
     """
 
     is_compileable = False
     record_past: bool
     seen_tokens: int | torch.Tensor
+    counter: CacheLayerMixin | None = None
+    """The layer of the same cache that counts the tokens for this one, the first of full attention if there is any."""
 
-    def __init__(self, *, static: bool = False, counter: CacheLayerMixin | None = None) -> None:
+    def __init__(self, *, static: bool = False) -> None:
         super().__init__()
         self.is_compileable = static
-        self.counter = counter
         self.seen_tokens = 0
         self.is_initialized = False
         self.recorded: list[tuple[int, torch.Tensor | None, torch.Tensor | None, Callable[[int], Any]]] = []
@@ -63,7 +62,8 @@ class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             return
         if self.is_compileable and not isinstance(self.seen_tokens, torch.Tensor):
             self.seen_tokens = torch.tensor(self.seen_tokens, device=self.device)
-            torch._dynamo.mark_static_address(self.seen_tokens)
+            if not torch.compiler.is_dynamo_compiling():
+                torch._dynamo.mark_static_address(self.seen_tokens)
         self.seen_tokens += tokens  # of a static cache: in place
 
     def _mark(self, *, initialized: bool) -> None:
@@ -108,8 +108,11 @@ class RecurrentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Forget all tokens; tensors stay where they are."""
-        super().reset()
+        """Forget all tokens; those of a static cache stay where they are, and keep their number of rows."""
+        if self.is_compileable:
+            super().reset()
+        else:
+            self.conv_states[0] = self.recurrent_states[0] = None
         self._mark(initialized=False)
         self.recorded = []
         if isinstance(self.seen_tokens, torch.Tensor):

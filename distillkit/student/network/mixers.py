@@ -50,16 +50,20 @@ def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
     """
     while len(cache.layers) < len(mixers):  # a DynamicCache made without a config adds its layers as they come
         cache.layers.append(cache.layer_class_to_replicate())
-    kept = (layer for layer, mixer in zip(cache.layers, mixers, strict=False) if MIXERS[mixer].cache_layer is None)
-    counter = next(kept, None)
     for index, mixer in enumerate(mixers):
         cache_layer, other = MIXERS[mixer].cache_layer, cache.layers[index]
-        if cache_layer is not None and not isinstance(other, cache_layer):
-            if isinstance(other, CacheLayerMixin) and other.get_seq_length() > 0:
-                raise ValueError(f"past_key_values: layer {index} holds keys and values, and is {mixer} here")
-            layer = cache_layer(static=isinstance(cache, StaticCache), counter=counter)
-            counter = counter or layer
-            if getattr(other, "record_past", False):
-                layer.activate_past_recording()
-            cache.layers[index] = layer
+        if cache_layer is None and isinstance(other, RecurrentCacheLayer):
+            raise ValueError(f"past_key_values: layer {index} holds states, and is {mixer} here")
+        if cache_layer is None or isinstance(other, cache_layer):
+            continue
+        if isinstance(other, CacheLayerMixin) and other.get_seq_length() > 0:
+            raise ValueError(f"past_key_values: layer {index} holds keys and values, and is {mixer} here")
+        cache.layers[index] = cache_layer(static=isinstance(cache, StaticCache))
+        if getattr(other, "record_past", False):
+            cache.layers[index].activate_past_recording()
+    attention = (layer for layer, mixer in zip(cache.layers, mixers, strict=True) if MIXERS[mixer].cache_layer is None)
+    counter = next(attention, cache.layers[0])
+    for layer in cache.layers:
+        if isinstance(layer, RecurrentCacheLayer) and layer is not counter and layer.counter is not counter:
+            layer.counter = counter
     return cache

@@ -6,6 +6,7 @@ keeps it. So one class serves Llama, Arcee, Mistral, Qwen2, Qwen3 and every othe
 ``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
 """
 
+import copy
 import inspect
 from typing import Any, ClassVar
 
@@ -91,6 +92,7 @@ class KDAHybridForCausalLM(KDAHybridPreTrainedModel, GenerationMixin):
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar = {"lm_head": "colwise_gather_output"}
     _fsdp_plan: ClassVar = {"lm_head": "keep_full_weight"}
+    _reads_prompt = False
 
     def __init__(self, config: KDAHybridConfig) -> None:
         super().__init__(config)
@@ -141,19 +143,28 @@ class KDAHybridForCausalLM(KDAHybridPreTrainedModel, GenerationMixin):
             with_mixer_layers(model_kwargs["past_key_values"], self.config.mixers)
         return result
 
-    @staticmethod
     def create_masks_for_generate(
-        config: KDAHybridConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+        self, config: KDAHybridConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
     ) -> Any:
         """Ahead of a step of a static cache, which is one graph, what full attention takes; else the decoder makes it.
 
         Other mixers take the mask of a prompt for its padding. A step has none.
         """
-        if inputs_embeds.shape[1] > 1:
+        if self._reads_prompt or inputs_embeds.shape[1] > 1:
             return attention_mask
         if all(MIXERS[mixer].layer_type == "linear_attention" for mixer in config.mixers):
             return None
         return create_masks_for_generate(config.base_config, inputs_embeds, attention_mask, **kwargs)
+
+    def _prefill(self, input_ids: torch.Tensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        """A prompt is read as it is, in pieces, too: its padding, its kernels and new states are in no graph."""
+        eager = copy.copy(generation_config)
+        eager.disable_compile = True
+        self._reads_prompt = True
+        try:
+            return super()._prefill(input_ids, eager, *args, **kwargs)
+        finally:
+            self._reads_prompt = False
 
 
 def exchange_attention(decoder: Any, config: KDAHybridConfig) -> None:

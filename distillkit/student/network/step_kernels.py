@@ -10,9 +10,13 @@ import functools
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import nn
+
+try:  # transformers asks for what a saved network imports elsewhere, on a CPU, too
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 
 @triton.jit
@@ -215,9 +219,13 @@ def has_step_kernels(layer: Any, x: torch.Tensor) -> bool:
     return (
         x.is_cuda
         and not torch.is_grad_enabled()
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and layer.q_conv1d.weight.shape[-1] > 1
         and all(type(linear) is nn.Linear and type(linear.weight) is nn.Parameter for linear in linears)
         and all(linear.weight.dtype == x.dtype and linear.weight.is_contiguous() for linear in linears)
-        and not any(module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in modules)
+        and not any(
+            module._forward_pre_hooks or module._forward_hooks or hasattr(module, "_hf_hook") for module in modules
+        )
     )
 
 
@@ -278,67 +286,68 @@ def _step(
     def channel_blocks(*sizes: int) -> int:
         return sum(triton.cdiv(each, blocks["C"]) for each in sizes)
 
-    _projection_kernel[(token_blocks, channel_blocks(query_size, kv_size, kv_size, head_dim, head_dim, heads))](
-        x,
-        *attention,
-        *(biases or attention),
-        *taps,
-        decay_weight,
-        gate_weight,
-        beta_weight,
-        conv_state,
-        convolved,
-        narrow_decay,
-        narrow_gate,
-        beta,
-        rows,
-        query_size,
-        kv_size,
-        heads,
-        HIDDEN=x.shape[-1],
-        RANK=head_dim,
-        TAPS=taps[0].shape[-1],
-        BIAS=bool(biases),
-        BLOCK_HIDDEN=block_hidden,
-        num_warps=4,
-        num_stages=_stages(x.device, (blocks["C"] + blocks["T"]) * block_hidden * x.itemsize),
-        **blocks,
-    )
-    _gate_kernel[(token_blocks, 2 * channel_blocks(query_size))](
-        narrow_decay,
-        narrow_gate,
-        wide_decay_weight,
-        wide_gate_weight,
-        gate_bias,
-        wide_decay,
-        wide_gate,
-        rows,
-        query_size,
-        RANK=head_dim,
-        BLOCK_RANK=max(16, min(256 // x.itemsize, triton.next_power_of_2(head_dim))),
-        num_warps=4,
-        **blocks,
-    )
-    _delta_rule_kernel[(rows * heads,)](
-        convolved,
-        wide_decay,
-        beta,
-        wide_gate,
-        recurrent_state,
-        A_log,
-        dt_bias,
-        norm_weight,
-        output,
-        norm_eps,
-        0.0 if lower_bound is None else lower_bound,
-        head_dim**-0.5,
-        heads,
-        kv_heads,
-        SAFE_GATE=lower_bound is not None,
-        SIZE=head_dim,
-        BLOCK=triton.next_power_of_2(head_dim),
-        num_warps=4,
-    )
+    with torch.cuda.device_of(x):  # Triton starts kernels on the current one
+        _projection_kernel[(token_blocks, channel_blocks(query_size, kv_size, kv_size, head_dim, head_dim, heads))](
+            x,
+            *attention,
+            *(biases or attention),
+            *taps,
+            decay_weight,
+            gate_weight,
+            beta_weight,
+            conv_state,
+            convolved,
+            narrow_decay,
+            narrow_gate,
+            beta,
+            rows,
+            query_size,
+            kv_size,
+            heads,
+            HIDDEN=x.shape[-1],
+            RANK=head_dim,
+            TAPS=taps[0].shape[-1],
+            BIAS=bool(biases),
+            BLOCK_HIDDEN=block_hidden,
+            num_warps=4,
+            num_stages=_stages(x.device, (blocks["C"] + blocks["T"]) * block_hidden * x.itemsize),
+            **blocks,
+        )
+        _gate_kernel[(token_blocks, 2 * channel_blocks(query_size))](
+            narrow_decay,
+            narrow_gate,
+            wide_decay_weight,
+            wide_gate_weight,
+            gate_bias,
+            wide_decay,
+            wide_gate,
+            rows,
+            query_size,
+            RANK=head_dim,
+            BLOCK_RANK=max(16, min(256 // x.itemsize, triton.next_power_of_2(head_dim))),
+            num_warps=4,
+            **blocks,
+        )
+        _delta_rule_kernel[(rows * heads,)](
+            convolved,
+            wide_decay,
+            beta,
+            wide_gate,
+            recurrent_state,
+            A_log,
+            dt_bias,
+            norm_weight,
+            output,
+            norm_eps,
+            0.0 if lower_bound is None else lower_bound,
+            head_dim**-0.5,
+            heads,
+            kv_heads,
+            SAFE_GATE=lower_bound is not None,
+            SIZE=head_dim,
+            BLOCK=triton.next_power_of_2(head_dim),
+            num_warps=4,
+        )
     return output
 
 
