@@ -45,11 +45,16 @@ Lengths = Annotated[list[Positive], Field(min_length=1), AfterValidator(_ascendi
 
 
 def _check_url(url: str) -> str:
+    """What is wrong is said without the address, which may hold a key."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"must be the address of an API, such as http://localhost:8000/v1; got {url!r}")
-    if "@" in parts.netloc or parts.query:
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be the address of an API, such as http://localhost:8000/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError("must hold no key or password; api_key_env names the environment variable that does")
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError("must have a port from 0 to 65535, such as http://localhost:8000/v1") from None
     return url.rstrip("/")
 
 

@@ -58,8 +58,14 @@ def check_evaluate_ready(config: EvaluateConfig) -> None:
     for key, model in config.models().items():
         check_model_path(f"{key}.path", model.path)
         _refuse_unfinished_run(f"{key}.path", Path(model.path))
-        if model.server is not None and (name := model.server.api_key_env) and not os.environ.get(name):
-            raise UserError(f"{key}.server.api_key_env", f"the environment has no variable {name!r}; export it first")
+        if model.server is not None and (name := model.server.api_key_env):
+            held, secret = f"{key}.server.api_key_env", os.environ.get(name)
+            if not secret:
+                raise UserError(held, f"the environment has no variable {name!r}; export it first")
+            if not (secret.isascii() and secret.isprintable()):
+                raise UserError(
+                    held, f"what {name} holds is no key: it has line breaks or other characters than ASCII's"
+                )
     if config.divergence is not None:
         check_source("divergence.dataset.disk_path", config.divergence.dataset)
     if config.needles is not None and config.needles.haystack is not None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,15 @@ from distillkit.runs.secrets import HIDDEN
 SECONDS = 3600
 """That an answer may take: the longest ones wait for many others."""
 
-_open = build_opener(ProxyHandler({})).open  # as lm-eval's client, past the proxies of the environment
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A redirection is an answer like any other, for the key is for this server alone."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_open = build_opener(ProxyHandler({}), _NoRedirect).open  # as lm-eval's client, past the proxies of the environment
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -112,7 +114,31 @@ def test_what_a_server_refuses_is_told(folder, model, monkeypatch):
             run_served_benchmark(served(folder, url, max_length=8), settings(), "distillkit_sums", limit=2)
 
 
-def test_mistakes_are_told_before_anything_is_measured(folder, model, tmp_path, capsys):
+def test_a_key_is_for_one_server(folder, model):
+    """A server that sends elsewhere is not followed."""
+    with serving(completions(folder, model)) as url:
+        asked = []
+
+        class Elsewhere(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                self.send_response(302)
+                self.send_header("Location", f"{url}{self.path.removeprefix('/v1')}")
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        with HTTPServer(("localhost", 0), Elsewhere) as other:
+            threading.Thread(target=other.serve_forever, daemon=True).start()
+            with pytest.raises(UserError, match=r"/v1/models answers 302 Found"):
+                served(folder, f"http://localhost:{other.server_port}/v1")
+            other.shutdown()
+        assert asked == ["/v1/models"]
+
+
+def test_mistakes_are_told_before_anything_is_measured(folder, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TWO_LINES", "sk-SECRET\nsk-OTHER")
     other = save_llama(tmp_path / "other", 1)
 
     def refused(url, **options):
@@ -136,8 +162,12 @@ def test_mistakes_are_told_before_anything_is_measured(folder, model, tmp_path, 
     evaluation += ["benchmarks.tasks=[distillkit_facts]", f"benchmarks.include_path=[{TASKS}]"]
     for value, problem in (
         (url, f"{KEY}.url: no answer from {url}/models"),
-        ("localhost:8000", f"{KEY}: must be the address of an API, such as http://localhost:8000/v1; got"),
-        ("http://me:word@host/v1", f"{KEY}: must hold no key or password"),
+        ("localhost:8000", f"{KEY}: must be the address of an API, such as http://localhost:8000/v1"),
+        ("sk-SECRET@host/v1", f"{KEY}: must be the address of an API, such as http://localhost:8000/v1"),
+        ("http://me:sk-SECRET@host/v1", f"{KEY}: must hold no key or password"),
+        ("http://host/v1#sk-SECRET", f"{KEY}: must hold no key or password"),
+        ("http://host:99999/v1", f"{KEY}: must have a port from 0 to 65535"),
+        (json.dumps({"url": url, "api_key_env": "TWO_LINES"}), f"{KEY}.api_key_env: what TWO_LINES holds is no key"),
         (
             json.dumps({"url": url, "api_key_env": "NO_SUCH"}),
             f"{KEY}.api_key_env: the environment has no variable 'NO_",
@@ -145,7 +175,8 @@ def test_mistakes_are_told_before_anything_is_measured(folder, model, tmp_path, 
         ("{}", f"{KEY}.url: is missing: address of"),
     ):
         assert main([*evaluation, f"students.a.server={value}"]) == 2
-        assert problem in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert problem in said and "SECRET" not in said
     assert not list(Path(tmp_path / "out").glob("units/*"))
     speed = [*evaluation[:-3], "speed", "students.a.server=http://localhost:8000/v1"]
     assert main(speed) == 2

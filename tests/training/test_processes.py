@@ -1,13 +1,14 @@
 """Two processes take the step that one takes with all their rows, whatever is minimised and however rows fall.
 
-All cases run in one pair of processes, which are told of each other as torchrun does.
+All cases run in one launch of torchrun: this file is the script that it starts.
 """
 
 import json
-import multiprocessing
 import os
-import socket
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,6 @@ from distillkit.losses.functions import RANKING_LOSSES
 from distillkit.teacher import TeacherSignal
 from tests.training.test_trainer import ALL_KINDS, UNEVEN, assert_same, gradients, make_trainer
 from tests.training.tiny import VOCAB, row
-
-# Imports torch once, and forks clean processes from there.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.training.test_processes"])
 
 # The first process gets rows 0 and 2, the second rows 1 and 3, padded to the longest of each micro-batch alone.
 NOTHING_COUNTS_FOR_ONE = [row([9, 2], seed=5), row([6], seed=6, ignored=5), row([13], seed=7), row([1, 1, 1], seed=8)]
@@ -109,29 +106,14 @@ def step(folder, case, **training):
     return gradients(trainer), trainer.state.log_history[0]
 
 
-def steps_of_one_of_two(rank, port, output):
-    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
-    for name, case in cases().items():
-        found, line = step(output / name, case, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-        if rank == "0":
-            save_file(found, output / f"{name}.safetensors")
-            (output / f"{name}.json").write_text(json.dumps(line))
-
-
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     """The gradients of each case, from two processes."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    both = [processes.Process(target=steps_of_one_of_two, args=(rank, port, folder)) for rank in ("0", "1")]
-    for each in both:
-        each.start()
-    for each in both:
-        each.join()
-    assert [each.exitcode for each in both] == [0, 0]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
@@ -152,3 +134,12 @@ def test_the_rows_are_uneven():
         assert counted[0] + counted[2] != counted[1] + counted[3]
         assert len({len(each["input_ids"]) for each in rows}) > 1
     assert counted[1] + counted[3] == 0
+
+
+if __name__ == "__main__":
+    output = Path(sys.argv[1])
+    for each, described in cases().items():
+        found, line = step(output / each, described, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+        if os.environ["RANK"] == "0":
+            save_file(found, output / f"{each}.safetensors")
+            (output / f"{each}.json").write_text(json.dumps(line))
