@@ -186,7 +186,7 @@ def evaluate(
         ),
     ] = None,
     suite: Annotated[
-        list[str] | None, typer.Option(help="divergence, benchmarks, needles or speed; may be repeated.")
+        list[str] | None, typer.Option(help="divergence, generation, benchmarks, needles or speed; may be repeated.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Text for divergence and needles: a file, a folder, or a pattern of files.")

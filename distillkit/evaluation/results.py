@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distillkit.config.evaluate import TEACHER, EvaluateConfig, ModelConfig
+from distillkit.config.evaluate import SUITES, TEACHER, EvaluateConfig, ModelConfig
 from distillkit.console import print_line
 from distillkit.evaluation.model_spec import trained_length
 from distillkit.evaluation.units import Unit, UnitResult
@@ -39,13 +39,15 @@ def write_results(
         missing: units that were not measured because the evaluation was interrupted.
         made_with: versions, commit and machine of this process; results with others are listed.
     """
-    suites: dict[str, Json] = {name: {} for name in ("model", "divergence", "benchmarks", "needles", "speed")}
+    suites: dict[str, Json] = {name: {} for name in ("model", *SUITES)}
     for unit, measured in found.items():
         suite, result = suites[unit.suite], measured.result
         if unit.suite in ("model", "divergence"):
             suite[unit.model] = result
         elif unit.suite == "speed":
             suite.setdefault(unit.model, []).append(result)
+        elif unit.suite == "generation":
+            suite.setdefault(unit.model, {})[unit.task] = result
         elif unit.suite == "benchmarks":
             suite.setdefault(unit.model, {}).update(result)
         else:
