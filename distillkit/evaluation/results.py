@@ -135,6 +135,15 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
         if divergence and teacher_key != key:
             cells[TEACHER] = number_text(next(iter(divergence.values()))[teacher_key], form)
         yield label, cells
+    for task, key, label, form in (
+        ("choices", "letter_accuracy", "right by the likeliest letter", ".1%"),
+        ("choices", "cloze_accuracy", "right by the likeliest text", ".1%"),
+        ("choices", "unparsed", "written answers that are no letter", ".1%"),
+        ("continuations", "agreement", "greedy tokens equal to the teacher's", ".1%"),
+        ("continuations", "log_probability", "teacher's log-probability of a sampled token", ".3f"),
+    ):
+        measured = {name: each[task] for name, each in results["generation"].items() if key in each.get(task, {})}
+        yield label, {name: number_text(each[key], form) for name, each in measured.items()}
     benchmarks = results["benchmarks"]
     for task in dict.fromkeys(task for each in benchmarks.values() for task in each):
         for metric in dict.fromkeys(
