@@ -55,7 +55,8 @@ def divergence_section(models: Sequence[Model]) -> Section | None:
 
 def generation_section(models: Sequence[Model]) -> Section | None:
     """How long students write what their teacher writes."""
-    body, columns = [], []
+    body: list[list[str]] = []
+    columns: list[str] = []
     for model in models:
         if by_length := rows(model.generation, "continuations", "by_length"):
             columns = max(columns, [shown(numbers.count, row, "tokens") for row in by_length], key=len)

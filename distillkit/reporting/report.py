@@ -122,10 +122,10 @@ def _about_run(run: Run) -> str:
 
 def _about_student(model: Model, models: Sequence[Model]) -> Iterator[str]:
     teacher, compared = the_teacher(models), comparable_tasks(models)
-    if teacher is not None and (share := share_of_teacher(model, teacher, compared)).value is not None:
-        error = "" if share.error is None else f" ± {numbers.percent(share.error).removesuffix('%')}"
+    if teacher is not None and (kept := share_of_teacher(model, teacher, compared)).value is not None:
+        error = "" if kept.error is None else f" ± {numbers.percent(kept.error).removesuffix('%')}"
         over = f"over {len(compared)} tasks" if len(compared) > 1 else f"in {compared[0]}"
-        yield f"{numbers.shown(share.value, numbers.percent)}{error} of its teacher's score above chance {over}"
+        yield f"{numbers.shown(kept.value, numbers.percent)}{error} of its teacher's score above chance {over}"
     if (kl := number(model.divergence, "kl")) is not None:
         share = number(model.divergence, "agreement")
         same = "" if share is None else f", the same likeliest token in {numbers.percent(share)} of places"
