@@ -186,10 +186,11 @@ def evaluate(
         ),
     ] = None,
     suite: Annotated[
-        list[str] | None, typer.Option(help="divergence, benchmarks, needles or speed; may be repeated.")
+        list[str] | None, typer.Option(help="divergence, generation, benchmarks, needles or speed; may be repeated.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Text for divergence and needles: a file, a folder, or a pattern of files.")
+        str | None,
+        typer.Option(help="Text for divergence, generation and needles: a file, a folder, or a pattern of files."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the results.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of samples of each task.")] = None,
@@ -199,7 +200,7 @@ def evaluate(
         bool, typer.Option("--trust-remote-code", help="Run Python code from the models' folders or repositories.")
     ] = False,
 ) -> None:
-    """Evaluate models: divergence of students from the teacher, benchmarks, retrieval from long texts, speed.
+    """Evaluate models: divergence of students from the teacher, what they write, benchmarks, retrieval, speed.
 
     Settings come from the YAML file, from options, or from both. The same command continues after an interruption and
     adds new models and tasks. Exit code 1: at least one measurement failed.

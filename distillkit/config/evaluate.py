@@ -10,7 +10,7 @@ from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem
 from distillkit.config.section import LoadingArguments, PathText, Section, WholeFile
 
-SUITES = ("divergence", "benchmarks", "needles", "speed")
+SUITES = ("divergence", "generation", "benchmarks", "needles", "speed")
 
 TEACHER = "teacher"
 """The teacher's name in results, which no student may have."""
@@ -119,6 +119,26 @@ class DivergenceConfig(Section):
     )
 
 
+class GenerationSuiteConfig(Section):
+    """`generation`: what models write, teacher beside student, and whether answers have the format asked for."""
+
+    dataset: DatasetSource = Field(description="held-out text whose documents begin the prompts: repo_id or disk_path")
+    text_field: str = Field("text", description="column that holds the text")
+    samples: int = Field(64, gt=0, description="prompts, each continued greedily and by sampling")
+    prompt_tokens: int = Field(64, gt=0, description="tokens of a prompt, the first of a document")
+    new_tokens: int = Field(128, gt=0, description="tokens of a continuation, unless the text ends before")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="temperature of sampling")
+    seed: int = Field(42, ge=0, description="seed of the choice of prompts, of sampling and of the order of options")
+    batch_size: int = Field(16, gt=0, description="prompts per batch")
+    questions: DatasetSource | None = Field(
+        None,
+        description="multiple-choice questions, with the columns question, choices and answer (or answerKey, as ARC): "
+        "repo_id or disk_path",
+    )
+    num_questions: int = Field(200, gt=0, description="questions that are asked")
+    num_fewshot: int = Field(3, ge=0, description="questions with their answers before each question")
+
+
 class BenchmarksConfig(Section):
     """`benchmarks`: tasks of the LM Evaluation Harness."""
 
@@ -190,6 +210,9 @@ class EvaluateConfig(WholeFile):
         False, description="try everything on two samples of the shortest length; results go to smoke in output_path"
     )
     divergence: DivergenceConfig | None = Field(None, description="how far students are from the teacher")
+    generation: GenerationSuiteConfig | None = Field(
+        None, description="what models write, and the format of their answers"
+    )
     benchmarks: BenchmarksConfig | None = Field(None, description="tasks of the LM Evaluation Harness")
     needles: NeedlesConfig | None = Field(None, description="retrieval from long texts")
     speed: SpeedConfig | None = Field(None, description="tokens per second and memory")

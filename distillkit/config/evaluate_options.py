@@ -28,7 +28,7 @@ class EvaluateOptions:
     suites: Sequence[str] = ()
     """Suites to run, with their keys in the file; by default all of the file, or divergence."""
     data: str | None = None
-    """Text of divergence and haystack of needles, where these run."""
+    """Text of divergence and generation and haystack of needles, where these run."""
     out: str | None = None
     limit: int | None = None
     switches: Mapping[str, bool] = field(default_factory=dict)
@@ -68,6 +68,10 @@ def check_evaluate_ready(config: EvaluateConfig) -> None:
                 )
     if config.divergence is not None:
         check_source("divergence.dataset.disk_path", config.divergence.dataset)
+    if config.generation is not None:
+        check_source("generation.dataset.disk_path", config.generation.dataset)
+        if config.generation.questions is not None:
+            check_source("generation.questions.disk_path", config.generation.questions)
     if config.needles is not None and config.needles.haystack is not None:
         check_source("needles.haystack.disk_path", config.needles.haystack)
     if config.benchmarks is not None:
@@ -99,11 +103,12 @@ def _choose_suites(data: dict[str, Any], options: EvaluateOptions, *, with_file:
         for suite in set(SUITES) - set(wanted):
             data.pop(suite, None)
         data |= {suite: data.get(suite) or {} for suite in wanted}
-    for suite, key in (("divergence", "dataset"), ("needles", "haystack")):
+    readers = {"divergence": "dataset", "generation": "dataset", "needles": "haystack"}
+    for suite, key in readers.items():
         if options.data is not None and isinstance(data.get(suite), dict):
             data[suite] = {**data[suite], key: {"disk_path": options.data}}
-    if options.data is not None and not any(isinstance(data.get(suite), dict) for suite in ("divergence", "needles")):
-        raise UserError("--data", "has no effect: neither divergence nor needles runs; add --suite divergence")
+    if options.data is not None and not any(isinstance(data.get(suite), dict) for suite in readers):
+        raise UserError("--data", "has no effect: no suite runs that reads a text; add --suite divergence")
 
 
 def _set_models(data: dict[str, Any], options: EvaluateOptions) -> None:

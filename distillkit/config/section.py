@@ -54,7 +54,10 @@ class Section(BaseModel):
 _KINDS = {
     "a run": ("distillkit", ("loss_functions", "training_args", "phases", "model", "layer_mapping", "frozen_res")),
     "a capture": ("distillkit capture", ("compression", "rows_per_shard", "tokens_per_batch", "engine")),
-    "an evaluation": ("distillkit evaluate", ("students", "divergence", "benchmarks", "needles", "speed")),
+    "an evaluation": (
+        "distillkit evaluate",
+        ("students", "divergence", "generation", "benchmarks", "needles", "speed"),
+    ),
     "a synthetic text": ("distillkit synthesize", ("tokenizer", "repeated_passages", "questions_about_facts")),
 }
 """For each kind of file, the command that reads it, and keys that others do not have."""

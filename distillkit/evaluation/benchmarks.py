@@ -35,7 +35,8 @@ def run_benchmark(
         limit: samples of each task; all by default.
 
     Returns: by name of the task, `metrics` (by name, and filter where there are several: `value`, `standard_error` or
-        None), `samples`, `version`, and `higher_is_better` by the same names as `metrics` (None where it is unknown).
+        None), `samples`, `chance` (the accuracy of guessing; 0 where no option is chosen), `version`, and
+        `higher_is_better` by the same names as `metrics` (None where it is unknown).
 
     Raises:
         UserError: lm-eval is not installed, a folder of `include_path` does not exist, or there is no such task.
@@ -78,7 +79,7 @@ def _evaluate(
         num_fewshot=settings.num_fewshot,
         apply_chat_template=settings.apply_chat_template,
         limit=limit,
-        log_samples=False,
+        log_samples=True,  # from which chance is known
         random_seed=settings.seed,
         numpy_random_seed=settings.seed,
         torch_random_seed=settings.seed,
@@ -153,10 +154,22 @@ def _scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
             scores[name] = {
                 "metrics": metrics,
                 "samples": sum(results["n-samples"][task]["effective"] for task in _tasks_of(name, results)),
+                "chance": _chance(_tasks_of(name, results), results),
                 "version": results["versions"].get(name),
                 "higher_is_better": better,
             }
     return scores
+
+
+def _chance(tasks: Sequence[str], results: dict[str, Any]) -> float:
+    """The accuracy of guessing, over all samples of the tasks: 0 for those that are no choice among options."""
+    guesses = []
+    for task in tasks:
+        chosen = results["configs"][task].get("output_type") == "multiple_choice"
+        twice = any(key.startswith("acc_mutual_info,") for key in results["results"].get(task, {}))
+        for sample in results["samples"][task]:  # with a response for each option, or two
+            guesses.append((1 + twice) / len(sample["resps"]) if chosen else 0.0)
+    return sum(guesses) / len(guesses) if guesses else 0.0
 
 
 def _tasks_of(name: str, results: dict[str, Any]) -> list[str]:

@@ -144,7 +144,7 @@ class _Evaluation:
                     self._fail(unit, error)
             return
         for unit in units:
-            if spec.name != TEACHER and unit.suite not in ("model", "divergence"):
+            if spec.name != TEACHER and unit.suite != "model" and not unit.beside_teacher:
                 self._release_teacher()
             self._missing.remove(unit)
             self._measure_unit(unit, loaded)
@@ -172,22 +172,25 @@ class _Evaluation:
             self._progress.end(str(unit), seconds)
 
     def _state(self, unit: Unit) -> Any:
-        """States of the models on which the result depends: the model, and for divergence the teacher."""
-        names = (unit.model, TEACHER) if unit.suite == "divergence" else (unit.model,)
+        """States of the models on which the result depends: the model, and where both are compared the teacher."""
+        names = (unit.model, TEACHER) if unit.beside_teacher and TEACHER in self._specs else (unit.model,)
         return [self._specs[name].state for name in names]
 
     def _load(self, spec: ModelSpec, units: Sequence[Unit]) -> LoadedModel:
         self._progress.begin(f"loading {spec.name}")
         if spec.config.server is not None and all(unit.suite in ("model", "benchmarks") for unit in units):
             return spec.without_weights()
-        loaded = self._load_teacher() if spec.name == TEACHER else spec.load(self.device)
+        return self._load_teacher() if spec.name == TEACHER else self._load_weights(spec)
+
+    def _load_weights(self, spec: ModelSpec) -> LoadedModel:
+        loaded = spec.load(self.device)
         if self._config.decoding == "graph":
             decode_as_graphs(loaded.model)
         return loaded
 
     def _load_teacher(self) -> LoadedModel:
         if self._teacher is None:
-            self._teacher = self._specs[TEACHER].load(self.device)
+            self._teacher = self._load_weights(self._specs[TEACHER])
         self._teacher.reload()
         return self._teacher
 
@@ -195,7 +198,7 @@ class _Evaluation:
         """Offload the teacher; drop it when no student is left to be compared with it."""
         if self._teacher is None:
             return
-        if any(unit.suite == "divergence" for unit in self._missing):
+        if any(unit.beside_teacher for unit in self._missing):
             self._teacher.offload()
         else:
             self._teacher = None

@@ -1,4 +1,4 @@
-"""Prefill of prompts of any length in pieces, and greedy decoding, with the model's own cache.
+"""Prefill of prompts of any length in pieces, decoding with the model's own cache, and likelihoods of continuations.
 
 transformers' `generate` does both too. Here the two can be timed separately, and the caller may stop after any token.
 Logits are computed for the last token of a piece only.
@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
+from distillkit.config.errors import UserError
+from distillkit.distribution import at_least_float32
 from distillkit.student.network.cache import RecurrentCacheLayer
 from distillkit.student.network.mixers import with_mixer_layers
 
@@ -38,6 +40,51 @@ def left_padded(
     input_ids = torch.tensor([[0] * more + list(row) for row, more in zip(rows, padding, strict=True)], device=device)
     columns = torch.arange(longest, device=device)
     return input_ids, (columns >= torch.tensor(padding, device=device).unsqueeze(1)).long()
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Batches of indices, sorted by the rows' number of tokens, so that there is little or no padding."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Raises `UserError` where logits are NaN, whose largest would be a token like any other."""
+    if logits.isnan().any():
+        raise UserError(None, "the model's logits are not numbers (NaN)")
+
+
+@torch.no_grad()
+def log_probability(
+    model: PreTrainedModel,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    columns: int | None = None,
+    batch_size: int,
+) -> list[float]:
+    """The log-probability of each continuation after its context, in nats, summed over its tokens; both have some.
+
+    columns: to which the logits are cut, where the head is wider than the vocabulary.
+
+    Raises `UserError` where logits are NaN.
+    """
+    rows = [[*before, *after] for before, after in zip(contexts, continuations, strict=True)]
+    found = [0.0] * len(rows)
+    for batch in batches_by_length(rows, batch_size):
+        input_ids, mask = left_padded([rows[index] for index in batch], next(model.parameters()).device)
+        padding = {} if mask is None else _padding(mask, input_ids.shape[1])
+        kept = max(len(continuations[index]) for index in batch) + 1
+        output = model(input_ids=input_ids, use_cache=False, logits_to_keep=kept, **padding)
+        for position, index in enumerate(batch):
+            tokens = len(continuations[index])
+            logits = at_least_float32(output.logits[position, -tokens - 1 : -1, :columns])
+            check_numbers(logits)
+            chosen = (logits / temperature).log_softmax(-1).gather(-1, input_ids[position, -tokens:].unsqueeze(-1))
+            found[index] = chosen.cpu().double().sum().item()
+    return found
 
 
 @torch.no_grad()

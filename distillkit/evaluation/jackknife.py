@@ -6,6 +6,7 @@ perplexities and calibration errors alike (Efron and Tibshirani 1993, An Introdu
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -31,3 +32,12 @@ def jackknife(numbers: Callable[[Named], Named], sums: Named) -> tuple[Named, Na
     factor = (documents - 1) / documents
     errors = {name: (factor * (each - each.mean(0)).square().sum(0)).sqrt() for name, each in left_out.items()}
     return values, errors
+
+
+def with_errors(numbers: Callable[[Named], Named], sums: Named) -> dict[str, Any]:
+    """Single numbers as of `jackknife`, and their `standard_errors`, for JSON; None where one is not finite."""
+    values, errors = (
+        {name: each.item() if each.isfinite() else None for name, each in found.items()}
+        for found in jackknife(numbers, sums)
+    )
+    return {**values, "standard_errors": errors}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Hashable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ class LoadedModel:
     device: torch.device
     placed: bool
     """Whether `device_map` chose its devices; it is not moved then."""
+    written: dict[Hashable, Any] = field(default_factory=dict)
+    """What the teacher has written, by prompts, so that it writes once for all students."""
 
     def offload(self) -> None:
         """Move it to the CPU, to free the accelerator."""

@@ -7,7 +7,7 @@ Prompts of one length are a batch, whatever their depth: a small model on a GPU 
 eight prompts as for that of one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError
 from distillkit.config.evaluate import NeedlesConfig
 from distillkit.data.sources import load_source
-from distillkit.evaluation.generation import decode_greedily, end_tokens, left_padded, prefill
+from distillkit.evaluation.generation import batches_by_length, decode_greedily, end_tokens, left_padded, prefill
 from distillkit.evaluation.haystack import TASKS, Essay, Prompt, build_prompt
 
 ANSWER_TOKENS = 128
@@ -60,7 +60,7 @@ def measure_needles(
             for sample in range(samples)
         ]
         scores = [0.0] * len(prompts)
-        for batch in _batches(prompts, settings.batch_size):
+        for batch in batches_by_length([prompt.token_ids for prompt in prompts], settings.batch_size):
             chosen = [prompts[index] for index in batch]
             for index, score in zip(batch, _scores(model, tokenizer, chosen, settings.prefill_tokens), strict=True):
                 scores[index] = score
@@ -77,13 +77,6 @@ def measure_needles(
 def _evenly(depths: int) -> list[float]:
     """Depths from 0 to 1; a single one is 0.5."""
     return [0.5] if depths == 1 else [index / (depths - 1) for index in range(depths)]
-
-
-def _batches(prompts: list[Prompt], size: int) -> Iterator[list[int]]:
-    """Batches of indices, sorted by the prompts' number of tokens, so that there is little or no padding."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
 
 
 class _Answer:

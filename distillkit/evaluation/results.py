@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distillkit.config.evaluate import TEACHER, EvaluateConfig, ModelConfig
+from distillkit.config.evaluate import SUITES, TEACHER, EvaluateConfig, ModelConfig
 from distillkit.console import print_line
 from distillkit.evaluation.model_spec import trained_length
 from distillkit.evaluation.units import Unit, UnitResult
@@ -39,13 +39,15 @@ def write_results(
         missing: units that were not measured because the evaluation was interrupted.
         made_with: versions, commit and machine of this process; results with others are listed.
     """
-    suites: dict[str, Json] = {name: {} for name in ("model", "divergence", "benchmarks", "needles", "speed")}
+    suites: dict[str, Json] = {name: {} for name in ("model", *SUITES)}
     for unit, measured in found.items():
         suite, result = suites[unit.suite], measured.result
         if unit.suite in ("model", "divergence"):
             suite[unit.model] = result
         elif unit.suite == "speed":
             suite.setdefault(unit.model, []).append(result)
+        elif unit.suite == "generation":
+            suite.setdefault(unit.model, {})[unit.task] = result
         elif unit.suite == "benchmarks":
             suite.setdefault(unit.model, {}).update(result)
         else:
@@ -133,6 +135,15 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
         if divergence and teacher_key != key:
             cells[TEACHER] = number_text(next(iter(divergence.values()))[teacher_key], form)
         yield label, cells
+    for task, key, label, form in (
+        ("choices", "letter_accuracy", "right by the likeliest letter", ".1%"),
+        ("choices", "cloze_accuracy", "right by the likeliest text", ".1%"),
+        ("choices", "unparsed", "written answers that are no letter", ".1%"),
+        ("continuations", "agreement", "greedy tokens equal to the teacher's", ".1%"),
+        ("continuations", "log_probability", "teacher's log-probability of a sampled token", ".3f"),
+    ):
+        measured = {name: each[task] for name, each in results["generation"].items() if key in each.get(task, {})}
+        yield label, {name: number_text(each[key], form) for name, each in measured.items()}
     benchmarks = results["benchmarks"]
     for task in dict.fromkeys(task for each in benchmarks.values() for task in each):
         for metric in dict.fromkeys(

@@ -5,15 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedModel
 
-from distillkit.config.evaluate import EvaluateConfig
+from distillkit.config.evaluate import TEACHER, EvaluateConfig
 from distillkit.data import tokenizer_hash
 from distillkit.data.sources import load_source
 from distillkit.evaluation.comparison import compare
 from distillkit.evaluation.held_out import KEY, held_out_batches, held_out_rows
 from distillkit.evaluation.model_spec import LoadedModel
-from distillkit.evaluation.units import Unit
+from distillkit.evaluation.units import CHOICES, Unit
 from distillkit.models.decoder import check_head, head
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import check_known_tokens, check_same_tokenizer, common_vocabulary
@@ -29,6 +30,12 @@ def check_settings(config: EvaluateConfig) -> None:
     """
     if config.divergence is not None:
         load_source(config.divergence.dataset, KEY)
+    if config.generation is not None:
+        from distillkit.evaluation.choices import read_questions
+        from distillkit.evaluation.continuations import check_text
+
+        check_text(config.generation)
+        read_questions(config.generation)
     if config.benchmarks is not None:
         from distillkit.evaluation.benchmarks import check_tasks
 
@@ -50,6 +57,9 @@ def measure(
         return loaded.describe()
     if unit.suite == "divergence":
         return _divergence(loaded, teacher(), config, progress)
+    if unit.suite == "generation":
+        beside = teacher() if unit.beside_teacher and config.teacher is not None else None
+        return _generation(unit, loaded, beside, config, progress)
     if unit.suite == "benchmarks":
         assert config.benchmarks is not None
         from distillkit.evaluation.benchmarks import run_benchmark, run_served_benchmark
@@ -99,6 +109,36 @@ def _divergence(
             layers=settings.layers,
             progress=progress,
         )
+
+
+def _generation(
+    unit: Unit, loaded: LoadedModel, teacher: LoadedModel | None, config: EvaluateConfig, progress: Progress
+) -> dict[str, Any]:
+    """teacher: where the model is a student that is compared with it."""
+    assert config.generation is not None
+    from distillkit.evaluation.choices import measure_choices
+    from distillkit.evaluation.continuations import DATASET, measure_continuations, read_prompts, write
+
+    settings = config.generation
+    if unit.task == CHOICES:
+        return measure_choices(loaded.model, loaded.tokenizer, settings, limit=config.limit, progress=progress)
+    if teacher is not None:
+        check_same_tokenizer(teacher.tokenizer, loaded.tokenizer, teacher.spec.key)
+    judge = loaded if unit.model == TEACHER else teacher
+    reference = judge or loaded
+    columns = common_vocabulary(len(head(reference.model)[0]), loaded.model, loaded.tokenizer, reference.tokenizer)
+    prompts = read_prompts(settings, loaded.tokenizer, config.limit)
+    check_known_tokens(Dataset.from_dict({"input_ids": prompts}), columns, loaded.tokenizer, DATASET)
+    teachers = None
+    if judge is not None:
+        key = (columns, str(prompts))
+        if key not in judge.written:
+            judge.written[key] = write(judge.model, prompts, settings, judge.model, columns, progress)
+        teachers = judge.written[key]
+        if judge is loaded:
+            return measure_continuations(teachers, None, settings.new_tokens)
+    written = write(loaded.model, prompts, settings, None if judge is None else judge.model, columns, progress)
+    return measure_continuations(written, teachers, settings.new_tokens)
 
 
 @contextmanager

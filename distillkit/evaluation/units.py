@@ -22,13 +22,16 @@ from distillkit.data.prepared import file_states
 from distillkit.runs.secrets import without_secrets
 from distillkit.runs.writing import read_json, write_json
 
-VERSIONS = {"model": 2, "divergence": 2, "benchmarks": 1, "needles": 1, "speed": 3}
+VERSIONS = {"model": 2, "divergence": 2, "generation": 1, "benchmarks": 2, "needles": 1, "speed": 3}
 """Version of each suite's maths, increased when the same models and settings give other numbers than before."""
 
 LIBRARIES = ("torch", "transformers", "flash-linear-attention")
 """Packages whose version changes the outputs or the speed of a model."""
 
-SMOKE_SAMPLES, SMOKE_LENGTH = 2, 256
+CONTINUATIONS, CHOICES = "continuations", "choices"
+"""The tasks of `generation`."""
+
+SMOKE_SAMPLES, SMOKE_LENGTH, SMOKE_NEW_TOKENS = 2, 256, 32
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Unit:
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.model, self.suite, self.task) if part)
+
+    @property
+    def beside_teacher(self) -> bool:
+        """Whether the teacher, where there is one, is needed too, and decides the result."""
+        return self.model != TEACHER and (self.suite == "divergence" or self.task == CONTINUATIONS)
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ def units_of(config: EvaluateConfig, device: torch.device) -> Iterator[Unit]:
             text = _files(config.divergence.dataset)
             settings = {**config.divergence.model_dump(mode="json"), "files": text, "limit": config.limit}
             yield Unit(model, "divergence", "", {**settings, **libraries})
+        yield from _generation(model, config)
         yield from _benchmarks(model, config)
         yield from _needles(model, config)
         if config.speed is not None:
@@ -117,12 +126,32 @@ def shortened(config: EvaluateConfig) -> EvaluateConfig:
     if (divergence := config.divergence) is not None:
         length = min(divergence.sequence_length, SMOKE_LENGTH)
         suites["divergence"] = divergence.model_copy(update={"sequence_length": length})
+    if (generation := config.generation) is not None:
+        tokens = min(generation.new_tokens, SMOKE_NEW_TOKENS)
+        suites["generation"] = generation.model_copy(update={"new_tokens": tokens})
     if (needles := config.needles) is not None:
         suites["needles"] = needles.model_copy(update={"lengths": needles.lengths[:1], "depths": 1})
     if (speed := config.speed) is not None:
         suites["speed"] = speed.model_copy(update={"contexts": speed.contexts[:1], "decode_tokens": 2, "repeats": 1})
     path = str(Path(config.output_path) / "smoke")
     return config.model_copy(update={"output_path": path, "limit": SMOKE_SAMPLES, **suites})
+
+
+def _generation(model: str, config: EvaluateConfig) -> Iterator[Unit]:
+    """What is compared with the teacher first."""
+    if (generation := config.generation) is None:
+        return
+    settings = generation.model_dump(mode="json")
+    common = {
+        **{name: settings.pop(name) for name in ("seed", "batch_size")},
+        **_libraries(),
+        "limit": config.limit,
+        "decoding": config.decoding,
+    }
+    asked = {name: settings.pop(name) for name in ("questions", "num_questions", "num_fewshot")}
+    yield Unit(model, "generation", CONTINUATIONS, {**settings, **common, "files": _files(generation.dataset)})
+    if generation.questions is not None:
+        yield Unit(model, "generation", CHOICES, {**asked, **common, "files": _files(generation.questions)})
 
 
 def _benchmarks(model: str, config: EvaluateConfig) -> Iterator[Unit]:

@@ -7,7 +7,6 @@ the difference, as if the two had been measured on different items, which is nev
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from distillkit.reporting import numbers
@@ -15,6 +14,14 @@ from distillkit.reporting.document import Cell, Row, Table, Tone
 from distillkit.reporting.evaluated import Z_95, Model, common_tasks, lengths, score, the_teacher
 from distillkit.reporting.numbers import NOTHING, Form
 from distillkit.reporting.reading import Json, number, section, shown
+from distillkit.reporting.shares import (
+    MAIN_METRICS,
+    Measured,
+    comparable_tasks,
+    main_metric,
+    metric_name,
+    share_of_teacher,
+)
 from distillkit.student.mixers.names import FULL, mixers_in, name_of
 
 Better = Literal["higher", "lower"] | None
@@ -43,23 +50,36 @@ SPEED: list[tuple[str, str, Form, Better]] = [
     ("cache_and_state_bytes", "KV cache and state{}", numbers.bytes_, "lower"),
     ("weights_bytes", "weights", numbers.bytes_, "lower"),
 ]
-MAIN_METRICS = ("acc_norm", "acc", "exact_match")
-"""The metric that people quote of a task, in this order; else the first."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A value with its standard error, and the teacher's on the same tokens where it was measured with it."""
-
-    value: float | None = None
-    error: float | None = None
-    teacher: "Measured | None" = None
+GENERATION: list[tuple[tuple[str, ...], str, str, Form, Better]] = [
+    (("choices",), "letter_accuracy", "right by the likeliest letter", numbers.percent, "higher"),
+    (("choices",), "generated_accuracy", "right letter written", numbers.percent, "higher"),
+    (("choices",), "cloze_accuracy", "right by the likeliest text (cloze)", numbers.percent, "higher"),
+    (("choices",), "same_answer", "same answer in another order of options", numbers.percent, "higher"),
+    (("choices",), "unparsed", "written answers that are no letter", numbers.percent, "lower"),
+    (("continuations",), "agreement", "greedy tokens equal to the teacher's", numbers.percent, None),
+    (("continuations",), "first_difference", "greedy tokens before the first difference", numbers.figures, None),
+    (("continuations",), "log_probability", "teacher's log-probability of a sampled token, nats", numbers.nats, None),
+    (("continuations",), "log_probability_difference", "the same, less that of its own", numbers.nats, None),
+    *(
+        (("continuations", kind), key, f"{kind}: {label}", form, None)
+        for kind in ("greedy", "sampled")
+        for key, label, form in (
+            ("repeated_4grams", "repeated 4-grams", numbers.percent),
+            ("loops", "continuations that end in a loop", numbers.percent),
+            ("ended", "continuations with an end", numbers.percent),
+            ("tokens_at_end", "tokens of those", numbers.figures),
+        )
+    ),
+]
+"""Where in the results, key, label, form, and which direction is good."""
 
 
 def comparison(models: Sequence[Model]) -> Table | None:
     """Everything that was measured of the models; None where nothing was."""
     groups = [
+        ("share of the teacher's scores above chance", _shares(models)),
         ("divergence from the teacher", _divergence(models)),
+        ("generation", _generation(models)),
         ("benchmarks", _benchmarks(models)),
         ("needles found", _needles(models)),
         ("speed and memory", _speed(models)),
@@ -167,14 +187,33 @@ def _with_error(divergence: Json, key: str, teacher: Measured | None = None) -> 
     return Measured(number(divergence, key), number(divergence, "standard_errors", key), teacher)
 
 
+def _shares(models: Sequence[Model]) -> Iterator[Row]:
+    """Over all tasks that all models have, and of each."""
+    teacher, tasks = the_teacher(models), comparable_tasks(models)
+    if teacher is None or not teacher.benchmarks or all(model.is_teacher for model in models):
+        return
+    for label, some in ((f"over {len(tasks)} tasks", tasks), *((task, [task]) for task in tasks)):
+        if some and (label in tasks or len(tasks) > 1):
+            found = [Measured(1) if model.is_teacher else share_of_teacher(model, teacher, some) for model in models]
+            yield from _row(models, label, found, numbers.percent)
+
+
+def _generation(models: Sequence[Model]) -> Iterator[Row]:
+    """Answers in a format, and continuations of prompts."""
+    for where, key, label, form, better in GENERATION:
+        found = [
+            Measured(number(model.generation, *where, key), number(model.generation, *where, "standard_errors", key))
+            for model in models
+        ]
+        yield from _row(models, label, found, form, better, "difference" if better else "none")
+
+
 def _benchmarks(models: Sequence[Model]) -> Iterator[Row]:
     """The main metric of whole tasks, not of the subtasks of a group."""
     for task in dict.fromkeys(task for model in models for task in model.whole_tasks):
         first = next(model.benchmarks[task] for model in models if task in model.benchmarks)
-        metrics = list(section(first, "metrics"))
-        main = [metric for name in MAIN_METRICS for metric in metrics if _name(metric) == name]
-        for metric in [*main, *metrics][:1]:
-            yield from _metric(models, task, metric, f"{task} ({_name(metric)})")
+        if (metric := main_metric(first)) is not None:
+            yield from _metric(models, task, metric, f"{task} ({metric_name(metric)})")
 
 
 def _metric(models: Sequence[Model], task: str, metric: str, label: str) -> list[Row]:
@@ -182,14 +221,9 @@ def _metric(models: Sequence[Model], task: str, metric: str, label: str) -> list
     metrics = [section(result, "metrics", metric) for result in results]
     found = [Measured(number(each, "value"), number(each, "standard_error")) for each in metrics]
     values = [abs(each.value) for each in found if each.value is not None]
-    share = _name(metric) in (*MAIN_METRICS, "f1", "em") and max(values, default=2) <= 1
+    share = metric_name(metric) in (*MAIN_METRICS, "f1", "em") and max(values, default=2) <= 1
     form = numbers.percent if share else numbers.figures
     return _row(models, label, found, form, _direction(results, metric), "difference")
-
-
-def _name(metric: str) -> str:
-    """`acc` of `acc,none`: lm-evaluation-harness writes a filter behind the metric."""
-    return metric.split(",")[0]
 
 
 def _direction(results: Sequence[Json], metric: str) -> Better:
@@ -197,7 +231,7 @@ def _direction(results: Sequence[Json], metric: str) -> Better:
     for result in results:
         higher = result.get("higher_is_better")
         if isinstance(higher, dict):
-            higher = higher.get(metric, higher.get(_name(metric)))
+            higher = higher.get(metric, higher.get(metric_name(metric)))
         if isinstance(higher, bool):
             return "higher" if higher else "lower"
     return None

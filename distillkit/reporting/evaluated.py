@@ -27,6 +27,7 @@ class Model:
     about: Json
     colour: str = "teacher"
     divergence: Json = field(default_factory=dict)
+    generation: Json = field(default_factory=dict)
     benchmarks: dict[str, Json] = field(default_factory=dict)
     needles: dict[str, list[Json]] = field(default_factory=dict)
     speed: list[Json] = field(default_factory=list)
@@ -116,6 +117,7 @@ def _add(model: Model, evaluation: Evaluation, name: str) -> None:
     # A path is relative to where the evaluation was started: here, or above the folder of its results.
     model.bases += [Path.cwd(), *evaluation.path.resolve().parents]
     model.divergence.update(section(content, "divergence", name))
+    model.generation.update(section(content, "generation", name))
     benchmarks = {task: section(content, "benchmarks", name, task) for task in section(content, "benchmarks", name)}
     model.benchmarks.update(benchmarks)
     model.whole_tasks += [task for task in _whole_tasks(content, benchmarks) if task not in model.whole_tasks]

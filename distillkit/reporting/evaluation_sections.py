@@ -1,4 +1,4 @@
-"""The sections about divergence, benchmarks, needles, speed and memory: pictures, and the numbers in full."""
+"""The sections about each suite: pictures, and the numbers in full."""
 
 import math
 from collections.abc import Sequence
@@ -51,6 +51,22 @@ def divergence_section(models: Sequence[Model]) -> Section | None:
     measured = {f"{model.name}: {shown(numbers.count, model.divergence, 'tokens')}" for model in students}
     parts: list[Part] = [f"On held-out text; tokens measured: {', '.join(sorted(measured))}.", Gallery(pictures)]
     return Section("Divergence", [*parts, Section("The numbers", tables, folded=True)] if tables else parts)
+
+
+def generation_section(models: Sequence[Model]) -> Section | None:
+    """How long students write what their teacher writes."""
+    body: list[list[str]] = []
+    columns: list[str] = []
+    for model in models:
+        if by_length := rows(model.generation, "continuations", "by_length"):
+            columns = max(columns, [shown(numbers.count, row, "tokens") for row in by_length], key=len)
+            for key, label in (("agreement", "equal tokens"), ("identical", "all the same")):
+                body.append([f"{model.name}, {label}", *(shown(numbers.percent, row, key) for row in by_length)])
+    if not body:
+        return None
+    note = "Greedy continuations beside the teacher's: of their first so many tokens, those equal to the teacher's, "
+    table = Table(["first tokens", *columns], [[*row, *[""] * (len(columns) + 1 - len(row))] for row in body])
+    return Section("Generation", [note + "and the share of continuations in which all are.", table])
 
 
 def benchmark_section(models: Sequence[Model]) -> Section | None:

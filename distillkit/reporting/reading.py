@@ -18,6 +18,7 @@ OUTLINE: dict[str, tuple[type, ...]] = {
     "config": (dict,),
     "models": (dict, dict),
     "divergence": (dict, dict),
+    "generation": (dict, dict, dict),
     "benchmarks": (dict, dict, dict),
     "needles": (dict, dict, list, dict),
     "speed": (dict, list, dict),

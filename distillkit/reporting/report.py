@@ -10,11 +10,13 @@ from distillkit.reporting.evaluated import Model, common_tasks, lengths, merge_m
 from distillkit.reporting.evaluation_sections import (
     benchmark_section,
     divergence_section,
+    generation_section,
     needle_section,
     speed_section,
 )
 from distillkit.reporting.model_card import would_lose_an_evaluation, write_model_card
 from distillkit.reporting.reading import Results, Run, number, read_results
+from distillkit.reporting.shares import comparable_tasks, share_of_teacher
 from distillkit.reporting.sources import failure_section, sources_section
 from distillkit.reporting.training_section import measured_with, over_stored_tokens, training_section
 from distillkit.runs.names import CARD, HTML, MARKDOWN
@@ -76,6 +78,7 @@ def build_report(results: Results) -> Section:
     sections = [
         None if table is None else Section("Teacher and students", [table, LEGEND]),
         divergence_section(models),
+        generation_section(models),
         benchmark_section(models),
         needle_section(models),
         speed_section(models),
@@ -118,6 +121,11 @@ def _about_run(run: Run) -> str:
 
 
 def _about_student(model: Model, models: Sequence[Model]) -> Iterator[str]:
+    teacher, compared = the_teacher(models), comparable_tasks(models)
+    if teacher is not None and (kept := share_of_teacher(model, teacher, compared)).value is not None:
+        error = "" if kept.error is None else f" ± {numbers.percent(kept.error).removesuffix('%')}"
+        over = f"over {len(compared)} tasks" if len(compared) > 1 else f"in {compared[0]}"
+        yield f"{numbers.shown(kept.value, numbers.percent)}{error} of its teacher's score above chance {over}"
     if (kl := number(model.divergence, "kl")) is not None:
         share = number(model.divergence, "agreement")
         same = "" if share is None else f", the same likeliest token in {numbers.percent(share)} of places"

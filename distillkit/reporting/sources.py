@@ -10,7 +10,7 @@ from distillkit.reporting import numbers
 from distillkit.reporting.document import Code, Part, Section, Table
 from distillkit.reporting.reading import Evaluation, Json, Results, rows, section
 
-SUITES = ("divergence", "benchmarks", "needles", "speed")
+SUITES = ("divergence", "generation", "benchmarks", "needles", "speed")
 
 
 def failure_section(evaluations: Sequence[Evaluation]) -> Section | None:

@@ -37,7 +37,10 @@ def line_of(data: dict[str, Any]) -> str:
             "students.a.kwargs.revision: 2025-01-31 is a date here; write text in quotes",
         ),
         ({"students": {"a": {"pth": "x"}}}, "students.a.pth: unknown key; did you mean 'path'?"),
-        ({"speed": None}, "divergence: is missing: give at least one of divergence, benchmarks, needles, speed"),
+        (
+            {"speed": None},
+            "divergence: is missing: give at least one of divergence, generation, benchmarks, needles, speed",
+        ),
         ({"sped": {}}, "sped: unknown key; did you mean 'speed'?"),
         ({"speed": {"contexts": [8, 4]}}, "speed.contexts: must ascend, each number once; got [8, 4]"),
         ({"speed": {"contexts": [0]}}, "speed.contexts[0]: must be > 0, got 0"),
@@ -70,7 +73,7 @@ def test_students_are_needed_to_be_compared() -> None:
 
 def test_a_text_that_nothing_reads_is_a_mistake() -> None:
     options = EvaluateOptions(students=["s"], suites=["speed"], data="text.parquet", out="o")
-    with pytest.raises(UserError, match="--data: has no effect: neither divergence nor needles runs"):
+    with pytest.raises(UserError, match="--data: has no effect: no suite runs that reads a text"):
         load_evaluate_config(None, [], options)
 
 

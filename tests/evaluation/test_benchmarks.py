@@ -64,6 +64,8 @@ def test_scores_are_those_of_the_command(tmp_path, monkeypatch):
             assert score["standard_error"] == pytest.approx(theirs[task][f"{name}_stderr,{filtered or 'none'}"])
             assert scores["higher_is_better"][metric] is True
     assert ours["distillkit_facts"]["metrics"]["acc"]["standard_error"] > 0
+    chances = {"distillkit_facts": 0.25, "distillkit_sums": 0, "distillkit_fingerprints": 0}
+    assert {task: scores["chance"] for task, scores in ours.items()} == chances
     assert differs_by_sample(ours["distillkit_fingerprints"])
     assert set(ours["distillkit_sums"]["metrics"]) == {"exact_match,first-number"}
 

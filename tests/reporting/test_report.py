@@ -167,7 +167,7 @@ def test_a_difference_of_what_has_no_error_is_never_chance():
 
 
 def test_only_sections_with_data(tmp_path):
-    nothing = {suite: {} for suite in ("divergence", "benchmarks", "needles", "speed")}
+    nothing = {suite: {} for suite in ("divergence", "generation", "benchmarks", "needles", "speed")}
     markdown = report_of(tmp_path, evaluation(**nothing))
     assert re.findall("^## (.*)", markdown, re.MULTILINE) == ["Where the numbers come from"]
     markdown = report_of(tmp_path, evaluation(**{**nothing, "speed": {"SmolLM2-135M": speed(30, 1.0)}}))
