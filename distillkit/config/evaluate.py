@@ -144,6 +144,9 @@ class BenchmarksConfig(Section):
 
     tasks: list[str] = Field(min_length=1, description="names of tasks: hellaswag, arc_challenge, mmlu, gsm8k, ...")
     include_path: list[PathText] = Field(default=[], description="folders with tasks of your own, as YAML")
+    data: PathText | None = Field(
+        None, description="folder of JSON-lines files that lm-eval's tasks read instead of the hub's datasets"
+    )
     num_fewshot: int | None = Field(None, ge=0, description="examples before each question; the task's own by default")
     batch_size: int = Field(8, gt=0, description="samples per batch")
     apply_chat_template: bool = Field(False, description="format questions with the model's chat template")

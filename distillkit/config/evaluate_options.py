@@ -82,6 +82,8 @@ def check_evaluate_ready(config: EvaluateConfig) -> None:
         for index, folder in enumerate(config.benchmarks.include_path):
             if not os.path.isdir(folder):
                 raise UserError(f"benchmarks.include_path[{index}]", f"no such folder: {folder!r}")
+        if (data := config.benchmarks.data) is not None and not os.path.isdir(data):
+            raise UserError("benchmarks.data", f"no such folder: {data!r}")
     if os.path.exists(config.output_path) and not os.path.isdir(config.output_path):
         raise UserError("output_path", f"{config.output_path!r} is a file; name a folder")
     if os.path.exists(os.path.join(config.output_path, "run.json")):

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from distillkit.config.evaluate import SUITES, TEACHER, EvaluateConfig, ModelConfig
 from distillkit.console import print_line
+from distillkit.evaluation.local_benchmarks import LOCAL_TASKS
 from distillkit.evaluation.model_spec import trained_length
 from distillkit.evaluation.units import Unit, UnitResult
 from distillkit.formatting import number_text
@@ -87,6 +88,9 @@ def print_results(console: Console, results: Json, folder: Path) -> None:
         if cells:
             table.add_row(label, *(cells.get(name, "-") for name in results["models"]))
     console.print(table)
+    scores = [each for model in results["benchmarks"].values() for each in model.items()]
+    for task, note in {task: each["note"] for task, each in scores if task in LOCAL_TASKS and "note" in each}.items():
+        print_line(console, f"{task} is not the hub's: {note}")
     for failure in results["failures"]:
         unit = " ".join(part for part in (failure["model"], failure["suite"], failure["task"]) if part)
         print_line(console, f"failed: {unit}: {failure['error']}")

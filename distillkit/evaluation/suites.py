@@ -65,8 +65,10 @@ def measure(
         from distillkit.evaluation.benchmarks import run_benchmark, run_served_benchmark
 
         if (served := loaded.spec.served) is not None:
-            return run_served_benchmark(served, config.benchmarks, unit.task, limit=config.limit)
-        return run_benchmark(loaded.model, loaded.tokenizer, config.benchmarks, unit.task, limit=config.limit)
+            return run_served_benchmark(served, config.benchmarks, unit.task, limit=config.limit, progress=progress)
+        return run_benchmark(
+            loaded.model, loaded.tokenizer, config.benchmarks, unit.task, limit=config.limit, progress=progress
+        )
     if unit.suite == "needles":
         assert config.needles is not None
         from distillkit.evaluation.needles import measure_needles

@@ -19,6 +19,7 @@ import torch
 from distillkit.config import DatasetSource
 from distillkit.config.evaluate import ESSAY_TASKS, TEACHER, EvaluateConfig
 from distillkit.data.prepared import file_states
+from distillkit.evaluation.local_benchmarks import task_files
 from distillkit.runs.secrets import without_secrets
 from distillkit.runs.writing import read_json, write_json
 
@@ -157,7 +158,7 @@ def _generation(model: str, config: EvaluateConfig) -> Iterator[Unit]:
 def _benchmarks(model: str, config: EvaluateConfig) -> Iterator[Unit]:
     if config.benchmarks is None:
         return
-    settings = config.benchmarks.model_dump(mode="json", exclude={"tasks", "include_path"})
+    settings = config.benchmarks.model_dump(mode="json", exclude={"tasks", "include_path", "data"})
     tasks = [[str(file), *_state(file)] for folder in config.benchmarks.include_path for file in _task_files(folder)]
     decided_by = {**_libraries(), "limit": config.limit, "lm_eval": _version("lm_eval")}
     described = config.teacher if model == TEACHER else config.students[model]
@@ -166,7 +167,8 @@ def _benchmarks(model: str, config: EvaluateConfig) -> Iterator[Unit]:
     else:
         decided_by["server"] = described.server.model_dump(include={"url", "model", "max_length"})
     for task in config.benchmarks.tasks:
-        own = [[str(file), *_state(file)] for file in _files_beside(task)]
+        read = [] if (data := config.benchmarks.data) is None else task_files(task, data)
+        own = [[str(file), *_state(file)] for file in [*_files_beside(task), *read]]
         yield Unit(model, "benchmarks", task, {**settings, **decided_by, "files": [*tasks, *own]})
 
 

@@ -213,7 +213,8 @@ def _benchmarks(models: Sequence[Model]) -> Iterator[Row]:
     for task in dict.fromkeys(task for model in models for task in model.whole_tasks):
         first = next(model.benchmarks[task] for model in models if task in model.benchmarks)
         if (metric := main_metric(first)) is not None:
-            yield from _metric(models, task, metric, f"{task} ({metric_name(metric)})")
+            noted = ", not the hub's" if any(section(model.benchmarks, task).get("note") for model in models) else ""
+            yield from _metric(models, task, metric, f"{task} ({metric_name(metric)}{noted})")
 
 
 def _metric(models: Sequence[Model], task: str, metric: str, label: str) -> list[Row]:

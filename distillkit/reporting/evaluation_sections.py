@@ -74,7 +74,18 @@ def benchmark_section(models: Sequence[Model]) -> Section | None:
     table = benchmark_table(models)
     if table is None:
         return None
-    return Section("Benchmarks", ["As lm-evaluation-harness scores them.", *filter(None, map(_servers, models)), table])
+    about = ["As lm-evaluation-harness scores them.", *benchmark_notes(models), *filter(None, map(_servers, models))]
+    return Section("Benchmarks", [*about, table])
+
+
+def benchmark_notes(models: Sequence[Model]) -> list[str]:
+    """In which way the questions of a task are not those of the hub's dataset, and for which models."""
+    found: dict[str, list[str]] = {}
+    for model in models:
+        for task in model.whole_tasks:
+            if note := section(model.benchmarks, task).get("note"):
+                found.setdefault(f"{task} is not the hub's: {note}", []).append(model.name)
+    return [f"{note} ({', '.join(names)})." for note, names in found.items()]
 
 
 def _servers(model: Model) -> str:
