@@ -314,6 +314,11 @@ def test_killed_it_goes_on(places, tmp_path):
     [
         ({"benchmarks": {"tasks": ["helaswag"]}}, "benchmarks.tasks: lm-eval has no task 'helaswag'; did you mean"),
         (
+            {"benchmarks": {"tasks": ["piqa"], "data": "{places}"}},
+            "benchmarks.data: piqa needs the file piqa.jsonl (or .jsonl.gz) in '{places}'",
+        ),
+        ({"benchmarks": {"tasks": ["piqa"], "data": "./none"}}, "benchmarks.data: no such folder: './none'"),
+        (
             {"needles": {"lengths": [64], "haystack": {"disk_path": "{places}/teacher/config.json"}}},
             "needles.haystack: has no column text",
         ),

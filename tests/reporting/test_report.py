@@ -15,6 +15,7 @@ from distillkit.reporting import numbers, write_report
 from distillkit.reporting.comparison import comparison
 from distillkit.reporting.document import table
 from distillkit.reporting.evaluated import merge_models, score
+from distillkit.reporting.evaluation_sections import benchmark_section
 from distillkit.reporting.reading import Evaluation, read_results
 from distillkit.reporting.report import build_report
 from tests.reporting.examples import (
@@ -259,6 +260,16 @@ def test_requested_tasks_are_shown_and_subtasks_are_not():
     assert shown == ["mmlu", "mmlu_pro", "gsm8k", "gsm8k_cot"]
     content["config"]["benchmarks"]["tasks"] = ["a_tag"]
     assert "mmlu\\_history" in table_of(content)
+
+
+def test_questions_that_are_not_the_hubs_are_told(tmp_path):
+    tasks = {"mmlu": {**scored(0.5, 0.5), "note": "MMLU-Redux"}, "arc_easy": scored(0.5, 0.5)}
+    content = evaluation(students=("hybrid",), benchmarks={"SmolLM2-135M": tasks, "hybrid": tasks})
+    content["config"]["benchmarks"]["tasks"] = ["mmlu", "arc_easy"]
+    markdown = table_of(content)
+    assert "| mmlu (acc, not the hub's) |" in markdown and "| arc\\_easy (acc) |" in markdown
+    (section,) = benchmark_section(merge_models([Evaluation(tmp_path / "results.json", content)])).parts[1:-1]
+    assert section == "mmlu is not the hub's: MMLU-Redux (SmolLM2-135M, hybrid)."
 
 
 def test_models_with_almost_the_same_name_have_pictures_of_their_own(tmp_path):
