@@ -267,7 +267,7 @@ def test_questions_that_are_not_the_hubs_are_told(tmp_path):
     content = evaluation(students=("hybrid",), benchmarks={"SmolLM2-135M": tasks, "hybrid": tasks})
     content["config"]["benchmarks"]["tasks"] = ["mmlu", "arc_easy"]
     markdown = table_of(content)
-    assert "| mmlu (acc, not the hub's) |" in markdown and "| arc\\_easy (acc) |" in markdown
+    assert "(acc\\_norm, not the hub's) |" in markdown and "arc\\_easy (acc\\_norm) |" in markdown
     (section,) = benchmark_section(merge_models([Evaluation(tmp_path / "results.json", content)])).parts[1:-1]
     assert section == "mmlu is not the hub's: MMLU-Redux (SmolLM2-135M, hybrid)."
 
