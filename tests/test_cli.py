@@ -77,7 +77,7 @@ FILES = {"SEED": SEED, "CAPTURE": Path(__file__).parents[1] / "recipes" / "captu
         ),
         (
             "evaluate --student s --suite sped --out o",
-            "error: --suite: must be one of divergence, benchmarks, needles,",
+            "error: --suite: must be one of divergence, generation, benchmarks, needles,",
         ),
         ("evaluate --student s --suite speed --out o --limit 0", "error: Invalid value for '--limit': "),
         (
