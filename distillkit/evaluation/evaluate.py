@@ -118,7 +118,7 @@ class _Evaluation:
             print_line(self._console, f"{known} results exist already")
         for unit in self._missing:
             if unit.suite == "benchmarks":
-                _ = self._specs[unit.model].served  # a server that does not answer is told now, not in hours
+                _ = self._specs[unit.model].served  # a server that does not answer ends it here, not after hours
         count = sum(unit.suite != "model" for unit in self._missing)
         with EvaluationProgress(self._console, count) as self._progress:
             for spec in self._specs.values():

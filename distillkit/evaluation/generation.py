@@ -146,7 +146,7 @@ def decoding_step(
     Args: as of `decode_greedily`.
     """
     settings, static = model.generation_config, None
-    if settings is not None and settings.cache_implementation == "static" and _compiles(model):
+    if settings is not None and settings.cache_implementation == "static":
         static = _static(model, cache, at_most)
     forward = model if static is None else model.get_compiled_call(settings.compile_config)
     cache = cache if static is None else static
@@ -179,22 +179,18 @@ def decode_as_graphs(model: PreTrainedModel) -> None:
         model.generation_config.max_cache_len = GENERATED_CAPACITY
 
 
-def _compiles(model: PreTrainedModel) -> bool:
-    """Whether `generate` would compile a step of a static cache: not on a CPU, nor weights that are elsewhere."""
-    cache = StaticCache(config=model.config, max_cache_len=1)
-    return model._valid_auto_compile_criteria({"past_key_values": cache}, model.generation_config)
-
-
 def _static(model: PreTrainedModel, cache: Cache, room: int) -> StaticCache | None:
     """The content of a cache, layer by layer taken out of it, in a static one with room for so many tokens more.
 
-    None, and the cache is as it was, where a layer keeps a window of tokens: such layers are read from the start.
+    None, and the cache is as it was, where a layer keeps a window of tokens, and where `generate` would not compile a
+    step either: on a CPU, with weights that are elsewhere.
     """
     length = cache.get_seq_length()
     static = StaticCache(config=model.config, max_cache_len=-(-(length + room) // CAPACITY_STEP) * CAPACITY_STEP)
     if mixers := getattr(model.config, "mixers", None):
         with_mixer_layers(static, mixers)
-    if any(type(layer) is not StaticLayer and not isinstance(layer, RecurrentCacheLayer) for layer in static.layers):
+    windows = any(type(layer) not in (StaticLayer, RecurrentCacheLayer) for layer in static.layers)
+    if windows or not model._valid_auto_compile_criteria({"past_key_values": static}, model.generation_config):
         return None
     for index, (old, new) in enumerate(zip(cache.layers, static.layers, strict=True)):
         if isinstance(new, RecurrentCacheLayer):

@@ -6,11 +6,10 @@ from typing import Any
 
 import yaml
 
+from distillkit.config.evaluate import SUITES
 from distillkit.reporting import numbers
 from distillkit.reporting.document import Code, Part, Section, Table
 from distillkit.reporting.reading import Evaluation, Json, Results, rows, section
-
-SUITES = ("divergence", "generation", "benchmarks", "needles", "speed")
 
 
 def failure_section(evaluations: Sequence[Evaluation]) -> Section | None:

@@ -1,4 +1,4 @@
-"""What cannot be captured is told in one line, with the key and the remedy."""
+"""What cannot be captured ends in one line, with the key and the remedy."""
 
 import logging
 from pathlib import Path

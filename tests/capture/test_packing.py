@@ -71,7 +71,7 @@ def files(folder):
 
 
 def documents_of(folder):
-    """Documents of all rows, as lists of the tokens' numbers; each token is held to its signal on the way."""
+    """Documents of all rows, as lists of the tokens' numbers; each token is compared with its signal on the way."""
     found = []
     for row in pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("*.parquet"))).to_pylist():
         assert sum(row["seq_lengths"]) == len(row["input_ids"])

@@ -179,7 +179,7 @@ def test_trackers_tell_phases_apart_and_the_hub_gets_the_whole() -> None:
 
 
 def test_a_phase_asks_for_flash_attention_where_the_run_does() -> None:
-    """Who asked is told where it cannot be; who has the default is not."""
+    """A setting that was given and has no effect is refused; a default is not."""
     assert "use_flash_attention" not in phase_of({}).model_fields_set
     assert "use_flash_attention" in phase_of({}, use_flash_attention=True).model_fields_set
     assert not phase_of({}, use_flash_attention=False).use_flash_attention

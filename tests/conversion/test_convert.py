@@ -1,4 +1,4 @@
-"""A conversion exchanges the attention it is told to, and nothing else; its folder loads, or is not there."""
+"""A conversion exchanges the attention of the given layers, and nothing else; its folder loads, or is not there."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""A captured teacher's word stays with its token, through everything that is done to rows."""
+"""A captured teacher's distribution stays with its token, through everything that is done to rows."""
 
 import time
 
@@ -26,7 +26,7 @@ def word(token):
 
 
 def documents(lengths, **further):
-    """Documents whose tokens tell where they come from, each token with the teacher's word on it."""
+    """Documents whose tokens encode where they come from, each with the teacher's distribution."""
     bounds = np.cumsum([0, *lengths])
     ids = [list(range(start, stop)) for start, stop in zip(bounds, bounds[1:], strict=False)]
     tokens = torch.arange(bounds[-1])

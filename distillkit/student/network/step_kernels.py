@@ -270,65 +270,20 @@ def _step(
     lower_bound: float | None,
     norm_eps: float,
 ) -> torch.Tensor:
-    """An operator of PyTorch's, which says what it changes: looking at the kernels, torch.compile finds weights, too,
-    and would copy them."""
+    """An operator of PyTorch's, for it says what it changes: torch.compile need not infer that from the kernels, and
+    copies nothing else to be safe."""
     decay_weight, wide_decay_weight, A_log, dt_bias, beta_weight = decay
     gate_weight, wide_gate_weight, gate_bias, norm_weight = gate
-    rows, (query_size, kv_size) = len(x), (len(attention[0]), len(attention[1]))
-    heads, kv_heads = query_size // head_dim, kv_size // head_dim
-    convolved = x.new_empty(rows, query_size + 2 * kv_size)
-    narrow_decay, narrow_gate, beta = x.new_empty(rows, head_dim), x.new_empty(rows, head_dim), x.new_empty(rows, heads)
-    wide_decay, wide_gate, output = (x.new_empty(rows, 1, query_size) for _ in range(3))
-    blocks: dict[str, Any] = {"C": 64, "T": min(64, max(16, triton.next_power_of_2(rows)))}
-    token_blocks = triton.cdiv(rows, blocks["T"])
-    block_hidden = 128 // x.itemsize
-
-    def channel_blocks(*sizes: int) -> int:
-        return sum(triton.cdiv(each, blocks["C"]) for each in sizes)
-
+    heads, kv_heads = len(attention[0]) // head_dim, len(attention[1]) // head_dim
+    output = x.new_empty(len(x), 1, len(attention[0]))
     with torch.cuda.device_of(x):  # Triton starts kernels on the current one
-        _projection_kernel[(token_blocks, channel_blocks(query_size, kv_size, kv_size, head_dim, head_dim, heads))](
-            x,
-            *attention,
-            *(biases or attention),
-            *taps,
-            decay_weight,
-            gate_weight,
-            beta_weight,
-            conv_state,
-            convolved,
-            narrow_decay,
-            narrow_gate,
-            beta,
-            rows,
-            query_size,
-            kv_size,
-            heads,
-            HIDDEN=x.shape[-1],
-            RANK=head_dim,
-            TAPS=taps[0].shape[-1],
-            BIAS=bool(biases),
-            BLOCK_HIDDEN=block_hidden,
-            num_warps=4,
-            num_stages=_stages(x.device, (blocks["C"] + blocks["T"]) * block_hidden * x.itemsize),
-            **blocks,
+        convolved, narrow_decay, narrow_gate, beta = _project(
+            x, conv_state, attention, biases, taps, [decay_weight, gate_weight, beta_weight], head_dim
         )
-        _gate_kernel[(token_blocks, 2 * channel_blocks(query_size))](
-            narrow_decay,
-            narrow_gate,
-            wide_decay_weight,
-            wide_gate_weight,
-            gate_bias,
-            wide_decay,
-            wide_gate,
-            rows,
-            query_size,
-            RANK=head_dim,
-            BLOCK_RANK=max(16, min(256 // x.itemsize, triton.next_power_of_2(head_dim))),
-            num_warps=4,
-            **blocks,
+        wide_decay, wide_gate = _widen(
+            narrow_decay, narrow_gate, [wide_decay_weight, wide_gate_weight, gate_bias], head_dim
         )
-        _delta_rule_kernel[(rows * heads,)](
+        _delta_rule_kernel[(len(x) * heads,)](
             convolved,
             wide_decay,
             beta,
@@ -355,6 +310,80 @@ def _step(
 def _(x: torch.Tensor, conv_state: torch.Tensor, recurrent_state: torch.Tensor, *others: Any) -> torch.Tensor:
     attention = others[0]
     return x.new_empty(len(x), 1, len(attention[0]))
+
+
+def _project(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    attention: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    taps: list[torch.Tensor],
+    narrow: list[torch.Tensor],
+    head_dim: int,
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values after their convolution, ``[rows, channels]``, the first halves of the gates, beta."""
+    rows, query_size, kv_size, heads = len(x), len(attention[0]), len(attention[1]), len(narrow[2])
+    convolved = x.new_empty(rows, query_size + 2 * kv_size)
+    decay, gate, beta = (x.new_empty(rows, len(weight)) for weight in narrow)
+    block_hidden, blocks = 128 // x.itemsize, _blocks(rows)
+    _projection_kernel[_grid(rows, query_size, kv_size, kv_size, head_dim, head_dim, heads)](
+        x,
+        *attention,
+        *(biases or attention),
+        *taps,
+        *narrow,
+        conv_state,
+        convolved,
+        decay,
+        gate,
+        beta,
+        rows,
+        query_size,
+        kv_size,
+        heads,
+        HIDDEN=x.shape[-1],
+        RANK=head_dim,
+        TAPS=taps[0].shape[-1],
+        BIAS=bool(biases),
+        BLOCK_HIDDEN=block_hidden,
+        num_warps=4,
+        num_stages=_stages(x.device, sum(blocks.values()) * block_hidden * x.itemsize),
+        **blocks,
+    )
+    return convolved, decay, gate, beta
+
+
+def _widen(
+    decay: torch.Tensor, gate: torch.Tensor, weights: list[torch.Tensor], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gates of every channel, ``[rows, heads * head_dim]``, by their second halves and the bias of one."""
+    rows, size = len(decay), len(weights[0])
+    wide_decay, wide_gate = decay.new_empty(rows, size), gate.new_empty(rows, size)
+    _gate_kernel[_grid(rows, size, size)](
+        decay,
+        gate,
+        *weights,
+        wide_decay,
+        wide_gate,
+        rows,
+        size,
+        RANK=head_dim,
+        BLOCK_RANK=max(16, min(256 // decay.itemsize, triton.next_power_of_2(head_dim))),
+        num_warps=4,
+        **_blocks(rows),
+    )
+    return wide_decay, wide_gate
+
+
+def _blocks(rows: int) -> dict[str, int]:
+    """Channels and tokens that one program computes."""
+    return {"C": 64, "T": min(64, max(16, triton.next_power_of_2(rows)))}
+
+
+def _grid(rows: int, *sizes: int) -> tuple[int, int]:
+    """Programs for so many tokens, and for the channels of weights that do not share a program."""
+    blocks = _blocks(rows)
+    return triton.cdiv(rows, blocks["T"]), sum(triton.cdiv(size, blocks["C"]) for size in sizes)
 
 
 @functools.cache
