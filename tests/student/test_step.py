@@ -88,6 +88,11 @@ def test_a_cache_of_another_model_is_taken_over_or_refused():
     torch.testing.assert_close(found, second(text).logits[:, 4:])
     with pytest.raises(ValueError, match="layer 1 holds states, and is full here"):
         first(text, past_key_values=cache)
+    cache.reset()
+    third = student(layout="kda_only")
+    for length in (4, 2):
+        third(text[:, :length], past_key_values=cache)
+    assert int(cache.get_seq_length()) == 6
 
 
 @torch.no_grad()

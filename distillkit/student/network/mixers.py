@@ -64,6 +64,7 @@ def with_mixer_layers(cache: Cache, mixers: list[str]) -> Cache:
     attention = (layer for layer, mixer in zip(cache.layers, mixers, strict=True) if MIXERS[mixer].cache_layer is None)
     counter = next(attention, cache.layers[0])
     for layer in cache.layers:
-        if isinstance(layer, RecurrentCacheLayer) and layer is not counter and layer.counter is not counter:
-            layer.counter = counter
+        own = None if layer is counter else counter
+        if isinstance(layer, RecurrentCacheLayer) and layer.counter is not own:
+            layer.counter = own
     return cache
