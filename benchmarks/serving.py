@@ -1,15 +1,19 @@
 """A student in vLLM: does it write what it writes in transformers, how fast, and how many sequences at a time?
 
     python benchmarks/serving.py --steps check
-    python benchmarks/serving.py --steps parity serve --teacher SmolLM2-135M-Instruct.Q4_1.gguf --output parity.json
+    python benchmarks/serving.py --steps parity serve --teacher SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --hybrid FOLDER --kda_only FOLDER --output parity.json
     python benchmarks/serving.py --steps throughput --shapes afm-4.5b
 
 `check` starts vLLM with a tiny random student, in well under a minute. `parity` compares tokens and log-probabilities
-of freshly converted students. `serve` starts `vllm serve` and asks it over HTTP. `throughput` writes behind contexts
-that nobody read (see `read_context`), at random weights, with one sequence and with as many as fit. `prefill` reads
-prompts. Each measurement has a process and a time limit of its own, so that one which fails costs its row only.
+of students in their folders, or of freshly converted ones; in bfloat16, both engines also with the same weights in
+float32, for rounding moves students that are hardly trained very far. `serve` starts `vllm serve` and asks it over
+HTTP. `throughput` writes behind contexts that nobody read (see `read_context`), at random weights, with one sequence
+and with as many as fit. `prefill` reads prompts. Each measurement has a process and a time limit of its own, so that
+one which fails costs its row only.
 """
 
+import copy
 import json
 import os
 import signal
@@ -64,10 +68,14 @@ class ServingOptions(Options):
     steps: list[str] = option(["check", "throughput"], choices=STEPS)
     models: list[str] = option(MODELS, choices=MODELS)
     teacher: str | None = option(None, "for parity and serve: a folder or a .gguf file")
+    hybrid: Path | None = option(None, "for parity: a trained student's folder; without, a freshly converted one")
+    kda_only: Path | None = option(None, "likewise")
     dtypes: list[str] = option(["bfloat16", "float32"], "of the comparison")
     shapes: str = option("afm-4.5b", "of throughput and prefill: one of those named, or a teacher's config.json")
     contexts: list[int] = option([1024, 8192, 32768])
-    most_sequences: int = option(1536, "at a time, where more would fit")
+    most_sequences: int = option(
+        1024, "at a time, where more would fit: vLLM allocates states of so many while it starts"
+    )
     tensor_parallel_size: int = option(1)
     variants: int = option(1, "of vLLM's prefill kernels that Triton may choose from; 0 for all, which takes minutes")
     mode: str = option(
@@ -86,7 +94,7 @@ def jobs(options: ServingOptions) -> Iterator[Json]:
     students = [model for model in options.models if model != "teacher"]
     for step in sorted(options.steps, key=STEPS.index):
         if step == "check":
-            yield {"step": step, "model": "hybrid"}
+            yield from ({"step": step, "model": "hybrid", "dtype": x} for x in options.dtypes)
         elif step == "parity":
             yield from ({"step": step, "model": model, "dtype": x} for x in options.dtypes for model in students)
         elif step == "serve":
@@ -125,7 +133,7 @@ def in_limited_process(command: list[str], seconds: int) -> Iterator[str]:
     last = ""
     try:
         for line in process.stdout:
-            last = line if line.strip() else last
+            last = line if "Error" in line or (line.strip() and "Error" not in last) else last
             yield line
         code = process.wait()
     finally:
@@ -170,14 +178,16 @@ def engine(options: ServingOptions, folder: Path, **arguments: Any) -> Any:
 
 def limit_variants(number: int) -> None:
     """The first ones of each kernel: to compile and to time all of them takes minutes. Decoding has no such kernels."""
-    from vllm.model_executor.layers.fla.ops import chunk_delta_h, cumsum, kda, l2norm, solve_tril
+    import fla.ops.kda  # noqa: F401
+    import vllm.model_executor.layers.fla.ops.kda  # noqa: F401
 
-    for module in (chunk_delta_h, cumsum, kda, l2norm, solve_tril):
-        for kernel in [*vars(module).values()]:
-            while hasattr(kernel, "fn") and hasattr(kernel, "run"):
-                if hasattr(kernel, "configs"):
-                    kernel.configs = kernel.configs[:number]
-                kernel = kernel.fn
+    for name, module in [*sys.modules.items()]:
+        if name.startswith(("fla.", "vllm.model_executor.layers.fla.")):
+            for kernel in [*vars(module).values()]:
+                while hasattr(kernel, "fn") and hasattr(kernel, "run"):
+                    if getattr(kernel, "configs", None):
+                        kernel.configs = kernel.configs[:number]
+                    kernel = kernel.fn
 
 
 def sampling(tokens: int, **others: Any) -> Any:
@@ -196,11 +206,18 @@ def check(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
     torch.manual_seed(0)
     student = KDAHybridForCausalLM(KDAHybridConfig(base, mixers=["kda", "kda", "kda", "full"]))
     student.lm_head.weight.data.normal_(std=0.3)
-    cast_for_training(student, torch.bfloat16)
-    student.eval().requires_grad_(False).to(DEVICE)
+    cast_for_training(student.eval().requires_grad_(False), getattr(torch, job["dtype"]))
+    student.to(DEVICE)
     student.save_pretrained(folder)
     moments = [time.perf_counter()]
-    llm = engine(options, folder, dtype="bfloat16", max_model_len=256, gpu_memory_utilization=0.3, enforce_eager=True)
+    llm = engine(
+        options,
+        folder,
+        **numbers(job["dtype"]),
+        max_model_len=256,
+        gpu_memory_utilization=0.3,
+        enforce_eager=True,
+    )
     moments.append(time.perf_counter())
     prompts = [torch.randint(VOCABULARY, (length,)).tolist() for length in (70, 5)]
     row = compared(student, llm, prompts, written=16)
@@ -213,16 +230,13 @@ def check(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
 
 
 def parity(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
-    student = converted(options, job["model"])
-    dtype = getattr(torch, job["dtype"])
-    cast_for_training(student, dtype)
+    student = student_of(options, job["model"])
+    cast_for_training(student, getattr(torch, job["dtype"]))
     student.save_pretrained(folder)
-    backend = "FLASH_ATTN" if dtype == torch.bfloat16 else "TRITON_ATTN"  # the first knows no float32
     llm = engine(
         options,
         folder,
-        dtype=job["dtype"],
-        attention_backend=backend,
+        **numbers(job["dtype"]),
         max_model_len=2048,
         max_num_seqs=32,
         max_num_batched_tokens=512,  # so that the longer prompts are read in parts
@@ -231,9 +245,20 @@ def parity(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
     yield compared(student, llm, prompts_of(str(options.teacher)), WRITTEN)
 
 
-def converted(options: ServingOptions, layout: str) -> PreTrainedModel:
-    teacher = load_model(str(options.teacher), key="teacher", dtype="float32").to(DEVICE)
-    return build_student(teacher, StudentConfig.parse({"layout": layout})).requires_grad_(False).eval()
+def numbers(dtype: str) -> Json:
+    """Of the engine: FlashAttention knows no float32."""
+    return {"dtype": dtype, "attention_backend": "TRITON_ATTN" if dtype == "float32" else "FLASH_ATTN"}
+
+
+def student_of(options: ServingOptions, layout: str) -> PreTrainedModel:
+    """In float32."""
+    folder = {"hybrid": options.hybrid, "kda_only": options.kda_only}[layout]
+    if folder is not None:
+        student = load_model(str(folder), key="student", dtype="float32").to(DEVICE)
+    else:
+        teacher = load_model(str(options.teacher), key="teacher", dtype="float32").to(DEVICE)
+        student = build_student(teacher, StudentConfig.parse({"layout": layout}))
+    return student.requires_grad_(False).eval()
 
 
 def prompts_of(teacher: str) -> list[list[int]]:
@@ -252,10 +277,10 @@ def compared(student: PreTrainedModel, llm: Any, prompts: list[list[int]], writt
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts], sampling(written, prompt_logprobs=1), use_tqdm=False
     )
-    equal, gaps, differences, own = 0, [0.0], [], []
     dtype = student.dtype
+    exact = copy.deepcopy(student).float()
+    equal, gaps, served, own, true, largest = 0, [0.0], [], [], [], 0.0
     for prompt, answer, output in zip(prompts, written_by(student, prompts, written), outputs, strict=True):
-        ids = torch.tensor([prompt], device=DEVICE)
         theirs = [*output.outputs[0].token_ids]
         logits = student(torch.tensor([prompt + answer], device=DEVICE)).logits[0].float()
         equal += answer == theirs
@@ -263,21 +288,36 @@ def compared(student: PreTrainedModel, llm: Any, prompts: list[list[int]], writt
             place = next(i for i, both in enumerate(zip(answer, theirs, strict=True)) if both[0] != both[1])
             at = logits[len(prompt) - 1 + place]
             gaps.append(float((at[answer[place]] - at[theirs[place]]) / rounding(at[answer[place]], dtype)))
-        reference = logits[: len(prompt) - 1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].cpu()
-        served = [found[token].logprob for token, found in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
-        differences.append((torch.tensor(served) - reference).abs())
-        own.append(rounding(logits[: len(prompt) - 1].gather(-1, ids[0, 1:, None])[:, 0].cpu(), dtype))
-    off, steps = torch.cat(differences), torch.cat(own)
+        own.append(of_tokens(logits, prompt))
+        true.append(of_tokens(exact(torch.tensor([prompt], device=DEVICE)).logits[0], prompt))
+        served += [found[token].logprob for token, found in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+        largest = max(largest, float(rounding(logits[: len(prompt) - 1].max(), dtype)))
+    logprobs = {"vllm": torch.tensor(served), "transformers": torch.cat(own), "float32": torch.cat(true)}
     return {
         "prompts": len(prompts),
         "equal_prompts": equal,
         "written": written,
         "largest_gap_in_roundings": max(gaps),
-        "prompt_tokens": len(off),
+        "prompt_tokens": len(served),
+        **differences(logprobs["vllm"], logprobs["transformers"]),
+        "vllm_and_float32": differences(logprobs["vllm"], logprobs["float32"]),
+        "transformers_and_float32": differences(logprobs["transformers"], logprobs["float32"]),
+        "largest_rounding_of_a_logit": largest,
+    }
+
+
+def of_tokens(logits: torch.Tensor, prompt: list[int]) -> torch.Tensor:
+    """The log-probabilities `[tokens - 1]` of a prompt's tokens from the second on."""
+    chosen = torch.tensor(prompt[1:], device=logits.device).unsqueeze(-1)
+    return logits[: len(prompt) - 1].log_softmax(-1).gather(-1, chosen)[:, 0].cpu()
+
+
+def differences(one: torch.Tensor, other: torch.Tensor) -> Json:
+    off = (one - other).abs()
+    return {
         "largest_difference": float(off.max()),
         "mean_difference": float(off.mean()),
         "over_0.05": int((off > 0.05).sum()),
-        "largest_rounding_of_a_logit": float(steps.max()),
     }
 
 
@@ -303,7 +343,7 @@ def serve(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
     """`vllm serve`, as a user types it, and one question over HTTP."""
     import urllib.request
 
-    student = converted(options, job["model"])
+    student = student_of(options, job["model"])
     cast_for_training(student, torch.bfloat16)
     student.save_pretrained(folder)
     load_tokenizer(str(options.teacher)).save_pretrained(folder)
@@ -430,7 +470,8 @@ def decoded(llm: Any, scheduler: Any, sequences: int, context: int) -> Json:
             {"prompt_token_ids": prompt},
             sampling(DECODED, output_kind=RequestOutputKind.DELTA),
         )
-    count, running, marks = 0, 0, []
+    count, running = 0, 0
+    marks: list[tuple[float, int]] = []
     first, last = sequences * SKIPPED, sequences * (DECODED - 2)
     while llm.llm_engine.has_unfinished_requests():
         outputs = llm.llm_engine.step()
