@@ -181,17 +181,6 @@ def test_python_m_distillkit_is_the_command() -> None:
     assert not [line for line in done.stderr.splitlines() if line.split("|")[-1].strip() == "torch"]
 
 
-def test_importing_the_package_registers_the_student_and_silences_nothing() -> None:
-    """All of it is imported, which takes seconds: both facts are of one process."""
-    driver = (
-        "import logging, transformers, distillkit; transformers.AutoConfig.for_model('kda_hybrid')\n"
-        "import distillkit.cli, distillkit.training\n"
-        "raise SystemExit(logging.getLogger('torchao').level > logging.WARNING)"
-    )
-    done = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, cwd=SEED.parents[2])
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_command_silences_other_packages() -> None:
     driver = (
         "import logging, sys; sys.argv[0] = 'distillkit'; from distillkit.cli import main; main(['--help'])\n"

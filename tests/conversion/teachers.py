@@ -29,6 +29,7 @@ SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 3,
+    "max_position_embeddings": 512,  # a conversion looks at attention over as many tokens, which takes seconds at 2,048
 }
 
 

@@ -19,8 +19,12 @@ BYTES = 259
 def llama(
     seed: int, layers: int = 2, hidden_size: int = 32, tied: bool = True, dtype=torch.float32, vocab=VOCAB, **options
 ):
-    """A Llama with weights large enough that its distributions differ from one another."""
+    """A Llama with weights large enough that its distributions differ from one another.
+
+    Of few positions: a conversion looks at attention over as many tokens, which at 2,048 takes seconds.
+    """
     torch.manual_seed(seed)
+    options.setdefault("max_position_embeddings", 512)
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden_size,
