@@ -6,11 +6,12 @@ All text in the parts is plain, as it came out of the files; `markdown` and `htm
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from distillkit.reporting.colours import css_variables, paint
@@ -96,14 +97,7 @@ def markdown(document: Section) -> str:
 
 def html(document: Section) -> str:
     """The page, with style and pictures inside. It follows the reader's theme. All text out of files is escaped."""
-    environment = Environment(
-        loader=PackageLoader("distillkit.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return _page().render(
         title=document.title,
         lead=[part for part in document.parts if not isinstance(part, Section)],
         sections=[part for part in document.parts if isinstance(part, Section)],
@@ -113,6 +107,18 @@ def html(document: Section) -> str:
         kind=lambda part: type(part).__name__,
         slug=slug,
     )
+
+
+@cache
+def _page() -> Template:
+    environment = Environment(
+        loader=PackageLoader("distillkit.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
 
 
 def write_pictures(document: Section, folder: Path) -> None:

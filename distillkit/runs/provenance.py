@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,13 +18,16 @@ PACKAGES = ("distillkit", "torch", "transformers", "accelerate", "datasets", "fl
 
 def versions(*others: str) -> dict[str, str]:
     """Versions of what computes, and of other packages; those that are not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in (*PACKAGES, *others):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {name: found for name in (*PACKAGES, *others) if (found := _version(name)) is not None}
+    return {"python": platform.python_version(), **installed}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def command() -> str:
