@@ -148,7 +148,8 @@ def gguf_parsed_once() -> Iterator[None]:
     """Within it, a GGUF file is parsed once, and the table of tensor names is made once.
 
     transformers 5.23 parses the file for the configuration and again for the weights, and makes the table for each
-    module of the model: 16 s for SmolLM2-135M, of which 5 s remain. Both depend on their arguments alone.
+    module of the model: 16 s for SmolLM2-135M, of which 5 s remain. Both depend on their arguments alone. Around
+    several loads, of a model and its tokenizer, it is parsed once for all of them.
     """
     try:
         import gguf

@@ -20,6 +20,7 @@ from distillkit.console import print_line
 from distillkit.conversion.convert import convert_model
 from distillkit.models.attention import trained_attention
 from distillkit.models.decoder import check_head
+from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
@@ -54,6 +55,7 @@ class Models:
     freezing: Freezing
 
 
+@gguf_parsed_once()
 def load_models(
     config: RunConfig,
     folder: PhaseFolder,

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from distillkit.config.errors import UserError
+from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_pretrained_config
 
 SHAPE = {
@@ -200,3 +201,16 @@ def test_a_file_of_the_same_name_in_the_current_folder_is_not_read(tmp_path, mon
     assert_same(tmp_path / "m.gguf", model)
     with pytest.raises(UserError, match=r"'m\.gguf' lies in the current folder, too"):
         load_model("someone/a-model", gguf_file="m.gguf", local_files_only=True)
+
+
+def test_several_loads_parse_a_file_once(tmp_path, monkeypatch):
+    """As those of a run do."""
+    parsed, reader = [], gguf.GGUFReader
+    counting = lambda path, *given: parsed.append(str(path)) or reader(path, *given)  # noqa: E731
+    monkeypatch.setattr(gguf, "GGUFReader", counting)
+    path = write(tmp_path / "m.gguf", made())
+    with gguf_parsed_once():
+        for _ in range(2):
+            load_model(path)
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is counting
