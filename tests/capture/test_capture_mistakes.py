@@ -92,8 +92,8 @@ def test_all_columns_of_a_head_that_is_wider_than_the_tokenizer(text, tmp_path):
 
 def test_rows_longer_than_the_teacher_can_read_are_warned_of(teacher, text, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        run(configuration(teacher, text, tmp_path / "dataset", sequence_length=4096))
-    assert "sequence_length: is 4096, but the teacher was trained on at most 2048 tokens" in caplog.text
+        run(configuration(teacher, text, tmp_path / "dataset", sequence_length=1024))
+    assert "sequence_length: is 1024, but the teacher was trained on at most 512 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(
