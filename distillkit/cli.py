@@ -186,11 +186,14 @@ def evaluate(
         ),
     ] = None,
     suite: Annotated[
-        list[str] | None, typer.Option(help="divergence, generation, benchmarks, needles or speed; may be repeated.")
+        list[str] | None,
+        typer.Option(help="divergence, generation, benchmarks, needles, long_context or speed; may be repeated."),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text for divergence, generation and needles: a file, a folder, or a pattern of files."),
+        typer.Option(
+            help="Text for divergence, generation, needles and long_context: a file, a folder, or a pattern of files."
+        ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the results.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of samples of each task.")] = None,

@@ -10,7 +10,7 @@ from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem
 from distillkit.config.section import LoadingArguments, PathText, Section, WholeFile
 
-SUITES = ("divergence", "generation", "benchmarks", "needles", "speed")
+SUITES = ("divergence", "generation", "benchmarks", "needles", "long_context", "speed")
 
 TEACHER = "teacher"
 """The teacher's name in results, which no student may have."""
@@ -27,9 +27,13 @@ NeedleTask = Literal[
     "niah_multikey_3",
     "niah_multivalue",
     "niah_multiquery",
+    "niah_multikey_similar",
 ]
 
-ESSAY_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+OWN_TASK = "niah_multikey_similar"
+"""Not one of RULER's."""
+
+ESSAY_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery", OWN_TASK)
 """Tasks that hide needles in prose; the others generate their haystack (Hsieh et al. 2024, arXiv 2404.06654)."""
 
 
@@ -157,9 +161,9 @@ class NeedlesConfig(Section):
     """`needles`: retrieval from long texts, by length and depth (RULER's NIAH tasks)."""
 
     tasks: list[NeedleTask] = Field(
-        default=list(get_args(NeedleTask)),
+        default=[task for task in get_args(NeedleTask) if task != OWN_TASK],
         min_length=1,
-        description="RULER's names of the tasks; all by default",
+        description=f"RULER's names of the tasks, all by default; and {OWN_TASK}, with keys like the one asked for",
     )
     lengths: Lengths = Field(description="tokens of a prompt, such as [1024, 2048, 4096]")
     depths: int = Field(5, gt=0, description="positions of a needle, evenly from the beginning of the text to its end")
@@ -179,6 +183,44 @@ class NeedlesConfig(Section):
             others = "niah_single_1, niah_multikey_2 and niah_multikey_3"
             raise KeyProblem(
                 "haystack", f"is missing: {wanting[0]} hides its needles in prose (only {others} need none)"
+            )
+        return self
+
+
+class LongContextConfig(Section):
+    """`long_context`: what a long text tells a model: documents by position, last words of passages by distance."""
+
+    dataset: DatasetSource = Field(
+        description="text with long documents, which also lies between the parts of passages: repo_id or disk_path"
+    )
+    text_field: str = Field("text", description="column that holds the text")
+    documents: int = Field(8, gt=0, description="documents that are read")
+    length: int = Field(8192, gt=1, description="tokens of a document that are read; shorter documents are left out")
+    position_buckets: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_ascending)] = Field(
+        default=[0, 1024, 2048, 4096, 8192, 16384, 32768],
+        min_length=1,
+        description="positions in the document at which a bucket begins; each ends where the next begins",
+    )
+    kl: bool = Field(
+        True, description="compare students with the teacher at each position; false where memory holds one model only"
+    )
+    passages: DatasetSource | None = Field(
+        None,
+        description="passages of which the last word is asked, with the column text (LAMBADA): repo_id or disk_path",
+    )
+    num_passages: int = Field(200, gt=0, description="passages that are asked")
+    distances: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_ascending)] = Field(
+        default=[0, 256, 1024, 4096], description="tokens of other text between a passage's beginning and its end"
+    )
+    seed: int = Field(42, ge=0, description="seed of the choice of documents and passages, and of the text between")
+    batch_size: int = Field(8, gt=0, description="passages per batch")
+    prefill_tokens: int = Field(2048, gt=0, description="tokens that are read at a time, of all rows of a batch")
+
+    @model_validator(mode="after")
+    def check_buckets(self) -> Self:
+        if self.position_buckets[0] >= self.length:
+            raise KeyProblem(
+                "position_buckets", f"must begin before length, {self.length}; got {self.position_buckets}"
             )
         return self
 
@@ -218,6 +260,7 @@ class EvaluateConfig(WholeFile):
     )
     benchmarks: BenchmarksConfig | None = Field(None, description="tasks of the LM Evaluation Harness")
     needles: NeedlesConfig | None = Field(None, description="retrieval from long texts")
+    long_context: LongContextConfig | None = Field(None, description="what a long text tells a model")
     speed: SpeedConfig | None = Field(None, description="tokens per second and memory")
 
     @field_validator("students", mode="before")

@@ -28,7 +28,7 @@ class EvaluateOptions:
     suites: Sequence[str] = ()
     """Suites to run, with their keys in the file; by default all of the file, or divergence."""
     data: str | None = None
-    """Text of divergence and generation and haystack of needles, where these run."""
+    """Text of divergence, generation and long_context, and haystack of needles, where these run."""
     out: str | None = None
     limit: int | None = None
     switches: Mapping[str, bool] = field(default_factory=dict)
@@ -74,6 +74,10 @@ def check_evaluate_ready(config: EvaluateConfig) -> None:
             check_source("generation.questions.disk_path", config.generation.questions)
     if config.needles is not None and config.needles.haystack is not None:
         check_source("needles.haystack.disk_path", config.needles.haystack)
+    if config.long_context is not None:
+        check_source("long_context.dataset.disk_path", config.long_context.dataset)
+        if config.long_context.passages is not None:
+            check_source("long_context.passages.disk_path", config.long_context.passages)
     if config.benchmarks is not None:
         served = any(model.server is not None for model in config.models().values())
         for package in ("lm_eval", "tenacity") if served else ("lm_eval",):  # the second of lm-eval's own extra `api`
@@ -105,7 +109,7 @@ def _choose_suites(data: dict[str, Any], options: EvaluateOptions, *, with_file:
         for suite in set(SUITES) - set(wanted):
             data.pop(suite, None)
         data |= {suite: data.get(suite) or {} for suite in wanted}
-    readers = {"divergence": "dataset", "generation": "dataset", "needles": "haystack"}
+    readers = {"divergence": "dataset", "generation": "dataset", "needles": "haystack", "long_context": "dataset"}
     for suite, key in readers.items():
         if options.data is not None and isinstance(data.get(suite), dict):
             data[suite] = {**data[suite], key: {"disk_path": options.data}}

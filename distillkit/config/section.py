@@ -56,7 +56,7 @@ _KINDS = {
     "a capture": ("distillkit capture", ("compression", "rows_per_shard", "tokens_per_batch", "engine")),
     "an evaluation": (
         "distillkit evaluate",
-        ("students", "divergence", "generation", "benchmarks", "needles", "speed"),
+        ("students", "divergence", "generation", "benchmarks", "needles", "long_context", "speed"),
     ),
     "a synthetic text": ("distillkit synthesize", ("tokenizer", "repeated_passages", "questions_about_facts")),
 }

@@ -9,13 +9,15 @@ need no mask, so faster kernels without masks can run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
 from distillkit.config.errors import UserError
 from distillkit.distribution import at_least_float32
@@ -85,6 +87,79 @@ def log_probability(
             chosen = (logits / temperature).log_softmax(-1).gather(-1, input_ids[position, -tokens:].unsqueeze(-1))
             found[index] = chosen.cpu().double().sum().item()
     return found
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a continuation: its log-probability in nats, summed over its tokens; whether each token is the likeliest."""
+
+    log_probability: float
+    likeliest: bool
+
+
+@torch.no_grad()
+def score_continuations(
+    model: PreTrainedModel,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    *,
+    batch_size: int,
+    tokens_at_a_time: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[Score]]:
+    """The scores of each context's continuations; all have tokens.
+
+    A context is read once, and its continuations go on from its cache, which `can_fork` must allow where a context has
+    several of more than one token.
+
+    Args:
+        batch_size: contexts per batch.
+        tokens_at_a_time: of all contexts of a batch; all by default.
+        progress: called after each batch with the contexts that are done, and all of them.
+
+    Raises `UserError` where logits are NaN.
+    """
+    found: list[list[Score]] = [[] for _ in contexts]
+    done = 0
+    for batch in batches_by_length(contexts, batch_size):
+        input_ids, mask = left_padded([contexts[index] for index in batch], next(model.parameters()).device)
+        piece = input_ids.shape[1] if tokens_at_a_time is None else max(tokens_at_a_time // len(batch), 1)
+        first, cache = prefill(model, input_ids, piece, mask)
+        asked = [(row, index, list(each)) for row, index in enumerate(batch) for each in continuations[index]]
+        longest = max(len(tokens) for *_, tokens in asked)
+        rows, rest = torch.tensor([row for row, *_ in asked], device=first.device), None
+        if longest > 1:
+            if len(asked) > len(batch):
+                cache.batch_select_indices(rows)
+                mask = None if mask is None else mask[rows]
+            padded = [tokens[:-1] + [0] * (longest - len(tokens)) for *_, tokens in asked]  # nothing comes behind it
+            padding = {} if mask is None else _padding(F.pad(mask, (0, longest - 1), value=1), longest - 1)
+            rest = model(
+                input_ids=torch.tensor(padded, device=input_ids.device),
+                past_key_values=cache,
+                use_cache=True,
+                **padding,
+            ).logits
+        for place, (row, index, tokens) in enumerate(asked):
+            logits = first[row].unsqueeze(0)
+            if rest is not None:
+                logits = torch.cat([logits, rest[place, : len(tokens) - 1]])
+            check_numbers(logits)
+            wanted = torch.tensor(tokens, device=logits.device)
+            chosen = at_least_float32(logits).log_softmax(-1).gather(-1, wanted.unsqueeze(-1))
+            score = Score(chosen.double().sum().item(), bool((logits.argmax(-1) == wanted).all()))
+            found[index].append(score)
+        done += len(batch)
+        progress(done, len(contexts))
+    return found
+
+
+@torch.no_grad()
+def can_fork(model: PreTrainedModel) -> bool:
+    """Whether rows of the model's cache can be repeated, so that several continuations go on from one context."""
+    device = next(model.parameters()).device
+    _, cache = prefill(model, torch.zeros(1, 1, dtype=torch.long, device=device), 1)
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, RecurrentCacheLayer) for layer in cache.layers)
 
 
 @torch.no_grad()
@@ -157,7 +232,7 @@ def decoding_step(
         nonlocal mask
         given: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
         if mask is not None:
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            mask = F.pad(mask, (0, 1), value=1)
             given |= _padding(mask, 1)
         if static is not None:  # the mask of full attention is made ahead of the graph
             given = model.prepare_inputs_for_generation(tokens.unsqueeze(1), past_key_values=cache, **given)

@@ -1,4 +1,7 @@
-"""Needles in a haystack as RULER has them (Hsieh et al. 2024, arXiv 2404.06654): the prompts of eight tasks.
+"""Needles in a haystack as RULER has them (Hsieh et al. 2024, arXiv 2404.06654): the prompts of eight tasks and one.
+
+The ninth, `niah_multikey_similar`, is `niah_multikey_1` with eight keys of which seven share a word with the one asked
+for: who remembers a number, but not whose it is, gives another's.
 
 A needle is a sentence that gives the value of a key. The prompt ends with a question for the values of one or several
 keys, and with the beginning of the answer, so that a base model continues with them. Sentences and questions are worded
@@ -60,6 +63,8 @@ class TaskDefinition:
     """Values of each key."""
     queries: int = 1
     """Number of keys in the question."""
+    similar: bool = False
+    """Whether the other keys have a word in common with the one in the question."""
 
 
 TASKS = {
@@ -71,6 +76,7 @@ TASKS = {
     "niah_multikey_3": TaskDefinition("needles", key="uuid", value="uuid"),
     "niah_multivalue": TaskDefinition("essay", values=4),
     "niah_multiquery": TaskDefinition("essay", keys=4, queries=4),
+    "niah_multikey_similar": TaskDefinition("essay", keys=8, similar=True),
 }
 
 
@@ -82,6 +88,8 @@ class Prompt:
     token_ids: list[int]
     needle: str
     wanted: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    """Values of the similar keys."""
 
 
 class Essay:
@@ -122,8 +130,13 @@ def build_prompt(
     if task.haystack == "essay" and (essay is None or not essay.sentences):
         raise UserError("needles.haystack", "is missing: this task hides its needles in text; name a file or dataset")
     names = _Names(task, generator, essay.text if essay is not None and task.haystack == "essay" else "")
-    needles = {names.key(): [names.value() for _ in range(task.values)] for _ in range(task.keys)}
-    queried = generator.sample(list(needles), task.queries)
+    if task.similar:
+        asked = names.key()
+        queried, keys = [asked], [asked, *(names.key_like(asked, part % 2) for part in range(task.keys - 1))]
+        needles = {key: [names.value()] for key in keys}
+    else:
+        needles = {names.key(): [names.value() for _ in range(task.values)] for _ in range(task.keys)}
+        queried = generator.sample(list(needles), task.queries)
     sentences = [names.needle(key, value) for key, values in needles.items() for value in values]
     needle = names.needle(queried[0], needles[queried[0]][0])
     sentences.remove(needle)
@@ -141,7 +154,8 @@ def build_prompt(
         return template.format(kind=task.value, context=separator.join(lines), keys=_enumerated(queried))
 
     text, token_ids = _longest_that_fits(compose, tokenizer, length, fill=task.haystack == "needles")
-    return Prompt(text, token_ids, needle, wanted)
+    others = tuple(value for key in needles if key not in queried for value in needles[key]) if task.similar else ()
+    return Prompt(text, token_ids, needle, wanted, others)
 
 
 class _Names:
@@ -153,6 +167,16 @@ class _Names:
 
     def key(self) -> str:
         return self._new(self._word if self.task.key == "word" else self._uuid)
+
+    def key_like(self, key: str, part: int) -> str:
+        """A key that has one of both words in common with another, in its place."""
+
+        def draw() -> str:
+            words = self._word().split("-")
+            words[part] = key.split("-")[part]
+            return "-".join(words)
+
+        return self._new(draw)
 
     def value(self) -> str:
         return self._new(self._number if self.task.value == "number" else self._uuid)

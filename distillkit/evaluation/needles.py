@@ -35,6 +35,8 @@ def measure_needles(
 ) -> list[dict[str, Any]]:
     """One row per length and depth: `length`, `depth`, `correct` (sum of scores), `total`, `prompt_tokens_mean`.
 
+    With similar keys also `mistaken`: how many answers have the value of another key, and not the one that is wanted.
+
     Args:
         model: any causal language model of transformers that can continue from its cache, in evaluation mode.
         task: one of `haystack.TASKS`.
@@ -59,16 +61,18 @@ def measure_needles(
             for depth in depths
             for sample in range(samples)
         ]
-        scores = [0.0] * len(prompts)
+        scores, mistaken = [0.0] * len(prompts), [False] * len(prompts)
         for batch in batches_by_length([prompt.token_ids for prompt in prompts], settings.batch_size):
             chosen = [prompts[index] for index in batch]
-            for index, score in zip(batch, _scores(model, tokenizer, chosen, settings.prefill_tokens), strict=True):
-                scores[index] = score
+            for index, answer in zip(batch, _answers(model, tokenizer, chosen, settings.prefill_tokens), strict=True):
+                scores[index], mistaken[index] = answer.score, answer.mistaken
             done += length * len(batch)
             progress(done, total)
         for index, depth in enumerate(depths):
             samples_of_depth = slice(index * samples, (index + 1) * samples)
             row = {"length": length, "depth": depth, "correct": sum(scores[samples_of_depth]), "total": samples}
+            if definition.similar:
+                row["mistaken"] = sum(mistaken[samples_of_depth])
             tokens = sum(len(prompt.token_ids) for prompt in prompts[samples_of_depth])
             rows.append({**row, "prompt_tokens_mean": tokens / samples})
     return rows
@@ -87,6 +91,8 @@ class _Answer:
         self.written: list[int] = []
         self.score = 0.0
         """Share of the expected values that it contains, without regard to case."""
+        self.mistaken = False
+        """Whether it has the value of another key, and not all expected ones."""
         self.over = False
 
     def add(self, token_id: int) -> None:
@@ -99,12 +105,13 @@ class _Answer:
         wanted = self.prompt.wanted
         self.score = sum(value.lower() in text for value in wanted) / len(wanted)
         self.over = self.score == 1
+        self.mistaken = not self.over and any(value.lower() in text for value in self.prompt.others)
 
 
-def _scores(
+def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], tokens_at_a_time: int
-) -> list[float]:
-    """Scores of a batch of prompts."""
+) -> list[_Answer]:
+    """Answers to a batch of prompts."""
     input_ids, attention_mask = left_padded([prompt.token_ids for prompt in prompts], next(model.parameters()).device)
     piece = max(tokens_at_a_time // len(prompts), 1)
     logits, cache = prefill(model, input_ids, piece, attention_mask)
@@ -114,22 +121,26 @@ def _scores(
             answer.add(token_id)
         if all(answer.over for answer in answers):
             break
-    return [answer.score for answer in answers]
+    return answers
 
 
 def read_haystack(source: DatasetSource | None, tokens: int) -> str:
     """As much of the column `text` as a haystack of `tokens` can hold; nothing without a source."""
-    if source is None:
-        return ""
-    rows = load_source(source, "needles.haystack")
-    if "text" not in rows.column_names:
+    return "" if source is None else read_prose(source, tokens, "needles.haystack", "text")
+
+
+def read_prose(source: DatasetSource, tokens: int, key: str, column: str) -> str:
+    """As much of a column's texts, one after the other, as `tokens` tokens can be.
+
+    key: the key of the YAML that holds the source, for error messages.
+    """
+    rows = load_source(source, key)
+    if column not in rows.column_names:
         columns = ", ".join(rows.column_names)
-        raise UserError(
-            "needles.haystack", f"has no column text, which the haystack is read from; its columns are {columns}"
-        )
+        raise UserError(key, f"has no column {column}, which the haystack is read from; its columns are {columns}")
     texts: list[str] = []
     missing = tokens * CHARACTERS_PER_TOKEN
-    for text in rows["text"]:
+    for text in rows[column]:
         texts.append(text or "")
         missing -= len(texts[-1])
         if missing <= 0:

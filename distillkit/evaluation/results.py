@@ -12,7 +12,7 @@ from distillkit.config.evaluate import SUITES, TEACHER, EvaluateConfig, ModelCon
 from distillkit.console import print_line
 from distillkit.evaluation.local_benchmarks import LOCAL_TASKS
 from distillkit.evaluation.model_spec import trained_length
-from distillkit.evaluation.units import Unit, UnitResult
+from distillkit.evaluation.units import DOCUMENTS, LAST_WORD, Unit, UnitResult
 from distillkit.formatting import number_text
 from distillkit.reporting.comparison import KL
 from distillkit.reporting.reading import EVALUATION, FORMAT
@@ -51,6 +51,10 @@ def write_results(
             suite.setdefault(unit.model, {})[unit.task] = result
         elif unit.suite == "benchmarks":
             suite.setdefault(unit.model, {}).update(result)
+        elif unit.suite == "long_context" and unit.task.startswith(LAST_WORD):
+            suite.setdefault(unit.model, {}).setdefault(LAST_WORD, []).append(result)
+        elif unit.suite == "long_context":
+            suite.setdefault(unit.model, {})[unit.task] = result
         else:
             task = unit.task.partition("@")[0]
             suite.setdefault(unit.model, {}).setdefault(task, []).extend(result)
@@ -161,6 +165,7 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
     needles = results["needles"]
     for task in dict.fromkeys(task for each in needles.values() for task in each):
         yield task, {name: _share(each[task]) for name, each in needles.items() if task in each}
+    yield from _long_context(results["long_context"])
     for key, label in (("prefill_tokens_per_second", "prefill"), ("decode_tokens_per_second", "decode")):
         for context in dict.fromkeys(row["context"] for rows in results["speed"].values() for row in rows):
             at = {
@@ -170,6 +175,22 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
                 f"{label} at {context:,} tokens, tokens/s",
                 {name: number_text(rate, ",.1f") for name, rate in at.items()},
             )
+
+
+def _long_context(measured: Json) -> Iterator[tuple[str, dict[str, str]]]:
+    positions = {name: each[DOCUMENTS]["positions"] for name, each in measured.items() if DOCUMENTS in each}
+    buckets = dict.fromkeys((row["from"], row["to"]) for rows in positions.values() for row in rows)
+    for key, label, form in (("perplexity", "perplexity", ".2f"), ("kl", "KL(teacher‖student)", ".4f")):
+        for bucket in buckets:
+            at = {name: row for name, rows in positions.items() for row in rows if (row["from"], row["to"]) == bucket}
+            cells = {name: number_text(row[key], form) for name, row in at.items() if key in row}
+            yield f"long documents, {bucket[0]:,} to {bucket[1]:,}: {label}", cells
+    words = {name: each[LAST_WORD] for name, each in measured.items() if LAST_WORD in each}
+    for distance in dict.fromkeys(row["distance"] for rows in words.values() for row in rows):
+        at = {name: row for name, rows in words.items() for row in rows if row["distance"] == distance}
+        for key, label in (("accuracy", ""), ("accuracy_without", ", without the passage's beginning")):
+            cells = {name: number_text(row[key], ".1%") for name, row in at.items()}
+            yield f"last word at {distance:,} tokens{label}", cells
 
 
 def _share(rows: list[Json]) -> str:

@@ -14,7 +14,7 @@ from distillkit.data.sources import load_source
 from distillkit.evaluation.comparison import compare
 from distillkit.evaluation.held_out import KEY, held_out_batches, held_out_rows
 from distillkit.evaluation.model_spec import LoadedModel
-from distillkit.evaluation.units import CHOICES, Unit
+from distillkit.evaluation.units import CHOICES, DOCUMENTS, Unit
 from distillkit.models.decoder import check_head, head
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import check_known_tokens, check_same_tokenizer, common_vocabulary
@@ -44,6 +44,10 @@ def check_settings(config: EvaluateConfig) -> None:
         from distillkit.evaluation.needles import read_haystack
 
         read_haystack(config.needles.haystack, tokens=1)
+    if config.long_context is not None:
+        from distillkit.evaluation.long_context import check_texts
+
+        check_texts(config.long_context)
 
 
 def measure(
@@ -76,6 +80,9 @@ def measure(
         task, length = unit.task.split("@")
         needles = config.needles.model_copy(update={"lengths": [int(length)]})
         return measure_needles(loaded.model, loaded.tokenizer, needles, task, limit=config.limit, progress=progress)
+    if unit.suite == "long_context":
+        beside = teacher() if unit.beside_teacher and config.teacher is not None else None
+        return _long_context(unit, loaded, beside, config, progress)
     assert config.speed is not None
     from distillkit.evaluation.speed import measure_speed
 
@@ -141,6 +148,29 @@ def _generation(
             return measure_continuations(teachers, None, settings.new_tokens)
     written = write(loaded.model, prompts, settings, None if judge is None else judge.model, columns, progress)
     return measure_continuations(written, teachers, settings.new_tokens)
+
+
+def _long_context(
+    unit: Unit, loaded: LoadedModel, teacher: LoadedModel | None, config: EvaluateConfig, progress: Progress
+) -> dict[str, Any]:
+    """teacher: where the model is a student that is compared with it."""
+    assert config.long_context is not None
+    from distillkit.evaluation.long_context import DATASET, measure_documents, measure_last_words, read_documents
+
+    settings, (task, _, distance) = config.long_context, unit.task.partition("@")
+    if task != DOCUMENTS:
+        return measure_last_words(
+            loaded.model, loaded.tokenizer, settings, int(distance), limit=config.limit, progress=progress
+        )
+    reference = teacher or loaded
+    check_same_tokenizer(reference.tokenizer, loaded.tokenizer, reference.spec.key)
+    columns = common_vocabulary(len(head(reference.model)[0]), loaded.model, loaded.tokenizer, reference.tokenizer)
+    for each in (reference, loaded):
+        check_head(each.model, each.spec.key)
+    documents = read_documents(settings, loaded.tokenizer, config.limit)
+    check_known_tokens(Dataset.from_dict({"input_ids": documents}), columns, loaded.tokenizer, DATASET)
+    beside = None if teacher is None else teacher.model
+    return measure_documents(loaded.model, documents, settings, teacher=beside, columns=columns, progress=progress)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from distillkit.evaluation.local_benchmarks import task_files
 from distillkit.runs.secrets import without_secrets
 from distillkit.runs.writing import read_json, write_json
 
-VERSIONS = {"model": 2, "divergence": 2, "generation": 1, "benchmarks": 2, "needles": 1, "speed": 3}
+VERSIONS = {"model": 2, "divergence": 2, "generation": 1, "benchmarks": 2, "needles": 1, "long_context": 1, "speed": 3}
 """Version of each suite's maths, increased when the same models and settings give other numbers than before."""
 
 LIBRARIES = ("torch", "transformers", "flash-linear-attention")
@@ -31,6 +31,9 @@ LIBRARIES = ("torch", "transformers", "flash-linear-attention")
 
 CONTINUATIONS, CHOICES = "continuations", "choices"
 """The tasks of `generation`."""
+
+DOCUMENTS, LAST_WORD = "documents", "last_word"
+"""The tasks of `long_context`; the second is followed by @ and a distance."""
 
 SMOKE_SAMPLES, SMOKE_LENGTH, SMOKE_NEW_TOKENS = 2, 256, 32
 
@@ -51,7 +54,8 @@ class Unit:
     @property
     def beside_teacher(self) -> bool:
         """Whether the teacher, where there is one, is needed too, and decides the result."""
-        return self.model != TEACHER and (self.suite == "divergence" or self.task == CONTINUATIONS)
+        compared = self.suite == "divergence" or self.task == CONTINUATIONS or self.settings.get("kl", False)
+        return self.model != TEACHER and compared
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def units_of(config: EvaluateConfig, device: torch.device) -> Iterator[Unit]:
         yield from _generation(model, config)
         yield from _benchmarks(model, config)
         yield from _needles(model, config)
+        yield from _long_context(model, config)
         if config.speed is not None:
             threads = torch.get_num_threads() if device.type == "cpu" else None
             settings = config.speed.model_dump(mode="json", exclude={"contexts"})
@@ -132,6 +137,11 @@ def shortened(config: EvaluateConfig) -> EvaluateConfig:
         suites["generation"] = generation.model_copy(update={"new_tokens": tokens})
     if (needles := config.needles) is not None:
         suites["needles"] = needles.model_copy(update={"lengths": needles.lengths[:1], "depths": 1})
+    if (long := config.long_context) is not None:
+        length = min(long.length, SMOKE_LENGTH)
+        buckets = [edge for edge in long.position_buckets if edge < length] or [0]
+        changes = {"length": length, "position_buckets": buckets, "distances": long.distances[:1]}
+        suites["long_context"] = long.model_copy(update=changes)
     if (speed := config.speed) is not None:
         suites["speed"] = speed.model_copy(update={"contexts": speed.contexts[:1], "decode_tokens": 2, "repeats": 1})
     path = str(Path(config.output_path) / "smoke")
@@ -188,6 +198,24 @@ def _needles(model: str, config: EvaluateConfig) -> Iterator[Unit]:
             haystack = {"haystack": source.model_dump(mode="json"), "files": _files(source)}
         for length in config.needles.lengths:
             yield Unit(model, "needles", f"{task}@{length}", {**settings, **haystack})
+
+
+def _long_context(model: str, config: EvaluateConfig) -> Iterator[Unit]:
+    """What is compared with the teacher first."""
+    if (suite := config.long_context) is None:
+        return
+    common = {"dataset", "text_field", "seed", "prefill_tokens"}
+    decided_by = {**_libraries(), "limit": config.limit, "files": _files(suite.dataset)}
+    own = {"documents", "length", "position_buckets", "kl"}
+    settings = suite.model_dump(mode="json", include=common | own)
+    if model == TEACHER:
+        del settings["kl"]
+    yield Unit(model, "long_context", DOCUMENTS, {**settings, **decided_by})
+    if suite.passages is not None:
+        settings = suite.model_dump(mode="json", include={*common, "passages", "num_passages", "batch_size"})
+        settings |= {"longest": max(suite.distances), "passage_files": _files(suite.passages)}
+        for distance in suite.distances:
+            yield Unit(model, "long_context", f"{LAST_WORD}@{distance}", {**settings, **decided_by})
 
 
 def _files(source: DatasetSource) -> list[list[Any]]:

@@ -13,7 +13,7 @@ from distillkit.reporting import numbers
 from distillkit.reporting.document import Cell, Row, Table, Tone
 from distillkit.reporting.evaluated import Z_95, Model, common_tasks, lengths, score, the_teacher
 from distillkit.reporting.numbers import NOTHING, Form
-from distillkit.reporting.reading import Json, number, section, shown
+from distillkit.reporting.reading import Json, number, rows, section, shown
 from distillkit.reporting.shares import (
     MAIN_METRICS,
     Measured,
@@ -82,6 +82,7 @@ def comparison(models: Sequence[Model]) -> Table | None:
         ("generation", _generation(models)),
         ("benchmarks", _benchmarks(models)),
         ("needles found", _needles(models)),
+        ("long texts", _long_context(models)),
         ("speed and memory", _speed(models)),
     ]
     body: list[Row] = []
@@ -183,8 +184,8 @@ def _beside(models: Sequence[Model], teacher: Measured, key: str, teachers_key: 
     return found
 
 
-def _with_error(divergence: Json, key: str, teacher: Measured | None = None) -> Measured:
-    return Measured(number(divergence, key), number(divergence, "standard_errors", key), teacher)
+def _with_error(found: Json, key: str, teacher: Measured | None = None) -> Measured:
+    return Measured(number(found, key), number(found, "standard_errors", key), teacher)
 
 
 def _shares(models: Sequence[Model]) -> Iterator[Row]:
@@ -247,13 +248,41 @@ def _needles(models: Sequence[Model]) -> Iterator[Row]:
         yield from _row(models, label, found, numbers.percent, "higher", "difference")
 
 
+def _long_context(models: Sequence[Model]) -> Iterator[Row]:
+    """At the first and the last positions and distances that any model has."""
+    positions = [rows(model.long_context, "documents", "positions") for model in models]
+    edges = sorted({(row["from"], row["to"]) for found in positions for row in found})
+    for start, end in dict.fromkeys([*edges[:1], *edges[-1:]]):
+        at = [next((row for row in found if (row["from"], row["to"]) == (start, end)), {}) for found in positions]
+        where = f"{numbers.length(start)} to {numbers.length(end)} tokens"
+        yield from _row(
+            models,
+            f"perplexity, {where}",
+            [_with_error(row, "perplexity") for row in at],
+            numbers.decimals,
+            "lower",
+            "difference",
+        )
+        yield from _row(models, f"KL, {where}", [_with_error(row, "kl") for row in at], numbers.nats)
+    words = [rows(model.long_context, "last_word") for model in models]
+    distances = sorted({int(row["distance"]) for found in words for row in found})
+    for distance in dict.fromkeys([*distances[:1], *distances[-1:]]):
+        at = [next((row for row in found if row["distance"] == distance), {}) for found in words]
+        for key, label, form in (
+            ("accuracy", "last word right", numbers.percent),
+            ("gain", "gain in nats", numbers.decimals),
+        ):
+            label = f"{label}, {numbers.length(distance)} tokens between"
+            yield from _row(models, label, [_with_error(row, key) for row in at], form, "higher", "difference")
+
+
 def _speed(models: Sequence[Model]) -> Iterator[Row]:
     """At the longest context at which all were measured."""
     measured = [{row["context"] for row in model.speed} for model in models if model.speed]
     context = max(set.intersection(*measured), default=0) if measured else 0
     if not context:
         return
-    rows = [next((row for row in model.speed if row["context"] == context), {}) for model in models]
+    at = [next((row for row in model.speed if row["context"] == context), {}) for model in models]
     for key, label, form, better in SPEED:
-        found = [Measured(number(row, key)) for row in rows]
+        found = [Measured(number(row, key)) for row in at]
         yield from _row(models, label.format(f" at {numbers.length(context)} tokens"), found, form, better, "multiple")

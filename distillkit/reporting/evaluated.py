@@ -30,6 +30,7 @@ class Model:
     generation: Json = field(default_factory=dict)
     benchmarks: dict[str, Json] = field(default_factory=dict)
     needles: dict[str, list[Json]] = field(default_factory=dict)
+    long_context: Json = field(default_factory=dict)
     speed: list[Json] = field(default_factory=list)
     slug: str = ""
     bases: list[Path] = field(default_factory=list)
@@ -49,7 +50,8 @@ def merge_models(evaluations: Sequence[Evaluation]) -> list[Model]:
     """The teacher first, then students in the order in which they occur.
 
     The same name and path is the same model. A later file adds to an earlier one, and replaces what both measured (of
-    needles: the same task, length and depth). Models of one name and different paths show their paths.
+    needles: the same task, length and depth; of last words: the same distance). Models of one name and different paths
+    show their paths.
     """
     models: dict[tuple[str, str], Model] = {}
     for evaluation in evaluations:
@@ -124,6 +126,12 @@ def _add(model: Model, evaluation: Evaluation, name: str) -> None:
     for task in section(content, "needles", name):
         found = [*model.needles.get(task, []), *rows(content, "needles", name, task)]
         model.needles[task] = _latest(found, ["length", "depth"], needed=["length", "depth", "correct", "total"])
+    words = [*rows(model.long_context, "last_word"), *rows(content, "long_context", name, "last_word")]
+    model.long_context.update(section(content, "long_context", name))
+    model.long_context["last_word"] = _latest(words, ["distance"], needed=["distance", "accuracy"])
+    documents = section(model.long_context, "documents")
+    positions = _latest(rows(documents, "positions"), ["from", "to"], needed=["from", "to", "perplexity"])
+    model.long_context["documents"] = {**documents, "positions": positions}
     speed = [{**row, "cache_and_state_bytes": _cache_and_state(row)} for row in rows(content, "speed", name)]
     model.speed = _latest([*model.speed, *speed], ["context"], needed=["context"])
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from distillkit.config.evaluate import OWN_TASK
 from distillkit.reporting import numbers
 from distillkit.reporting.comparison import benchmark_table
 from distillkit.reporting.document import Gallery, Part, Picture, Section, Table
@@ -18,6 +19,20 @@ POSITION_COLUMNS: list[tuple[str, str, Form]] = [
     ("agreement", "agreement", numbers.percent),
     ("student_perplexity", "perplexity", numbers.decimals),
     ("teacher_perplexity", "teacher's perplexity", numbers.decimals),
+]
+LONG_COLUMNS: list[tuple[str, str, Form]] = [
+    ("tokens", "tokens", numbers.count),
+    ("perplexity", "perplexity", numbers.decimals),
+    ("kl", "KL", numbers.nats),
+    ("agreement", "agreement", numbers.percent),
+]
+LAST_WORD_COLUMNS: list[tuple[str, str, Form]] = [
+    ("accuracy", "right", numbers.percent),
+    ("accuracy_without", "right without", numbers.percent),
+    ("log_probability", "log-probability, nats", numbers.decimals),
+    ("log_probability_without", "without", numbers.decimals),
+    ("gain", "gain", numbers.decimals),
+    ("passages", "passages", numbers.count),
 ]
 SPEED_COLUMNS: list[tuple[str, str, Form]] = [
     ("prefill_tokens_per_second", "prefill, tokens/s", numbers.rate),
@@ -46,8 +61,7 @@ def divergence_section(models: Sequence[Model]) -> Section | None:
     tables: list[Part] = []
     for model in students:
         if found := rows(model.divergence, "positions"):
-            labels = [f"{shown(numbers.count, row, 'from')} to {shown(numbers.count, row, 'to')}" for row in found]
-            tables += [f"{model.name}, by position", _table("position", labels, found, POSITION_COLUMNS)]
+            tables += [f"{model.name}, by position", _table("position", _bucket_labels(found), found, POSITION_COLUMNS)]
     measured = {f"{model.name}: {shown(numbers.count, model.divergence, 'tokens')}" for model in students}
     parts: list[Part] = [f"On held-out text; tokens measured: {', '.join(sorted(measured))}.", Gallery(pictures)]
     return Section("Divergence", [*parts, Section("The numbers", tables, folded=True)] if tables else parts)
@@ -142,6 +156,74 @@ def needle_section(models: Sequence[Model]) -> Section | None:
     return Section("Needles", [*parts, Section("The numbers", [_needle_table(measured, every_task)], folded=True)])
 
 
+def long_context_section(models: Sequence[Model]) -> Section | None:
+    """Long documents by position, and last words of passages by distance."""
+    read = [model for model in models if rows(model.long_context, "documents", "positions")]
+    asked = [model for model in models if rows(model.long_context, "last_word")]
+    parts: list[Part] = []
+    tables: list[Part] = []
+    if read:
+        documents = {
+            f"{model.name}: {shown(numbers.count, model.long_context, 'documents', 'documents')}" for model in read
+        }
+        parts += [
+            "Long documents, each read from its beginning; the same documents are in every bucket of positions. "
+            f"Documents: {', '.join(sorted(documents))}.",
+            Gallery(_long_document_charts(read)),
+        ]
+        for model in read:
+            found = rows(model.long_context, "documents", "positions")
+            tables += [f"{model.name}, by position", _table("position", _bucket_labels(found), found, LONG_COLUMNS)]
+    if asked:
+        parts += [
+            "The last word of passages, whose beginning stands so many tokens of other text before their last "
+            "sentence. Without the beginning, only what needs no memory is known; the "
+            "gain is the log-probability that the beginning adds.",
+            Gallery(_last_word_charts(asked)),
+        ]
+        found = [(model, row) for model in asked for row in rows(model.long_context, "last_word")]
+        labels = [f"{model.name}, {shown(numbers.length, row, 'distance')}" for model, row in found]
+        tables += [_table("model, tokens between", labels, [row for _, row in found], LAST_WORD_COLUMNS)]
+    if not parts:
+        return None
+    return Section("Long texts", [*parts, Section("The numbers", tables, folded=True)])
+
+
+def _long_document_charts(models: Sequence[Model]) -> list[Picture]:
+    charts = []
+    positions = [_positions(rows(model.long_context, "documents", "positions")) for model in models]
+    for key, title, y in (
+        ("perplexity", "Long documents: perplexity by position", Axis("perplexity", numbers.figures)),
+        ("kl", "Long documents: KL by position", Axis("nats per token", numbers.figures, from_zero=True)),
+    ):
+        lines = [_line(model, found, "middle", key) for model, found in zip(models, positions, strict=True)]
+        if lines := [line for line in lines if len(line.x) > 1]:
+            y = replace(y, log10=key == "perplexity" and wide(lines))
+            charts.append(_position_chart(title, lines, positions, y, _trained_length_marks(models)))
+    return charts
+
+
+def _last_word_charts(models: Sequence[Model]) -> list[Picture]:
+    """Distances are places along the axis, since 0 has no logarithm."""
+    distances = sorted({float(row["distance"]) for model in models for row in rows(model.long_context, "last_word")})
+    if len(distances) < 2:
+        return []
+    charts = []
+    share = Axis("% of passages", lambda value: f"{100 * value:.0f}", from_zero=True)
+    gain = Axis("nats, with the beginning less without", numbers.figures, from_zero=True)
+    places = [float(place) for place in range(len(distances))]
+    x = Axis("tokens between", lambda place: numbers.length(distances[round(place)]), ticks=places)
+    for key, title, y in (("accuracy", "Last word: right", share), ("gain", "Last word: gain", gain)):
+        lines = []
+        for model in models:
+            found = [
+                {**row, "place": distances.index(row["distance"])} for row in rows(model.long_context, "last_word")
+            ]
+            lines.append(_line(model, found, "place", key))
+        charts.append(line_chart(numbers.slug(title), title, lines, x, y))
+    return charts
+
+
 def _trained_length_marks(models: Sequence[Model]) -> list[Mark]:
     """A vertical line for each trained length, and whose it is where they differ."""
     groups: dict[float, list[Model]] = {}
@@ -208,12 +290,21 @@ def _needle_table(models: Sequence[Model], tasks: Sequence[str]) -> Table:
             found = [score(model, [task], length) for length in columns]
             shares = [numbers.shown(None if each is None else each[0], numbers.percent) for each in found]
             body.append([f"{task}, {model.name}", *shares])
+            if mistaken := [_mistaken(model.needles[task], length) for length in columns if task == OWN_TASK]:
+                body.append([f"{task}, {model.name}: another key's value", *mistaken])
     return Table(["tokens", *map(numbers.length, columns)], body)
+
+
+def _mistaken(found: Sequence[Json], length: int) -> str:
+    """The share of answers with the value of another key than the one asked for."""
+    here = [row for row in found if row["length"] == length and number(row, "mistaken") is not None]
+    total = sum(row["total"] for row in here)
+    return numbers.shown(sum(row["mistaken"] for row in here) / total if total else None, numbers.percent)
 
 
 def _position_charts(models: Sequence[Model], students: Sequence[Model]) -> list[Picture]:
     marks = _trained_length_marks([model for model in models if not model.is_teacher])
-    positions = [_positions(model) for model in students]
+    positions = [_positions(rows(model.divergence, "positions")) for model in students]
     charts = []
     for key, title, y in (
         ("kl", "KL by position", Axis("nats per token", numbers.figures, from_zero=True)),
@@ -228,20 +319,27 @@ def _position_charts(models: Sequence[Model], students: Sequence[Model]) -> list
             teacher = _line(students[0], positions[0], "middle", "teacher_perplexity")
             lines.insert(0, replace(teacher, label="teacher", colour="teacher", dashed=True))
             y = replace(y, log10=wide(lines))
-        ticks = sorted({edge for found in positions for row in found for edge in (row["from"], row["end"]) if edge > 0})
-        x = Axis("position in the document, tokens", numbers.length, log2=True, ticks=ticks)
-        inside = [mark for mark in marks if mark.x < ticks[-1]]
-        charts.append(line_chart(numbers.slug(title), title, lines, x, y, inside))
+        charts.append(_position_chart(title, lines, positions, y, marks))
     return charts
 
 
-def _positions(model: Model) -> list[Json]:
+def _position_chart(
+    title: str, lines: Sequence[Series], positions: Sequence[Sequence[Json]], y: Axis, marks: Sequence[Mark]
+) -> Picture:
+    """positions: as of `_positions`, of each model."""
+    ticks = sorted({edge for found in positions for row in found for edge in (row["from"], row["end"]) if edge > 0})
+    x = Axis("position in the document, tokens", numbers.length, log2=True, ticks=ticks)
+    inside = [mark for mark in marks if mark.x < ticks[-1]]
+    return line_chart(numbers.slug(title), title, lines, x, y, inside)
+
+
+def _positions(buckets: Sequence[Json]) -> list[Json]:
     """The buckets, each with its `end` and its geometric `middle`, the middle of a logarithmic axis.
 
     The last bucket may be open; it is drawn to twice its beginning.
     """
     found = []
-    for row in rows(model.divergence, "positions"):
+    for row in buckets:
         start, end = number(row, "from"), number(row, "to")
         if start is not None and (end := end or 2 * start):
             found.append({**row, "end": end, "middle": (max(start, 1) * end) ** 0.5})
@@ -259,6 +357,10 @@ def _line(model: Model, found: Sequence[Json], x: str, y: str) -> Series:
     """A line through the rows that have both numbers."""
     points = [(a, b) for row in found if (a := number(row, x)) is not None and (b := number(row, y)) is not None]
     return Series.through(points, model.name, model.colour, model.is_teacher)
+
+
+def _bucket_labels(buckets: Sequence[Json]) -> list[str]:
+    return [f"{shown(numbers.count, row, 'from')} to {shown(numbers.count, row, 'to')}" for row in buckets]
 
 
 def _table(first: str, labels: Sequence[str], found: Sequence[Json], columns: list[tuple[str, str, Form]]) -> Table:

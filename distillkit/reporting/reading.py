@@ -21,6 +21,7 @@ OUTLINE: dict[str, tuple[type, ...]] = {
     "generation": (dict, dict, dict),
     "benchmarks": (dict, dict, dict),
     "needles": (dict, dict, list, dict),
+    "long_context": (dict, dict),
     "speed": (dict, list, dict),
     "failures": (list, dict),
     "missing": (list, dict),

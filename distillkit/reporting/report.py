@@ -11,6 +11,7 @@ from distillkit.reporting.evaluation_sections import (
     benchmark_section,
     divergence_section,
     generation_section,
+    long_context_section,
     needle_section,
     speed_section,
 )
@@ -81,6 +82,7 @@ def build_report(results: Results) -> Section:
         generation_section(models),
         benchmark_section(models),
         needle_section(models),
+        long_context_section(models),
         speed_section(models),
         training_section(results.runs),
         failure_section(results.evaluations),
