@@ -153,6 +153,9 @@ class BenchmarksConfig(Section):
     )
     num_fewshot: int | None = Field(None, ge=0, description="examples before each question; the task's own by default")
     batch_size: int = Field(8, gt=0, description="samples per batch")
+    share_contexts: bool = Field(
+        True, description="read a context once for all options of a question; false: in lm-eval's own batches"
+    )
     apply_chat_template: bool = Field(False, description="format questions with the model's chat template")
     seed: int = Field(1234, ge=0, description="seed of the choice of examples, and of sampling")
 

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config.errors import UserError, did_you_mean
 from distillkit.config.evaluate import BenchmarksConfig
+from distillkit.evaluation.generation import can_fork
 from distillkit.evaluation.local_benchmarks import KEY, LOCAL_TASKS, Documents, read_documents
 from distillkit.evaluation.server import ServedModel
 from distillkit.models.special_tokens import prompt_tokenizer
@@ -43,8 +46,8 @@ def run_benchmark(
 
     Returns: by name of the task, `metrics` (by name, and filter where there are several: `value`, `standard_error` or
         None), `samples`, `chance` (the accuracy of guessing; 0 where no option is chosen), `version`,
-        `higher_is_better` by the same names as `metrics` (None where it is unknown), and `note` where the documents are
-        not those of the hub.
+        `higher_is_better` by the same names as `metrics` (None where it is unknown), `items` (as of `_items`), and
+        `note` where the documents are not those of the hub.
 
     Raises:
         UserError: as of `check_tasks`.
@@ -52,8 +55,11 @@ def run_benchmark(
     tasks = check_tasks(settings, [task])
     from lm_eval.models.huggingface import HFLM
 
+    from distillkit.evaluation.shared_contexts import SharedContextLM
+
+    kind = SharedContextLM if settings.share_contexts and can_fork(model) else HFLM
     with _without_noise():
-        harness = HFLM(
+        harness = kind(
             pretrained=model, tokenizer=prompt_tokenizer(tokenizer), backend="causal", batch_size=settings.batch_size
         )
         return _evaluate(harness, tasks, settings, task, limit, progress)
@@ -271,8 +277,34 @@ def _scores(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 "chance": _chance(tasks, results),
                 "version": results["versions"].get(name),
                 "higher_is_better": better,
+                "items": _items(tasks, results),
             }
     return scores
+
+
+def _items(tasks: Sequence[str], results: dict[str, Any]) -> dict[str, Any]:
+    """What each item scored, so that two models can be compared item by item.
+
+    `digest`: of the items and their prompts, in their order. `values`: by the names of `metrics`, of those that have a
+    number for every item: a digit for each item where all are 0 or 1, else a list.
+    """
+    digest, columns, counted = sha256(), dict[str, list[float]](), 0
+    for task in tasks:
+        samples = results["samples"][task]
+        for sample in samples:
+            filtered = sample["filter"]
+            if filtered == samples[0]["filter"]:
+                counted += 1
+                digest.update(f"{task} {sample['doc_hash']} {sample['prompt_hash']}\n".encode())
+            for metric in sample["metrics"]:
+                value = sample[metric]
+                if isinstance(value, bool | int | float | np.number | np.bool_):
+                    columns.setdefault(metric if filtered == "none" else f"{metric},{filtered}", []).append(
+                        float(value)
+                    )
+    whole = {name: values for name, values in columns.items() if len(values) == counted}
+    values = {name: "".join(f"{each:.0f}" for each in of) if {*of} <= {0, 1} else of for name, of in whole.items()}
+    return {"digest": digest.hexdigest()[:16], "values": values}
 
 
 def _chance(tasks: Sequence[str], results: dict[str, Any]) -> float:

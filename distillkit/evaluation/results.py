@@ -15,7 +15,9 @@ from distillkit.evaluation.model_spec import trained_length
 from distillkit.evaluation.units import DOCUMENTS, LAST_WORD, Unit, UnitResult
 from distillkit.formatting import number_text
 from distillkit.reporting.comparison import KL
-from distillkit.reporting.reading import EVALUATION, FORMAT
+from distillkit.reporting.evaluated import merge_models, the_teacher
+from distillkit.reporting.reading import EVALUATION, FORMAT, Evaluation
+from distillkit.reporting.shares import pairable_tasks, paired_over
 from distillkit.runs.names import RESULTS
 from distillkit.runs.writing import write_json
 
@@ -162,6 +164,7 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
                 f"{task}, {metric}",
                 {name: number_text(each["value"], ".3f") for name, each in scores.items() if each},
             )
+    yield from _pairs(results)
     needles = results["needles"]
     for task in dict.fromkeys(task for each in needles.values() for task in each):
         yield task, {name: _share(each[task]) for name, each in needles.items() if task in each}
@@ -177,6 +180,20 @@ def _rows(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
             )
 
 
+def _pairs(results: Json) -> Iterator[tuple[str, dict[str, str]]]:
+    """Students beside the teacher, item by item, as the report has it."""
+    models = merge_models([Evaluation(Path(), results)])
+    teacher = the_teacher(models)
+    tasks = [] if teacher is None else pairable_tasks(models, teacher)
+    for label, some in ((f"{len(tasks)} tasks", tasks), *((task, [task]) for task in tasks)):
+        if teacher is not None and some and (label in tasks or len(tasks) > 1):
+            pairs = {model.name: paired_over(model, teacher, some) for model in models if not model.is_teacher}
+            cells = {
+                name: f"{each.not_worse:.1%} (+{each.win:.1%} -{each.loss:.1%})" for name, each in pairs.items() if each
+            }
+            yield f"{label}, at least as right as the teacher (more, less)", cells
+
+
 def _long_context(measured: Json) -> Iterator[tuple[str, dict[str, str]]]:
     positions = {name: each[DOCUMENTS]["positions"] for name, each in measured.items() if DOCUMENTS in each}
     buckets = dict.fromkeys((row["from"], row["to"]) for rows in positions.values() for row in rows)
@@ -188,8 +205,12 @@ def _long_context(measured: Json) -> Iterator[tuple[str, dict[str, str]]]:
     words = {name: each[LAST_WORD] for name, each in measured.items() if LAST_WORD in each}
     for distance in dict.fromkeys(row["distance"] for rows in words.values() for row in rows):
         at = {name: row for name, rows in words.items() for row in rows if row["distance"] == distance}
-        for key, label in (("accuracy", ""), ("accuracy_without", ", without the passage's beginning")):
-            cells = {name: number_text(row[key], ".1%") for name, row in at.items()}
+        for key, label, form in (
+            ("accuracy", "", ".1%"),
+            ("accuracy_without", ", without the passage's beginning", ".1%"),
+            ("gain", ", nats that the beginning adds", ".2f"),
+        ):
+            cells = {name: number_text(row[key], form) for name, row in at.items()}
             yield f"last word at {distance:,} tokens{label}", cells
 
 

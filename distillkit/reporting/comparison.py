@@ -1,7 +1,8 @@
 """The first table of a report: the teacher beside its students, each difference, and whether it is an improvement.
 
 A difference counts only where it is more than the error of measurement, wherever that is known: 1.96 standard errors of
-the difference, as if the two had been measured on different items, which is never too small.
+the difference: of benchmarks with a record of each item those of the items' differences, else as if the two had been
+measured on different items, which is never too small.
 """
 
 import math
@@ -20,6 +21,9 @@ from distillkit.reporting.shares import (
     comparable_tasks,
     main_metric,
     metric_name,
+    pairable_tasks,
+    paired,
+    paired_over,
     share_of_teacher,
 )
 from distillkit.student.mixers.names import FULL, mixers_in, name_of
@@ -78,6 +82,7 @@ def comparison(models: Sequence[Model]) -> Table | None:
     """Everything that was measured of the models; None where nothing was."""
     groups = [
         ("share of the teacher's scores above chance", _shares(models)),
+        ("answers beside the teacher's, item by item", _pairs(models)),
         ("divergence from the teacher", _divergence(models)),
         ("generation", _generation(models)),
         ("benchmarks", _benchmarks(models)),
@@ -142,7 +147,8 @@ def _cell(found: Measured, teacher: Measured | None, form: Form, better: Better,
     note = multiple or numbers.signed(difference, form).removesuffix("%")
     if better is None or difference == 0:
         return Cell(text, note=f"({note})")
-    if abs(difference) <= Z_95 * math.hypot(found.error or 0, teacher.error or 0):
+    apart = math.hypot(found.error or 0, teacher.error or 0)
+    if abs(difference) <= Z_95 * (apart if found.paired_error is None else found.paired_error):
         return Cell(text, note=f"({note} ≈)")
     tone: Tone = "better" if (difference > 0) == (better == "higher") else "worse"
     return Cell(text, tone, f"({note} {tone})")
@@ -199,6 +205,46 @@ def _shares(models: Sequence[Model]) -> Iterator[Row]:
             yield from _row(models, label, found, numbers.percent)
 
 
+def _pairs(models: Sequence[Model]) -> Iterator[Row]:
+    """How often students are at least as right as their teacher, more right, and less, over all tasks."""
+    teacher = the_teacher(models)
+    tasks = [] if teacher is None else pairable_tasks(models, teacher)
+    if teacher is None or not tasks:
+        return
+    over = f"over {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
+    pairs = [None if model.is_teacher else paired_over(model, teacher, tasks) for model in models]
+    for label, key, error in (
+        ("win or tie", "not_worse", "not_worse_error"),
+        ("win", "win", None),
+        ("loss", "loss", None),
+        ("difference of the scores", "difference", "error"),
+    ):
+        found = [
+            Measured()
+            if pair is None
+            else Measured(getattr(pair, key), None if error is None else getattr(pair, error))
+            for pair in pairs
+        ]
+        yield from _row(models, f"{label}, {over}", found, numbers.percent)
+
+
+def pair_table(models: Sequence[Model]) -> Table | None:
+    """Each student beside its teacher on each whole task, item by item, for every metric with a record of each item."""
+    teacher, body = the_teacher(models), list[Row]()
+    for model in models if teacher is not None else []:
+        for task in [] if model.is_teacher else model.whole_tasks:
+            for metric in section(model.benchmarks, task, "metrics"):
+                assert teacher is not None
+                if (pair := paired(model, teacher, task, metric)) is not None:
+                    share = metric_name(metric) in MAIN_METRICS
+                    form = numbers.percent if share else numbers.figures
+                    error = "" if pair.error is None else f" ± {form(pair.error).removesuffix('%')}"
+                    shares = [numbers.percent(each) for each in (pair.win, pair.tie, pair.loss)]
+                    difference = numbers.signed(pair.difference, form) + error
+                    body.append([f"{model.name}, {task}: {metric}", numbers.count(pair.items), *shares, difference])
+    return Table(["", "items", "win", "tie", "loss", "difference"], body) if body else None
+
+
 def _generation(models: Sequence[Model]) -> Iterator[Row]:
     """Answers in a format, and continuations of prompts."""
     for where, key, label, form, better in GENERATION:
@@ -221,11 +267,24 @@ def _benchmarks(models: Sequence[Model]) -> Iterator[Row]:
 def _metric(models: Sequence[Model], task: str, metric: str, label: str) -> list[Row]:
     results = [section(model.benchmarks, task) for model in models]
     metrics = [section(result, "metrics", metric) for result in results]
-    found = [Measured(number(each, "value"), number(each, "standard_error")) for each in metrics]
+    errors = [_paired_error(model, models, task, metric) for model in models]
+    found = [
+        Measured(number(each, "value"), number(each, "standard_error"), paired_error=error)
+        for each, error in zip(metrics, errors, strict=True)
+    ]
     values = [abs(each.value) for each in found if each.value is not None]
     share = metric_name(metric) in (*MAIN_METRICS, "f1", "em") and max(values, default=2) <= 1
     form = numbers.percent if share else numbers.figures
     return _row(models, label, found, form, _direction(results, metric), "difference")
+
+
+def _paired_error(model: Model, models: Sequence[Model], task: str, metric: str) -> float | None:
+    """Of the difference of means over items; unknown where the metric is no such mean, as a perplexity is none."""
+    teacher = the_teacher(models)
+    if model.is_teacher or teacher is None or metric_name(metric) not in MAIN_METRICS:
+        return None
+    pair = paired(model, teacher, task, metric)
+    return None if pair is None else pair.error
 
 
 def _direction(results: Sequence[Json], metric: str) -> Better:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from distillkit.config.evaluate import OWN_TASK
 from distillkit.reporting import numbers
-from distillkit.reporting.comparison import benchmark_table
+from distillkit.reporting.comparison import benchmark_table, pair_table
 from distillkit.reporting.document import Gallery, Part, Picture, Section, Table
 from distillkit.reporting.evaluated import Model, common_tasks, lengths, needle_rows, score
 from distillkit.reporting.numbers import Form
@@ -89,7 +89,16 @@ def benchmark_section(models: Sequence[Model]) -> Section | None:
     if table is None:
         return None
     about = ["As lm-evaluation-harness scores them.", *benchmark_notes(models), *filter(None, map(_servers, models))]
-    return Section("Benchmarks", [*about, table])
+    pairs = pair_table(models)
+    parts: list[Part] = (
+        []
+        if pairs is None
+        else [
+            "Item by item: where a student scores more than its teacher (win), the same (tie) and less (loss).",
+            pairs,
+        ]
+    )
+    return Section("Benchmarks", [*about, table, *parts])
 
 
 def benchmark_notes(models: Sequence[Model]) -> list[str]:

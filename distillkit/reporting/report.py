@@ -17,7 +17,7 @@ from distillkit.reporting.evaluation_sections import (
 )
 from distillkit.reporting.model_card import would_lose_an_evaluation, write_model_card
 from distillkit.reporting.reading import Results, Run, number, read_results
-from distillkit.reporting.shares import comparable_tasks, share_of_teacher
+from distillkit.reporting.shares import comparable_tasks, pairable_tasks, paired_over, share_of_teacher
 from distillkit.reporting.sources import failure_section, sources_section
 from distillkit.reporting.training_section import measured_with, over_stored_tokens, training_section
 from distillkit.runs.names import CARD, HTML, MARKDOWN
@@ -128,6 +128,13 @@ def _about_student(model: Model, models: Sequence[Model]) -> Iterator[str]:
         error = "" if kept.error is None else f" ± {numbers.percent(kept.error).removesuffix('%')}"
         over = f"over {len(compared)} tasks" if len(compared) > 1 else f"in {compared[0]}"
         yield f"{numbers.shown(kept.value, numbers.percent)}{error} of its teacher's score above chance {over}"
+    tasks = [] if teacher is None else pairable_tasks(models, teacher)
+    if teacher is not None and (pair := paired_over(model, teacher, tasks)) is not None:
+        error = "" if pair.not_worse_error is None else f" ± {numbers.percent(pair.not_worse_error).removesuffix('%')}"
+        yield (
+            f"{numbers.percent(pair.not_worse)}{error} of answers at least as right as its teacher's "
+            f"(more {numbers.percent(pair.win)}, less {numbers.percent(pair.loss)})"
+        )
     if (kl := number(model.divergence, "kl")) is not None:
         share = number(model.divergence, "agreement")
         same = "" if share is None else f", the same likeliest token in {numbers.percent(share)} of places"

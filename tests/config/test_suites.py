@@ -39,7 +39,7 @@ def line_of(data: dict[str, Any]) -> str:
         ({"students": {"a": {"pth": "x"}}}, "students.a.pth: unknown key; did you mean 'path'?"),
         (
             {"speed": None},
-            "divergence: is missing: give at least one of divergence, generation, benchmarks, needles, speed",
+            "divergence: is missing: give at least one of divergence, generation, benchmarks, needles, long_con",
         ),
         ({"sped": {}}, "sped: unknown key; did you mean 'speed'?"),
         ({"speed": {"contexts": [8, 4]}}, "speed.contexts: must ascend, each number once; got [8, 4]"),
@@ -55,6 +55,14 @@ def line_of(data: dict[str, Any]) -> str:
         ),
         ({"needles": {"lengths": [9], "batch_size": 0}}, "needles.batch_size: must be > 0, got 0"),
         ({"needles": {"lengths": [9]}}, "needles.haystack: is missing: niah_single_2 hides its needles in prose"),
+        (
+            {"long_context": {"dataset": {"disk_path": "x"}, "length": 9, "position_buckets": [9]}},
+            "long_context.position_buckets: must begin before length, 9; got [9]",
+        ),
+        (
+            {"long_context": {"dataset": {"disk_path": "x"}, "distances": [9, 0]}},
+            "long_context.distances: must ascend, each number once; got [9, 0]",
+        ),
         ({"divergence": {"dataset": {"disk_path": "x"}}}, "teacher: is missing: divergence compares students with a"),
         (
             {"teacher": {"path": "x"}, "divergence": {"dataset": {"disk_path": "x"}, "position_buckets": [0, 0]}},

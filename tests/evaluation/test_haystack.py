@@ -84,6 +84,16 @@ def test_each_task_has_its_number_of_needles(task, needles, wanted):
     assert (len(SENTENCE.findall(made.text)), len(made.wanted)) == (needles, wanted)
 
 
+def test_similar_keys_have_one_word_in_common_with_the_one_asked_for():
+    made = prompt("niah_multikey_similar", 2048)
+    keys = {value: key for _, key, value in SENTENCE.findall(context(made.text))}
+    asked = keys[made.wanted[0]].split("-")
+    others = [keys[value].split("-") for value in made.others]
+    assert len(others) == 7 and set(keys) == {*made.wanted, *made.others}
+    assert all([a == b for a, b in zip(asked, other, strict=True)].count(True) == 1 for other in others)
+    assert {other[0] == asked[0] for other in others} == {True, False}
+
+
 @pytest.mark.parametrize("task", ["niah_multikey_2", "niah_multikey_3"])
 def test_a_haystack_of_needles_is_filled_with_less_than_another(task):
     text = context(prompt(task, 4096).text)

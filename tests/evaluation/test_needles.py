@@ -147,6 +147,21 @@ def test_prompts_are_answered_together_as_they_are_alone(task, tmp_path):
     assert any(mask is not None for mask in oracle.masks)
 
 
+def give_another(text):
+    """The value of another key than the one that is asked for; and for every other prompt the right one behind it."""
+    (key,) = asked(text)
+    value = next(value for other, value in re.findall(r"for (\S+) is: (\S+)\.", text) if other != key)
+    return f" {value}." + (copy_needles(text) if int(value) % 2 else "")
+
+
+def test_an_answer_for_another_key_is_told(tmp_path):
+    asked_for = settings(tmp_path, lengths=[2400], samples=4, prefill_tokens=10_000)
+    oracle = Oracle(byte_tokenizer(), give_another)
+    rows = measure_needles(oracle, byte_tokenizer(), asked_for, "niah_multikey_similar")
+    assert all(row["mistaken"] + row["correct"] == row["total"] for row in rows)
+    assert 0 < sum(row["mistaken"] for row in rows) < 20
+
+
 def test_a_model_that_runs_is_measured(tmp_path):
     """A Llama of random weights finds nothing, within its budget and in the given number of samples."""
     told = []

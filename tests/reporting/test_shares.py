@@ -11,7 +11,7 @@ from distillkit.reporting.comparison import comparison
 from distillkit.reporting.evaluated import merge_models
 from distillkit.reporting.reading import Evaluation, Results
 from distillkit.reporting.report import build_report
-from distillkit.reporting.shares import comparable_tasks, share_of_teacher
+from distillkit.reporting.shares import comparable_tasks, paired, paired_over, share_of_teacher
 
 from .examples import evaluation
 
@@ -61,6 +61,90 @@ def test_its_error_is_that_of_a_ratio():
     found = share(["arc", "gsm8k", "hard"], teacher=teacher, student=student)
     assert found.error == pytest.approx(statistics.stdev(drawn), rel=0.02)
     assert math.isclose(found.value, statistics.mean(drawn), rel_tol=0.01)
+
+
+def itemised(digest="d", **tasks):
+    """Results with a record of each item, by task: digits of an accuracy, or other numbers."""
+    found = {}
+    for name, values in tasks.items():
+        numbers = [float(each) for each in values]
+        metric = {"value": statistics.mean(numbers), "standard_error": statistics.stdev(numbers) / len(numbers) ** 0.5}
+        items = {"digest": digest, "values": {"acc": values}}
+        found[name] = {"metrics": {"acc": metric}, "chance": 0.25, "samples": len(numbers), "items": items}
+    return found
+
+
+OURS, THEIRS = "0110100111" * 20, "0111000111" * 20
+
+
+def test_students_are_compared_item_by_item():
+    """With the error of McNemar's test, which is much less than that of two sets of items."""
+    teacher, student = models(itemised(arc=OURS), itemised(arc=THEIRS))
+    found = paired(student, teacher, "arc", "acc")
+    assert (found.items, found.win, found.tie, found.loss, found.difference) == (200, 0.1, 0.8, 0.1, 0)
+    wins = losses = 20
+    mcnemar = math.sqrt(wins + losses - (wins - losses) ** 2 / 200) / 200
+    assert found.error == pytest.approx(mcnemar, rel=0.01)
+    assert found.not_worse == pytest.approx(0.9)
+    assert found.not_worse_error == pytest.approx(math.sqrt(0.9 * 0.1 / 200), rel=0.01)
+
+
+def test_over_tasks_each_counts_the_same():
+    teacher, student = models(itemised(arc=OURS, gsm8k="1010"), itemised(arc=THEIRS, gsm8k="1111"))
+    found = paired_over(student, teacher, ["arc", "gsm8k"])
+    assert (found.items, found.win, found.loss) == pytest.approx((204, 0.05, 0.3))
+    assert found.difference == pytest.approx((0 - 0.5) / 2)
+    arc, gsm8k = (paired(student, teacher, task, "acc") for task in ("arc", "gsm8k"))
+    assert found.error == pytest.approx(math.hypot(arc.error, gsm8k.error) / 2)
+    assert paired_over(student, teacher, ["arc", "hard"]) is None
+
+
+def test_likelihoods_and_metrics_that_should_be_low_are_compared_too():
+    ours, theirs = itemised(arc=[-1.0, -2.5, -3.0]), itemised(arc=[-1.0, -2.0, -4.0])
+    teacher, student = models(ours, theirs)
+    found = paired(student, teacher, "arc", "acc")
+    assert (found.win, found.tie, found.loss) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert found.difference == pytest.approx(0.5 / 3)
+    assert found.error == pytest.approx(statistics.stdev([0, -0.5, 1.0]) / math.sqrt(3))
+    ours["arc"]["higher_is_better"] = {"acc": False}
+    teacher, student = models(
+        {"arc": {**ours["arc"], "items": {"digest": "d", "values": {"acc": "0011"}}}}, itemised(arc="0000")
+    )
+    found = paired(student, teacher, "arc", "acc")
+    assert (found.win, found.loss, found.difference) == (0, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        itemised("other items", arc=OURS),
+        {"arc": {**itemised(arc=OURS)["arc"], "items": {"digest": "d", "values": {"acc": "01x"}}}},
+        {"arc": {**itemised(arc=OURS)["arc"], "items": {"digest": "d", "values": {"acc": [1.0, None]}}}},
+        {"arc": {name: each for name, each in itemised(arc=OURS)["arc"].items() if name != "items"}},
+    ],
+)
+def test_other_items_and_damaged_records_are_not_paired(student):
+    teacher, student = models(student, itemised(arc=THEIRS))
+    assert paired(student, teacher, "arc", "acc") is None
+
+
+def test_two_evaluations_are_paired_and_the_report_leads_with_it():
+    """The teacher measured in one, the student in another; a difference by chance of two samples is none of pairs."""
+    teacher, student = itemised(arc=THEIRS), itemised(arc="1" * 8 + THEIRS[8:])
+    contents = []
+    for benchmarks in ({"SmolLM2-135M": teacher}, {"hybrid": student}):
+        content = evaluation(("hybrid",), benchmarks=benchmarks, divergence={}, needles={}, speed={})
+        content["config"]["benchmarks"]["tasks"] = ["arc"]
+        contents.append(Evaluation(Path("results.json"), content))
+    report = build_report(Results(contents, []))
+    (line,) = report.parts[0].lines
+    assert "100.0% of answers at least as right as its teacher's (more 2.0%, less 0.0%)" in line.replace(" ± 0.0", "")
+    rows = {row[0]: row for row in comparison(merge_models(contents)).rows}
+    assert rows["win or tie, arc"][2].text.startswith("100.0%")
+    better = 8 - THEIRS[:8].count("1")
+    pair = statistics.stdev([1] * better + [0] * (200 - better)) / math.sqrt(200)
+    assert rows["difference of the scores, arc"][2].text == f"{better / 2:.1f}% ± {100 * pair:.1f}"
+    assert rows["arc (acc)"][2].tone == ("better" if better / 200 > 1.96 * pair else None)
 
 
 def test_what_is_unknown_is_left_out():
