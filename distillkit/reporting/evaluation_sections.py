@@ -191,8 +191,8 @@ def long_context_section(models: Sequence[Model]) -> Section | None:
             Gallery(_last_word_charts(asked)),
         ]
         found = [(model, row) for model in asked for row in rows(model.long_context, "last_word")]
-        labels = [f"{model.name}, {shown(numbers.length, row, 'distance')}" for model, row in found]
-        tables += [_table("model, tokens between", labels, [row for _, row in found], LAST_WORD_COLUMNS)]
+        labels = [f"{model.name}, {shown(numbers.length, row, 'distance')} tokens between" for model, row in found]
+        tables += [_table("last words", labels, [row for _, row in found], LAST_WORD_COLUMNS)]
     if not parts:
         return None
     return Section("Long texts", [*parts, Section("The numbers", tables, folded=True)])

@@ -72,6 +72,43 @@ def needles(skill, trained=2048):
     }
 
 
+def long_context(skill, student):
+    """Documents of 16k tokens, and last words at up to 4k tokens."""
+    edges = [0, 1024, 2048, 4096, 8192, 16384]
+    compared = {"kl": 1 - skill, "agreement": skill} if student else {}
+    return {
+        "documents": {
+            "documents": 8,
+            "tokens": 8 * 16383,
+            "positions": [
+                {
+                    "from": start,
+                    "to": stop,
+                    "tokens": 8 * (stop - start) - (8 if start == 0 else 0),
+                    "perplexity": 15 / skill - index,
+                    **compared,
+                    "standard_errors": dict.fromkeys(("perplexity", *compared), 0.01),
+                }
+                for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False))
+            ],
+        },
+        "last_word": [
+            {
+                "distance": distance,
+                "passages": 200,
+                "prompt_tokens_mean": 80.0 + distance,
+                "accuracy": skill / (2 + index),
+                "accuracy_without": 0.01,
+                "log_probability": -4.0 - index,
+                "log_probability_without": -10.0,
+                "gain": 6.0 - index,
+                "standard_errors": {"accuracy": 0.03, "gain": 0.2},
+            }
+            for index, distance in enumerate((0, 256, 1024, 4096))
+        ],
+    }
+
+
 def speed(full_layers, fast):
     return [
         {
@@ -101,7 +138,7 @@ def scored(acc, acc_norm, samples=1172):
 
 
 def evaluation(students=("hybrid", "kda-only"), **changes):
-    """One evaluation: a teacher, students, all four suites."""
+    """One evaluation: a teacher, students, most suites."""
     worse = {name: index for index, name in enumerate(students)}
     content = {
         "kind": "distillkit-evaluation",
@@ -136,6 +173,10 @@ def evaluation(students=("hybrid", "kda-only"), **changes):
         "needles": {
             "SmolLM2-135M": needles(1.05, 8192),
             **{name: needles(0.95 - 0.25 * worse[name]) for name in students},
+        },
+        "long_context": {
+            "SmolLM2-135M": long_context(1.0, student=False),
+            **{name: long_context(0.9 - 0.2 * worse[name], student=True) for name in students},
         },
         "speed": {
             "SmolLM2-135M": speed(30, 1.0),

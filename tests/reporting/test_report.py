@@ -167,8 +167,26 @@ def test_a_difference_of_what_has_no_error_is_never_chance():
     assert row(table_of(content), "perplexity")[1] == "16.40 (−0.02 better)"
 
 
+def test_long_texts_are_shown(tmp_path):
+    """Curves by position and by distance, the ends of both in the first table, all numbers below."""
+    markdown = report_of(tmp_path, evaluation(("hybrid",)))
+    assert row(markdown, "perplexity, 8k to 16k tokens") == ["11.00 ± 0.01", "12.67 ± 0.01 (+1.67 worse)"]
+    assert row(markdown, "KL, 0 to 1k tokens") == ["–", "0.1000 ± 0.0100"]
+    assert row(markdown, "last word right, 0 tokens between")[1] == "45.0% ± 3.0 (−5.0 ≈)"
+    assert row(markdown, "hybrid, 4k tokens between")[:2] == ["18.0%", "1.0%"]
+    pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert {f"long-documents-{kind}-by-position.svg" for kind in ("perplexity", "kl")} <= pictures
+    assert {"last-word-right.svg", "last-word-gain.svg"} <= pictures
+    damaged = evaluation(("hybrid",))
+    damaged["long_context"]["hybrid"] = {
+        "documents": {"positions": [{"from": None}, 3]},
+        "last_word": [{"distance": 0}],
+    }
+    assert "## Long texts" in report_of(tmp_path, damaged)
+
+
 def test_only_sections_with_data(tmp_path):
-    nothing = {suite: {} for suite in ("divergence", "generation", "benchmarks", "needles", "speed")}
+    nothing = {suite: {} for suite in ("divergence", "generation", "benchmarks", "needles", "long_context", "speed")}
     markdown = report_of(tmp_path, evaluation(**nothing))
     assert re.findall("^## (.*)", markdown, re.MULTILINE) == ["Where the numbers come from"]
     markdown = report_of(tmp_path, evaluation(**{**nothing, "speed": {"SmolLM2-135M": speed(30, 1.0)}}))
@@ -284,7 +302,7 @@ def test_models_with_almost_the_same_name_have_pictures_of_their_own(tmp_path):
 def test_pictures_of_an_earlier_report_go_and_those_of_others_stay(tmp_path):
     report_of(tmp_path, evaluation())
     (tmp_path / "pictures/mine.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
-    report_of(tmp_path, evaluation(needles={}, divergence={}, benchmarks={}))
+    report_of(tmp_path, evaluation(needles={}, divergence={}, benchmarks={}, long_context={}))
     left = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert "mine.svg" in left
     assert {name.split("-")[0] for name in left} == {"mine.svg", "speed"}

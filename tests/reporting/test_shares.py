@@ -70,7 +70,8 @@ def itemised(digest="d", **tasks):
         numbers = [float(each) for each in values]
         metric = {"value": statistics.mean(numbers), "standard_error": statistics.stdev(numbers) / len(numbers) ** 0.5}
         items = {"digest": digest, "values": {"acc": values}}
-        found[name] = {"metrics": {"acc": metric}, "chance": 0.25, "samples": len(numbers), "items": items}
+        about = {"chance": 0.25, "samples": len(numbers), "higher_is_better": {"acc": True}}
+        found[name] = {"metrics": {"acc": metric}, **about, "items": items}
     return found
 
 
