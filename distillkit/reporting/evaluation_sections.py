@@ -190,9 +190,9 @@ def long_context_section(models: Sequence[Model]) -> Section | None:
             "gain is the log-probability that the beginning adds.",
             Gallery(_last_word_charts(asked)),
         ]
-        found = [(model, row) for model in asked for row in rows(model.long_context, "last_word")]
-        labels = [f"{model.name}, {shown(numbers.length, row, 'distance')} tokens between" for model, row in found]
-        tables += [_table("last words", labels, [row for _, row in found], LAST_WORD_COLUMNS)]
+        answered = [(model, row) for model in asked for row in rows(model.long_context, "last_word")]
+        labels = [f"{model.name}, {shown(numbers.length, row, 'distance')} tokens between" for model, row in answered]
+        tables += [_table("last words", labels, [row for _, row in answered], LAST_WORD_COLUMNS)]
     if not parts:
         return None
     return Section("Long texts", [*parts, Section("The numbers", tables, folded=True)])

@@ -131,10 +131,13 @@ def paired_over(model: Model, teacher: Model, tasks: Sequence[str]) -> Paired | 
     errors = [one.error for one in each if one.error is not None]
     share_errors = [one.not_worse_error for one in each if one.not_worse_error is not None]
     return Paired(
-        sum(one.items for one in each),
-        *(statistics.fmean(getattr(one, name) for one in each) for name in ("win", "tie", "loss", "difference")),
-        math.hypot(*errors) / len(each) if len(errors) == len(each) else None,
-        math.hypot(*share_errors) / len(each) if len(share_errors) == len(each) else None,
+        items=sum(one.items for one in each),
+        win=statistics.fmean(one.win for one in each),
+        tie=statistics.fmean(one.tie for one in each),
+        loss=statistics.fmean(one.loss for one in each),
+        difference=statistics.fmean(one.difference for one in each),
+        error=math.hypot(*errors) / len(each) if len(errors) == len(each) else None,
+        not_worse_error=math.hypot(*share_errors) / len(each) if len(share_errors) == len(each) else None,
     )
 
 
