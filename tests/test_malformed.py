@@ -58,7 +58,7 @@ FILES = {
         "divergence": {"dataset": TEXT, "num_tokens": 8, "position_buckets": [0, 8], "layers": True},
         "benchmarks": {"tasks": ["arc"], "include_path": ["a"], "num_fewshot": 1, "batch_size": 2},
         "needles": {"tasks": ["niah_single_1"], "lengths": [64, 128], "haystack": TEXT, "seed": 1},
-        "long_context": {"dataset": TEXT, "length": 64, "position_buckets": [0, 8], "passages": TEXT, "distances": [0]},
+        "long_context": {"dataset": {**TEXT}, "length": 64, "position_buckets": [0, 8], "distances": [0]},
         "speed": {"contexts": [8, 16], "repeats": 1},
         "students": {"a": {"path": NONE}, "b": {"path": NONE}},
     },
