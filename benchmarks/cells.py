@@ -56,6 +56,8 @@ def source(file: str, content: Json, command: str) -> str:
     recorded = "; ".join(all_of("command", content)) or command
     commands = [*dict.fromkeys(recorded.split("; "))]
     origin = f"Source: [{file}](../benchmarks/results/{file}), measured on {device}"
+    if not recorded:
+        return f"{origin}."
     if len(commands) == 1:
         return f"{origin} by `{commands[0]}`."
     block = "\n".join(["```sh", *commands, "```"])

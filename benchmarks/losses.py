@@ -7,9 +7,6 @@ Teacher and student are hidden states and a trainable head each, so both make lo
 process of its own; its memory is the peak less what there was before the losses began (the inputs, and a warm-up of
 64 tokens x 1,024 columns): resident size on the CPU, PyTorch's allocations on CUDA. So it includes the gradients of
 hidden states and head, whose sizes are recorded beside it. What does not fit into free memory is recorded so.
-
-The summary: how many times the chunked head's memory the dense one needs; and by how much the chunked head's memory
-grows from the fewest tokens to the most, in copies of the hidden states: a few, if nothing else grows.
 """
 
 import resource
@@ -47,26 +44,8 @@ def measure(options: LossesOptions) -> Iterator[Json]:
             yield in_own_process(measured, method, tokens, options.vocabulary, options.hidden_size, options.device)
 
 
-def device_and_summary(options: LossesOptions, rows: list[Json]) -> Json:
-    dense, chunked = (
-        {row["tokens"]: row for row in rows if row["method"] == method and row["peak_mib"] is not None}
-        for method in ("dense", "chunked")
-    )
-    if not chunked:
-        return {"device": options.device}
-    fewest, most = chunked[min(chunked)], chunked[max(chunked)]
-    growth = most["peak_mib"] - fewest["peak_mib"]
-    copy = max(most["hidden_states_mib"] - fewest["hidden_states_mib"], 1 / MIB)
-    summary = {
-        "dense_over_chunked": {
-            str(tokens): round(dense[tokens]["peak_mib"] / chunked[tokens]["peak_mib"], 1)
-            for tokens in dense
-            if tokens in chunked
-        },
-        "chunked_growth_mib": round(growth, 1),
-        "chunked_growth_in_copies_of_the_hidden_states": round(growth / copy, 2),
-    }
-    return {"device": options.device, "summary": summary}
+def settings(options: LossesOptions, _: list[Json]) -> Json:
+    return {"device": options.device}
 
 
 def measured(method: str, tokens: int, vocabulary: int, hidden_size: int, device_name: str) -> Json:
@@ -136,4 +115,4 @@ def chunked(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, labe
 
 if __name__ == "__main__":
     title = "cross_entropy + kl at temperature 2, forward and backward, float32, trainable head"
-    run(LossesOptions, measure, title, more=device_and_summary)
+    run(LossesOptions, measure, title, more=settings)

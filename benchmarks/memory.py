@@ -1,35 +1,29 @@
-"""Peak memory of real training steps beside what `distillkit plan` estimates for the same run.
+"""Peak memory of real training steps beside what `distillkit plan` estimates for the same run, on a GPU.
 
-    python benchmarks/memory.py                                   # a GPU: all its rows; a CPU: those that fit there
+    python benchmarks/memory.py
     python benchmarks/memory.py --rows smollm2-16x2048 afm12-4x2048 --output memory_some.json
+    python benchmarks/memory.py --rows tiny --gpu cpu --output memory_tiny.json    # a try, on a CPU
 
 A row is a shape, a batch and what differs from the one-phase recipe. Teacher and hybrid student have random weights;
-the steps are the product's trainer's, on random tokens, one document per row.
-
-On CUDA the peak is `torch.cuda.max_memory_allocated`, all rows in one process (kernels are tuned once per head size),
-and the estimate what the plan expects to be allocated, without CUDA's context. On a CPU the peak is the resident size
-above that before the models were made and after steps of a tiny one, each row in a process of its own, in which glibc
-gives freed blocks back at once. The ratio is estimate / measured.
+the steps are the product's trainer's, on random tokens, one document per row. All rows run in one process, so that
+kernels are tuned once per head size. The peak is `torch.cuda.max_memory_allocated`, and the estimate what the plan
+expects to be allocated, without CUDA's context. The ratio is estimate / measured.
 """
 
 import gc
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
 from distillkit.config import RunConfig
 from distillkit.planning import plan_run
-from frame import DEVICE, GIB, Json, Options, in_own_process, now, option, peak_memory, run
-from steps import AFM, ALIGNMENT, KL, SMOLLM2, llama, one_phase_run, run_config, take_steps
-
-ON_CUDA = DEVICE.type == "cuda"
+from frame import DEVICE, GIB, Json, Options, now, option, peak_memory, run, start_peak
+from steps import AFM, ALIGNMENT, KL, SHAPES, SMOLLM2, one_phase_run, run_config, take_steps
 
 
 def described(
@@ -40,9 +34,9 @@ def described(
     return shape, one_phase_run(batch, tokens, {"max_steps": 3, "logging_steps": 1, **(arguments or {})}, **changes)
 
 
-SMALL = llama(256, 1024, 8, 4, 2, 64, 8192)
 CHECKPOINTED = {"gradient_checkpointing": True}
-ON_GPU_ROWS = {
+ROWS = {
+    "tiny": described(SHAPES["tiny"], 2, 64),
     "smollm2-16x2048": described(SMOLLM2, 16, 2048),
     "smollm2-1x32768": described(SMOLLM2, 1, 32768),
     "smollm2-16x2048-alignment": described(SMOLLM2, 16, 2048, loss_functions=ALIGNMENT),
@@ -56,36 +50,24 @@ ON_GPU_ROWS = {
     "afm-4x2048-alignment": described(AFM, 4, 2048, loss_functions=ALIGNMENT),
     "afm-1x32768-checkpointing": described(AFM, 1, 32768, arguments=CHECKPOINTED),
 }
-ON_CPU_ROWS = {
-    "small-4x512": described(SMALL, 4, 512),
-    "small-8x512-checkpointing": described(SMALL, 8, 512, arguments=CHECKPOINTED),
-    "small-8x512-alignment": described(SMALL, 8, 512, loss_functions=ALIGNMENT),
-    "small-4x512-float32": described(SMALL, 4, 512, arguments={"bf16": False}, frozen_res=["embed_tokens"]),
-    "smollm2-2x512": described(SMOLLM2, 2, 512),
-    "smollm2-2x512-checkpointing": described(SMOLLM2, 2, 512, arguments=CHECKPOINTED),
-}
-ROWS = {**ON_GPU_ROWS, **ON_CPU_ROWS}
-GLIBC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_TOP_PAD_": "0"}
 
 
 @dataclass(kw_only=True)
 class MemoryOptions(Options):
-    output: Path | None = option(None if ON_CUDA else Path("memory_cpu.json"))
-    rows: list[str] = option([*(ON_GPU_ROWS if ON_CUDA else ON_CPU_ROWS)], choices=[*ROWS])
-    gpu: str = option("H100" if ON_CUDA else "cpu", "as for distillkit plan")
+    rows: list[str] = option([name for name in ROWS if name != "tiny"], choices=[*ROWS])
+    gpu: str = option("H100", "as for distillkit plan")
 
 
 def measure(options: MemoryOptions) -> Iterator[Json]:
     transformers_logging.set_verbosity_error()
-    os.environ.update(GLIBC)
     for name in options.rows:
-        yield measured(name, options.gpu) if ON_CUDA else in_own_process(measured, name, options.gpu)
+        yield measured(name, options.gpu)
 
 
 def measured(name: str, gpu: str) -> Json:
     """A row with the plan's estimate and the peak in GiB, or that it did not fit."""
     shape, run_of_row = ROWS[name]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+    with tempfile.TemporaryDirectory() as folder:
         config = run_config(Path(folder), run_of_row, shape)
         started = now()
         cost = plan_run(config, gpu=gpu).phases[0].cost
@@ -98,9 +80,6 @@ def measured(name: str, gpu: str) -> Json:
             "moment": cost.moment,
             "plan_seconds": round(now() - started, 1),
         }
-        if not ON_CUDA:  # code that is loaded when first used takes resident memory, too
-            tiny, run_of_tiny = described(llama(128, 128, 4, 2, 1, 64, 512), 1, 64)
-            train(run_config(Path(other), run_of_tiny, tiny))
         gc.collect()
         started = now()
         try:
@@ -116,7 +95,7 @@ def measured(name: str, gpu: str) -> Json:
 
 def train(config: RunConfig) -> tuple[int, float]:
     """(peak bytes, tokens per second) of the steps of a run; weights are part of the peak."""
-    before = torch.cuda.memory_allocated() if ON_CUDA else psutil.Process().memory_info().rss
+    before = start_peak()
     trainer = take_steps(config, DEVICE)
     speeds = [line["tokens_per_second"] for line in trainer.state.log_history if "tokens_per_second" in line]
     return peak_memory() - before, speeds[-1]

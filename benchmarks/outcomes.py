@@ -6,11 +6,7 @@ from statistics import median
 from typing import Any
 
 from distillkit.config.evaluate import TEACHER
-from distillkit.runs.metrics import NOT_LOSSES
 from frame import ROOT, Json, read_metrics
-
-POINTS = 40
-"""Of a curve; more than a picture shows are not kept."""
 
 OF_A_RUN = ("command", "commit", "machine", "versions", "seconds_in_all", "note")
 """What is kept of a run if another continues with its student."""
@@ -20,20 +16,15 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
     """What the files of a run and of its evaluations tell, without paths of the machine."""
     files = [Path(file).stem for file in plan["files"] if file != "run.yaml"]
     found = {file: json.loads((folder / file / "results.json").read_text()) for file in files}
-    failures = [failure for results in found.values() for failure in results["failures"]]
-    tasks_of: Json = {}
-    trained: Json = {}
-    for results in (results for file, results in found.items() if file.startswith("needles")):
-        for model, tasks in results["needles"].items():
-            tasks_of.setdefault(model, {}).update(tasks)
-        trained |= {model: each["trained_length"] for model, each in results["models"].items()}
-    needles = {
-        "needles": {model: by_length(tasks) for model, tasks in tasks_of.items()},
-        "needles_by_depth": {model: by_depth(tasks) for model, tasks in tasks_of.items()},
+    of_needles = found["needles"]["needles"]
+    part = {
+        "trained_length": {name: model["trained_length"] for name, model in found["needles"]["models"].items()},
+        "needles": {model: by_length(tasks) for model, tasks in of_needles.items()},
+        "needles_by_depth": {model: by_depth(tasks) for model, tasks in of_needles.items()},
     }
+    failures = [failure for results in found.values() for failure in results["failures"]]
     if name == TEACHER:
-        of_teacher = {key: by_model[TEACHER] for key, by_model in needles.items()}
-        return {**of_teacher, "trained_length": trained[TEACHER], "failures": failures}
+        return {**{key: by_model[TEACHER] for key, by_model in part.items()}, "failures": failures}
     run = json.loads((folder / "run" / "results.json").read_text())
     divergences = {file.partition("-")[2]: each["divergence"] for file, each in found.items() if "divergence-" in file}
     return {
@@ -46,8 +37,7 @@ def part_of(name: str, folder: Path, plan: Json) -> Json:
         "device": run["machine"]["device"],
         "phases": [phase_of(folder / "run" / phase["folder"], phase) for phase in run["phases"]],
         "divergence": divergences,
-        "trained_length": trained,
-        **needles,
+        **part,
         "failures": failures,
     }
 
@@ -73,14 +63,6 @@ def phase_of(folder: Path, phase: Json) -> Json:
     lines = read_metrics(folder)
     steps = [line for line in lines if "loss" in line]
     names = ("per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "torch_compile")
-    curve = [
-        {
-            name: rounded(value)
-            for name, value in line.items()
-            if name in ("tokens", "seconds") or name not in NOT_LOSSES
-        }
-        for line in thinned(steps)
-    ]
     held_out = [{**phase["divergence"]["before"], "tokens": 0}] if "before" in phase["divergence"] else []
     for line in (line for line in lines if "eval_kl" in line):
         at = {name.removeprefix("eval_"): rounded(value) for name, value in line.items() if name.startswith("eval_")}
@@ -96,7 +78,6 @@ def phase_of(folder: Path, phase: Json) -> Json:
         "training_args": {name: training[name] for name in names if name in training},
         "divergence": phase["divergence"],
         "held_out": held_out,
-        "curve": curve,
     }
 
 
@@ -119,12 +100,6 @@ def by_depth(tasks: Json) -> Json:
             depths = found.setdefault(task, {}).setdefault(str(row["length"]), {})
             depths[str(row["depth"])] = [row["correct"], row["total"]]
     return found
-
-
-def thinned(lines: list[Json]) -> list[Json]:
-    """The first, the last and some between them."""
-    kept = lines[:: max(1, -(-len(lines) // POINTS))]
-    return kept if not lines or kept[-1] is lines[-1] else [*kept, lines[-1]]
 
 
 def rounded(value: Any) -> Any:

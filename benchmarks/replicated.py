@@ -14,6 +14,7 @@ TITLES = {
     "hybrid": "hybrid",
     "front_loaded": "front-loaded",
     "kda_only": "KDA only",
+    "aligned": "hybrid, aligned first",
     "radlads": "hybrid, RADLADS",
     "hybrid_grouped": "hybrid, grouped heads",
     "hybrid_rope": "hybrid with RoPE",
@@ -22,7 +23,13 @@ TITLES = {
 }
 """Names of variants in tables. `best` has the steps of recipes/smollm2/closest.yaml."""
 
-SHORT_TITLES = {"radlads": "RADLADS", "hybrid_grouped": "grouped", "hybrid_rope": "with RoPE", "best": "closest"}
+SHORT_TITLES = {
+    "aligned": "aligned",
+    "radlads": "RADLADS",
+    "hybrid_grouped": "grouped",
+    "hybrid_rope": "with RoPE",
+    "best": "closest",
+}
 SHORT_TITLES |= {"best_kda_only": "KDA"}
 TRIALS = {"recall": "passages", "asked": "questions"}
 """Names of trials in tables, where they are not those of the file: what the text had besides."""

@@ -8,9 +8,9 @@
 
 A variant (benchmarks/variants.py) is a YAML over a recipe of recipes/smollm2: a phase, or several, in rows of
 `--sequence-length`, then one in rows of `--long-sequence-length`. `distillkit evaluate` measures its students after
-each: divergence from the teacher in rows of either length, and needles. Each GPU trains one variant at a time; the
-evaluations of one run side by side. Each variant is written to `--output` when it is finished, one that fails with the
-last line of its log; the same command again continues where it was stopped and repeats nothing that is finished.
+each: divergence from the teacher in rows of either length, and needles. The GPUs share the variants, in turn. Each
+variant is written to `--output` when it is finished, one that fails with the last line of its log; the same command
+again continues where it was stopped, for `distillkit` repeats nothing that is finished.
 
 `--go-on STUDENT` takes what an earlier run of a variant has trained in short rows, perhaps elsewhere, trains it in long
 ones and measures both, in a `--work` of its own; the phases that `--output` has of that variant stay before its own.
@@ -20,9 +20,7 @@ ones and measures both, in a `--work` of its own; the phases that `--output` has
 
 import json
 import os
-import queue
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -38,11 +36,14 @@ from distillkit.config.errors import UserError
 from distillkit.config.evaluate import TEACHER
 from distillkit.config.resolve import load_run
 from distillkit.config.tokens import parse_tokens
+from distillkit.console import FAILED, INTERRUPTED
 from frame import ROOT, Json, TeacherOptions, command, option, parse, provenance, write_whole
 from outcomes import continued, part_of
 from variants import VARIANTS, base, evaluation_of_teacher, evaluations_of, run_of
 
 KNOWN = (*VARIANTS, TEACHER)
+RUNNING: set[subprocess.Popen[bytes]] = set()
+WRITING = threading.Lock()
 
 
 @dataclass(kw_only=True)
@@ -96,149 +97,113 @@ class ReplicationOptions(TeacherOptions):
         return {"path": self.teacher, "kwargs": {"dtype": self.dtype, **self.where}}
 
 
-class Replication:
-    """Variants that wait for a GPU, and the file that they are written to."""
+def plan(name: str, options: ReplicationOptions) -> Json:
+    """The YAML files of a variant by name, and what the command line changes in that of its run."""
+    folder = Path(options.work) / name
+    if name == TEACHER:
+        return {"files": evaluation_of_teacher(folder, options), "overrides": []}
+    run = run_of(name, folder, options)
+    phases = {phase["name"]: f"{position}-{phase['name']}" for position, phase in enumerate(run["phases"], 1)}
+    students = {each: folder / "run" / "phases" / phases[each] for each in ("short", "long") if each in phases}
+    if options.go_on:
+        students = {"short": Path(options.go_on), **students}
+    given = [text.split(".", 1) for text in options.set]
+    return {
+        "files": {"run.yaml": run, **evaluations_of(folder, students, options)},
+        "overrides": [change for whose, change in given if whose in ("all", base(name), name)],
+    }
 
-    def __init__(self, options: ReplicationOptions) -> None:
-        self.options = options
-        self.folder = Path(options.work)
-        self._gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._running: list[subprocess.Popen[bytes]] = []
-        self._stopped = False
 
-    def plan(self, name: str) -> Json:
-        """All that decides the outcome: the YAML files by name, and what the command line changes in the run's."""
-        folder, options = self.folder / name, self.options
-        if name == TEACHER:
-            return {"files": evaluation_of_teacher(folder, options), "overrides": []}
-        run = run_of(name, folder, options)
-        given = [text.split(".", 1) for text in options.set]
-        phases = {phase["name"]: f"{position}-{phase['name']}" for position, phase in enumerate(run["phases"], 1)}
-        students = {each: folder / "run" / "phases" / phases[each] for each in ("short", "long") if each in phases}
-        if options.go_on:
-            students = {"short": Path(options.go_on), **students}
-        return {
-            "files": {"run.yaml": run, **evaluations_of(folder, students, options)},
-            "overrides": [change for whose, change in given if whose in ("all", base(name), name)],
-        }
-
-    def write_configurations(self) -> None:
-        """All YAML files, before any GPU waits. Raises `UserError` for a key or value that cannot be."""
-        for name in self.options.variants:
-            folder, plan = self.folder / name, self.plan(name)
-            folder.mkdir(parents=True, exist_ok=True)
-            for file, described in plan["files"].items():
-                (folder / file).write_text(yaml.safe_dump(described, sort_keys=False))
-            if name != TEACHER:
-                load_run(folder / "run.yaml", plan["overrides"])
-
-    def run(self) -> bool:
-        """Every variant, one per GPU at a time; whether all went well."""
-        for gpu in range(self.options.gpus):
-            self._gpus.put(gpu)
-        with ThreadPoolExecutor(self.options.gpus) as workers:
-            try:
-                return all([*workers.map(self._attempt, self.options.variants)])
-            finally:  # a signal: runs save a checkpoint and evaluations keep what they have
-                self._stopped = True
-                workers.shutdown(wait=False, cancel_futures=True)
-                for process in list(self._running):
-                    process.terminate()  # nothing if it has ended
-
-    def _attempt(self, name: str) -> bool:
-        gpu = self._gpus.get()
-        try:
-            self._finish(name, gpu)
-            return True
-        except Exception as error:  # the others continue
-            self._print(name, f"failed: {error}")
-            if not self._stopped:  # beside what was measured, which may be much
-                self._write(name, {**self._provenance(), **self._known(name), "error": str(error)})
-            return False
-        finally:
-            self._gpus.put(gpu)
-
-    def _finish(self, name: str, gpu: int) -> None:
-        """Train a variant and evaluate it, unless that is done already, and write it to the file."""
-        folder, plan = self.folder / name, self.plan(name)
-        done = folder / "part.json"
-        if done.exists() and (former := json.loads(done.read_text()))["plan"] == plan:
-            self._print(name, "is done already")
-            self._write(name, {**former["part"], **self._provenance()})
-            return
-        start = time.perf_counter()
+def write_configurations(options: ReplicationOptions) -> None:
+    """All YAML files, before any GPU waits. Raises `UserError` for a key or value that cannot be."""
+    for name in options.variants:
+        folder, planned = Path(options.work) / name, plan(name, options)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, described in planned["files"].items():
+            (folder / file).write_text(yaml.safe_dump(described, sort_keys=False))
         if name != TEACHER:
-            self._print(name, "trains")
-            run = ["distillkit", str(folder / "run.yaml"), *plan["overrides"], "--resume"]
-            self._process(folder / "run.txt", run, gpu)
-            self._print(name, f"is trained after {time.perf_counter() - start:.0f} s, and is evaluated")
-        files = [folder / file for file in plan["files"] if file != "run.yaml"]
-        # Side by side: a GPU waits for the processor that starts the kernels of each.
-        threads = max((os.cpu_count() or 1) // (len(files) * self.options.gpus), 1)
-        with ThreadPoolExecutor(len(files)) as evaluations:
-            for _ in evaluations.map(lambda file: self._evaluate(file, gpu, threads), files):
-                pass
-        part = part_of(name, folder, plan)
-        part["seconds_in_all"] = round(time.perf_counter() - start, 1)
-        if self.options.go_on and "phases" in (former := self._known(name)):
-            part = continued(former, part)
-        self._write(name, {**part, **self._provenance()})
-        if part["failures"]:  # the same command tries these again
-            first = part["failures"][0]
-            raise RuntimeError(f"{len(part['failures'])} measurements failed: {first['task']}: {first['error']}")
-        write_whole(done, {"plan": plan, "part": part})
-        self._print(name, f"is done after {part['seconds_in_all']:.0f} s")
+            load_run(folder / "run.yaml", planned["overrides"])
 
-    def _evaluate(self, file: Path, gpu: int, threads: int) -> None:
-        """It ends with 1 if something could not be measured; its results tell what."""
-        self._process(file.with_suffix(".txt"), ["distillkit", "evaluate", str(file)], gpu, str(threads), codes=(0, 1))
 
-    def _process(
-        self, log: Path, words: list[str], gpu: int, threads: str | None = None, codes: tuple[int, ...] = (0,)
-    ) -> None:
-        """Raises `RuntimeError` with the last line of the log if the command ends with another code."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        if threads is not None:
-            environment.setdefault("OMP_NUM_THREADS", threads)
-        if self.options.gpus > 1:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.options.gpus)))
-            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu]
-        with log.open("ab") as output:
-            output.write(f"\n$ {shlex.join(words)}\n".encode())
-            output.flush()
-            line = [sys.executable, "-m", *words]
-            process = subprocess.Popen(line, stdout=output, stderr=output, env=environment)
-        self._running.append(process)
-        if self._stopped:
-            process.terminate()
-        if process.wait() not in codes:
-            raise RuntimeError(log.read_text(errors="replace").strip().splitlines()[-1])
+def run_on(gpu: int, options: ReplicationOptions) -> bool:
+    """The variants of one GPU, one after the other; whether all went well."""
+    failed = False
+    for name in options.variants[gpu :: options.gpus]:
+        try:
+            finish(name, gpu, options)
+        except Exception as error:  # the others continue
+            failed = True
+            report(name, f"failed: {error}")
+            write(name, {**known(name, options), "error": str(error)}, options)  # beside what was measured
+    return not failed
 
-    def _provenance(self) -> Json:
-        return {**provenance(), "command": command(self.options)}
 
-    def _content(self) -> Json:
-        output = self.options.result_file
-        former = json.loads(output.read_text()) if output.exists() else {}
-        return {"benchmark": "the miniature replication", "variants": {}, **former}
+def finish(name: str, gpu: int, options: ReplicationOptions) -> None:
+    """Train a variant and evaluate it, each unless that is done already, and write it to the file."""
+    folder, planned = Path(options.work) / name, plan(name, options)
+    for file in planned["files"]:
+        report(name, file)
+        path = str(folder / file)
+        words = [path, *planned["overrides"], "--resume"] if file == "run.yaml" else ["evaluate", path]
+        distillkit(words, Path(path).with_suffix(".txt"), gpu, options)
+    part = part_of(name, folder, planned)
+    if options.go_on and "phases" in (former := known(name, options)):
+        part = continued(former, part)
+    write(name, part, options)
+    if part["failures"]:  # the same command tries these again
+        first = part["failures"][0]
+        raise RuntimeError(f"{len(part['failures'])} measurements failed: {first['task']}: {first['error']}")
+    report(name, "done")
 
-    def _known(self, name: str) -> Json:
-        """What the file has of a variant, or of the teacher."""
-        content = self._content()
-        known: Json = (content if name == TEACHER else content["variants"]).get(name, {})
-        return known
 
-    def _write(self, name: str, part: Json) -> None:
-        """Write a variant, or the teacher, into the file; what else it has stays."""
-        with self._lock:
-            content = self._content()
-            (content if name == TEACHER else content["variants"])[name] = part
-            content["variants"] = dict(sorted(content["variants"].items(), key=lambda item: place(item[0])))
-            write_whole(self.options.result_file, content)
+def distillkit(words: list[str], log: Path, gpu: int, options: ReplicationOptions) -> None:
+    """One command of the product.
 
-    def _print(self, name: str, what: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {name} {what}", flush=True)
+    Raises:
+        RuntimeError: with the last line of the log, if it fails.
+        SystemExit: it was interrupted.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if options.gpus > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(options.gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu]
+    with log.open("ab") as output:
+        line = [sys.executable, "-m", "distillkit", *words]
+        process = subprocess.Popen(line, stdout=output, stderr=output, env=environment)
+    RUNNING.add(process)
+    code = process.wait()
+    RUNNING.discard(process)
+    if code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+        raise SystemExit(INTERRUPTED)
+    if code and (code, words[0]) != (FAILED, "evaluate"):  # its results tell what could not be measured
+        raise RuntimeError(log.read_text(errors="replace").strip().splitlines()[-1])
+
+
+def content_of(options: ReplicationOptions) -> Json:
+    output = options.result_file
+    former = json.loads(output.read_text()) if output.exists() else {}
+    return {"benchmark": "the miniature replication", "variants": {}, **former}
+
+
+def known(name: str, options: ReplicationOptions) -> Json:
+    """What the file has of a variant, or of the teacher."""
+    content = content_of(options)
+    found: Json = (content if name == TEACHER else content["variants"]).get(name, {})
+    return found
+
+
+def write(name: str, part: Json, options: ReplicationOptions) -> None:
+    """Write a variant, or the teacher, into the file; what else it has stays."""
+    part = {**part, **provenance(), "command": command(options)}
+    with WRITING:
+        content = content_of(options)
+        (content if name == TEACHER else content["variants"])[name] = part
+        content["variants"] = dict(sorted(content["variants"].items(), key=lambda item: place(item[0])))
+        write_whole(options.result_file, content)
+
+
+def report(name: str, what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {name}: {what}", flush=True)
 
 
 def place(name: str) -> tuple[int, int, str]:
@@ -247,11 +212,19 @@ def place(name: str) -> tuple[int, int, str]:
     return [*VARIANTS].index(base(name)), int(number[0]) if number else 0, name
 
 
+def stop(*_: object) -> None:
+    """Runs save a checkpoint, and evaluations keep what they have."""
+    for process in [*RUNNING]:
+        process.terminate()
+
+
 if __name__ == "__main__":
-    replication = Replication(parse(ReplicationOptions))
+    options = parse(ReplicationOptions)
     try:
-        replication.write_configurations()
+        write_configurations(options)
     except UserError as error:
         sys.exit(f"error: {error}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(0 if replication.run() else 1)
+    signal.signal(signal.SIGTERM, stop)
+    with ThreadPoolExecutor(options.gpus) as workers:
+        well = [*workers.map(run_on, range(options.gpus), [options] * options.gpus)]
+    sys.exit(0 if all(well) else 1)

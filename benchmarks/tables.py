@@ -23,7 +23,6 @@ from distillkit.reporting.colours import paint, series
 from distillkit.reporting.document import Picture
 from distillkit.reporting.plots import Axis, Series, line_chart
 from frame import RESULTS, ROOT
-from outcomes import by_length
 from replicated import TITLES, replication, title
 
 PAGE = ROOT / "docs" / "results.md"
@@ -166,23 +165,6 @@ def alignment(content: Json) -> list[Part]:
     return [grid(["", "tokens", "time", "KL at the end"], lines)]
 
 
-def needles(content: Json) -> list[Part]:
-    found = by_length({task: measured["rows"] for task, measured in content["tasks"].items()})
-    lines = [
-        [task, numbers.length(int(length)), f"{sums['correct']:g} of {sums['total']:g}"]
-        for task, lengths in found.items()
-        for length, sums in lengths.items()
-    ]
-    return [grid(["task", "tokens", "found"], lines)]
-
-
-def survival(content: Json) -> list[Part]:
-    recipes = " and ".join(row["recipe"] for row in content["recipes"])
-    weights = "those" if content["equal"] else "not those"
-    kills = f"{content['kills']} kills at random moments of {recipes}"
-    return [f"{kills}. The weights at the end are {weights} of uninterrupted runs, bit for bit."]
-
-
 def compression(content: Json) -> list[Part]:
     lines = []
     for row in content["rows"]:
@@ -242,8 +224,6 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "losses": flat("method", "tokens", "peak_mib", "seconds"),
     "attention": flat("attention", "tokens", "tokens_per_second", "peak_mib"),
     "delta_rule": flat("form", "tokens", "peak_mib", "seconds"),
-    "needles": needles,
-    "survival": survival,
     "kills": flat("what", "kills", "ends", "equal"),
     "compression": compression,
 }
@@ -251,13 +231,11 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COMMANDS = {
-    "alignment": f"--teacher teacher --gguf-file {SMOLLM2} --data train.parquet --eval valid.parquet --tokens 7000000",
-    "compression": f"--teacher {SMOLLM2} --data valid.parquet",
     "decoding": f"--teacher {SMOLLM2} --decode-tokens 32 --repeats 1",
-    "needles": f"--model {SMOLLM2} --samples 2",
-    "survival": "--max-steps 24",
+    "losses": "",
 }
-"""The options, from its settings, of the benchmark that wrote a file which does not contain its command."""
+"""The options, from its settings, of the benchmark that wrote a file which does not contain its command. Without
+them no command is shown."""
 
 
 def section(name: str, results: Path) -> list[Part]:
@@ -267,7 +245,7 @@ def section(name: str, results: Path) -> list[Part]:
         return []
     content: Any = json.loads(file.read_text())
     note = [f"Note: {content['note']}."] if "note" in content else []
-    command = " ".join(["python", f"benchmarks/{name}.py", *filter(None, [COMMANDS.get(name)])])
+    command = f"python benchmarks/{name}.py {COMMANDS[name]}".strip() if name in COMMANDS else ""
     parts = [*SECTIONS[name](content), *note, source(file.name, content, command)]
     return [named_now(part) if isinstance(part, str) else part for part in parts]
 

@@ -34,6 +34,13 @@ def one_phase(options: Options) -> list[Json]:
     return [phase("short", options.tokens), long_phase(options, losses, frozen_res=[])]
 
 
+def aligned(options: Options) -> list[Json]:
+    """Alignment of attention first, out of the budget of the one-phase recipe."""
+    alignment = max(1, round(options.alignment_share * options.tokens))
+    _, *long = one_phase(options)
+    return [phase("alignment", alignment, ALIGNMENT), phase("short", max(1, options.tokens - alignment)), *long]
+
+
 def radlads(options: Options) -> list[Json]:
     """Alignment, distillation and longer rows (arXiv 2505.03005), out of the same budget as one phase."""
     alignment = max(1, round(options.alignment_share * options.tokens))
@@ -61,6 +68,7 @@ VARIANTS: dict[str, tuple[str, Json, Callable[[Options], list[Json]]]] = {
     "hybrid": ("hybrid.yaml", {}, one_phase),
     "front_loaded": ("front_loaded.yaml", {}, one_phase),
     "kda_only": ("kda_only.yaml", {}, one_phase),
+    "aligned": ("hybrid.yaml", {}, aligned),
     "radlads": ("radlads.yaml", {}, radlads),
     "hybrid_grouped": ("hybrid.yaml", {"student": {"kv_heads": "grouped"}}, one_phase),
     "hybrid_rope": ("hybrid.yaml", {"student": {"keep_rope": True}}, one_phase),
@@ -108,7 +116,7 @@ def run_of(name: str, folder: Path, options: Options) -> Json:
 
 
 def evaluations_of(folder: Path, students: dict[str, Path], options: Options) -> dict[str, Json]:
-    """The YAML of each evaluation by file: divergences in rows of either length, needles by student and task."""
+    """The YAML of each evaluation by file: divergences in rows of either length, and needles."""
     named = {name: {"path": str(path), "kwargs": {"dtype": options.dtype}} for name, path in students.items()}
     evaluations: dict[str, Json] = {}
     for length in (options.sequence_length, options.long_sequence_length):
@@ -116,20 +124,18 @@ def evaluations_of(folder: Path, students: dict[str, Path], options: Options) ->
         divergence["dataset"] = {"disk_path": options.eval}
         models = {"teacher": options.teacher_model, "students": named}
         evaluations[f"divergence-{length}"] = {**models, "divergence": divergence}
-    for name, student in named.items():
-        for task in options.needle_tasks:
-            evaluations[f"needles-{name}-{task}"] = {"students": {name: student}, "needles": needles(options, [task])}
+    evaluations["needles"] = {"students": named, "needles": needles(options)}
     return {f"{name}.yaml": {"output_path": str(folder / name), **each} for name, each in evaluations.items()}
 
 
 def evaluation_of_teacher(folder: Path, options: Options) -> dict[str, Json]:
-    evaluation = {"teacher": options.teacher_model, "needles": needles(options, options.needle_tasks)}
+    evaluation = {"teacher": options.teacher_model, "needles": needles(options)}
     return {"needles.yaml": {"output_path": str(folder / "needles"), **evaluation}}
 
 
-def needles(options: Options, tasks: list[str]) -> Json:
+def needles(options: Options) -> Json:
     return {
-        "tasks": tasks,
+        "tasks": options.needle_tasks,
         "lengths": options.needle_lengths,
         "depths": options.needle_depths,
         "samples": options.needle_samples,

@@ -94,7 +94,7 @@ def test_a_student_that_is_given_only_trains_in_long_rows_and_is_measured_before
     whole = options("--variants", "best_kda_only", "--long-tokens", "5M")
     paths += ["--go-on", str(tmp_path)]
     given = options("--variants", "best_kda_only-more", "--long-tokens", "5M")
-    plan = replication.Replication(given).plan("best_kda_only-more")
+    plan = replication.plan("best_kda_only-more", given)
     run = plan["files"]["run.yaml"]
     assert run["phases"] == benchmark("variants").run_of("best_kda_only", tmp_path, whole)["phases"][-1:]
     assert [phase["name"] for phase in run["phases"]] == ["long"]
