@@ -13,13 +13,23 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-import memory
 import throughput
 from distillkit.config import RunConfig
 from distillkit.planning import plan_run
 from frame import RESULTS, Json, Options, option, run
-from steps import SMOLLM2, run_config
+from steps import SMOLLM2, one_phase_run, run_config
 
+IN_MEMORY: dict[str, tuple[str, str, int | None]] = {
+    "smollm2-16x2048": ("smollm2-135m", "eager, nothing checkpointed", None),
+    "smollm2-1x32768": ("smollm2-135m", "long, eager, nothing checkpointed", None),
+    "smollm2-16x2048-alignment": ("smollm2-135m", "alignment", None),
+    "smollm2-8x2048-all-trained": ("smollm2-135m", "all parameters in float32, KL alone", None),
+    "afm12-4x2048": ("afm-4.5b", "eager, nothing checkpointed", 12),
+    "afm12-4x2048-checkpointing": ("afm-4.5b", "eager", 12),
+    "afm-4x2048-checkpointing": ("afm-4.5b", "eager", None),
+    "afm-4x2048-alignment": ("afm-4.5b", "alignment", None),
+}
+"""Rows of memory.json: shape, row of benchmarks/throughput.py, and layers."""
 REPLICATED = {"best-85M": "hybrid", "best_kda_only-85M": "kda_only"}
 """Variants of the replication that had an H100 each, and their layouts."""
 
@@ -34,8 +44,10 @@ def timed_steps(folder: Path) -> Iterator[tuple[str, str, RunConfig, int]]:
     files = ("memory", "throughput", "throughput_smollm2", "replication")
     content = {file: json.loads((RESULTS / f"{file}.json").read_text()) for file in files}
     for row in content["memory"]["rows"]:
-        shape, described = memory.ROWS[row["row"]]
-        yield "memory.json", row["row"], run_config(folder, described, shape), row["tokens_per_second"]
+        shape, step, layers = IN_MEMORY[row["row"]]
+        fewer = {"per_device_train_batch_size": 8} if "-8x" in row["row"] else {}
+        config = throughput.described_run(step, shape, folder, layers, **fewer)
+        yield "memory.json", row["row"], config, row["tokens_per_second"]
     for file in files[1:3]:
         shape, layers = content[file]["shape"], content[file]["layers"]
         for row in content[file]["rows"]:
@@ -45,17 +57,16 @@ def timed_steps(folder: Path) -> Iterator[tuple[str, str, RunConfig, int]]:
     for name, layout in REPLICATED.items():
         for phase in content["replication"]["variants"][name]["phases"]:
             training = phase["training_args"]
-            shape, described = memory.described(
-                SMOLLM2,
+            described = one_phase_run(
                 training["per_device_train_batch_size"],
                 phase["sequence_length"],
-                arguments={"torch_compile": training["torch_compile"]},
+                {"torch_compile": training["torch_compile"]},
                 loss_functions=phase["loss_functions"],
                 frozen_res=[],
                 student={"layout": layout},
             )
             step = f"smollm2-135m: {name}, {phase['name']}"
-            yield "replication.json", step, run_config(folder, described, shape), phase["tokens_per_second"]
+            yield "replication.json", step, run_config(folder, described, SMOLLM2), phase["tokens_per_second"]
 
 
 def measure(options: PlanTimesOptions) -> Iterator[Json]:
@@ -70,7 +81,8 @@ def measure(options: PlanTimesOptions) -> Iterator[Json]:
 
 
 def summary(options: PlanTimesOptions, rows: list[Json]) -> Json:
-    return {"planned_for": options.gpu, **memory.summary(options, rows)}
+    ratios = [row["ratio"] for row in rows]
+    return {"planned_for": options.gpu, "summary": {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}}
 
 
 if __name__ == "__main__":

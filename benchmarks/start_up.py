@@ -11,7 +11,8 @@ packed documents as training does (float32 masters under bf16 autocast), and the
 evaluation does.
 
 `--keep FOLDER` writes down what was tuned, in the files that fla reads: FLA_CONFIG_DIR=FOLDER distillkit CONFIG.yaml.
-`--from FOLDER` times a process that begins with such files. They serve the same GPU, heads and dtypes.
+They serve the same GPU, heads and dtypes. With FLA_CONFIG_DIR, `--states "tuned elsewhere"` times a process that begins
+with such files.
 """
 
 import gc
@@ -49,16 +50,12 @@ class StartUpOptions(Options):
     tokens: int = option(8192, "of a row of packed documents")
     device: str = option(DEVICE.type)
     keep: Path | None = option(None, "folder for what was tuned")
-    kept: Path | None = option(None, "such a folder, to start with", aliases=["--from"])
     states: list[str] = option(STATES, "only these, of those that there are", choices=STATES)
 
     def __post_init__(self) -> None:
-        if self.keep is not None and self.kept is not None:
-            raise ValueError("--keep writes down what is tuned, which --from leaves out: give one of the two")
-        if self.kept is not None:
-            self.states = STATES[2:]
-        elif not (self.device.startswith("cuda") and folder_of(torch.cuda.get_device_name()).is_dir()):
-            self.states = [state for state in self.states if state != STATES[2]]  # nothing is known of this device
+        brought = self.device.startswith("cuda") and folder_of(torch.cuda.get_device_name()).is_dir()
+        if not brought and "FLA_CONFIG_DIR" not in os.environ:  # nothing is known of this device
+            self.states = [state for state in self.states if state != STATES[2]]
 
 
 def measure(options: StartUpOptions) -> Iterator[Json]:
@@ -68,8 +65,6 @@ def measure(options: StartUpOptions) -> Iterator[Json]:
                 elsewhere = state == "tuned elsewhere"
                 os.environ["TRITON_CACHE_DIR"] = str(Path(folder) / f"{shape}-{'other' if elsewhere else 'own'}")
                 os.environ["FLA_CACHE_MODE"] = "strict" if elsewhere else "disabled"
-                if options.kept is not None:
-                    os.environ["FLA_CONFIG_DIR"] = str(options.kept.absolute())
                 keep = options.keep if state == "empty" else None
                 seconds = in_own_process(first_steps, shape, options.tokens, options.device, keep)
                 yield {"shape": shape, "triton_cache": state, **seconds}

@@ -12,7 +12,7 @@ from distillkit.config import RunConfig
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.planning.meta_models import read_config, student_config, student_model, teacher_on_meta
 from distillkit.teacher.live import LiveTeacher
-from distillkit.training.arguments import StudentTechniques, build_training_arguments
+from distillkit.training.arguments import build_training_arguments
 from distillkit.training.batches import Collator
 from distillkit.training.compilation import compiled_step
 from distillkit.training.distiller import Distiller
@@ -88,23 +88,19 @@ def take_steps(
 
     The peak of memory is that of the steps, weights included.
     """
-    arguments, techniques = arguments_of(config, device)
+    given = {**config.training_args, "use_cpu": device.type == "cpu"}
+    arguments, techniques = build_training_arguments(given, Path(config.output_path), uses_logits=True)
     torch.manual_seed(seed)
     teacher, student = random_models(config, compute_dtype(arguments), device)
     if techniques.gradient_checkpointing:
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     number = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.max_steps
     rows = random_rows(number, config.sequence_length, student.config.vocab_size, seed)
-    trainer = trainer_of(config, arguments, teacher, student, rows, callbacks=[clock] if clock else [])
+    trainer = trainer_of(config, arguments, teacher, student, rows, [clock] if clock else [])
     start_peak(device)
     with compiled_step(student, teacher, trainer.model.objective, techniques.compilation):
         trainer.train()
     return trainer
-
-
-def arguments_of(config: RunConfig, device: torch.device) -> tuple[TrainingArguments, StudentTechniques]:
-    given = {**config.training_args, "use_cpu": device.type == "cpu"}
-    return build_training_arguments(given, Path(config.output_path), uses_logits=True)
 
 
 def random_models(
@@ -148,15 +144,14 @@ def trainer_of(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     rows: Dataset,
-    trainer: type[DistillationTrainer] = DistillationTrainer,
-    **others: Any,
+    callbacks: list[TrainerCallback],
 ) -> DistillationTrainer:
-    """The product's trainer, or a kind of it, for a student that is frozen and cast. others: as for Trainer."""
+    """The product's trainer, for a student that is frozen and cast."""
     vocabulary_size = student.config.vocab_size
     live = LiveTeacher(teacher)
     objective = objective_of(config, student, live, vocabulary_size)
     assert config.teacher.kind == "hf"
-    return trainer(
+    return DistillationTrainer(
         Distiller(student, objective),
         live,
         signal_request(objective, top_k=config.teacher.top_k, vocabulary_size=vocabulary_size),
@@ -164,5 +159,5 @@ def trainer_of(
         args=arguments,
         train_dataset=rows,
         data_collator=Collator(pad_token_id=0, sequence_length=config.sequence_length),
-        **others,
+        callbacks=callbacks,
     )

@@ -1,4 +1,4 @@
-"""Training steps on a GPU: tokens per second, peak memory, and where the time goes, at the shapes of real models.
+"""Training steps on a GPU: tokens per second, where the time goes, and peak memory beside what the plan estimates.
 
     python benchmarks/throughput.py                                    # on CUDA
     python benchmarks/throughput.py --rows reference "compiled, nothing checkpointed" --output some.json
@@ -8,8 +8,11 @@ Teacher and hybrid student have random weights; tokens are random, one document 
 recipe. Rows are steps of the product's own trainer, but `reference`: a training loop as one writes it first, with all
 logits at once, eager, every layer checkpointed, and PyTorch's AdamW as it comes. A row is the median of some steps
 after those in which kernels are tuned and compiled; two more are profiled, and the time of their kernels is sorted by
-the kernels' names. `gflop_per_token` is what the product's plan counts for the same step, recomputation included;
-`share_of_matmul_rate` is that by the tokens per second over the rate of one large bf16 product in the same process.
+the kernels' names.
+
+Beside it stands what `distillkit plan` says of the same step. `gflop_per_token` are its operations, recomputation
+included; `share_of_matmul_rate` is that by the tokens per second over the rate of one large bf16 product in the same
+process. `estimated_gib` is what it expects to be allocated, without CUDA's context; `ratio` is that over `peak_gib`.
 """
 
 import gc
@@ -31,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from distillkit.config import RunConfig
 from distillkit.planning import plan_run
 from frame import DEVICE, GIB, Json, Options, now, option, peak_memory, run, seconds_of, start_peak
-from steps import ALIGNMENT, SHAPES, StepClock, one_phase_run, random_models, run_config, take_steps
+from steps import ALIGNMENT, KL, SHAPES, StepClock, one_phase_run, random_models, run_config, take_steps
 
 BATCHES = {"afm-4.5b": (4, 2048, 32768), "smollm2-135m": (16, 2048, 32768), "tiny": (2, 64, 128)}
 """Rows and tokens of a short batch, and tokens of a long one of a single row."""
@@ -41,6 +44,7 @@ HALF = {**CHECKPOINTED, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}
 COMPILED = {"torch_compile": True}
 BOTH = {**CHECKPOINTED, **COMPILED}
 EIGHT_BIT = {**BOTH, "optim": "adamw_torch_8bit"}
+KL_ALONE = {"frozen_res": [], "loss_functions": KL}
 ALL = {"frozen_res": [], "trained_weights": "bfloat16"}
 """All parameters: in bf16 with stochastic rounding, for 16 bytes a parameter do not fit beside the activations."""
 
@@ -54,14 +58,16 @@ ROWS: dict[str, tuple[Json, Json]] = {
     "all parameters": (BOTH, ALL),
     "all parameters, 8-bit": (EIGHT_BIT, ALL),
     "alignment": ({}, {"loss_functions": ALIGNMENT}),
+    "all parameters in float32, KL alone": ({}, KL_ALONE),
     "long": (BOTH, {}),
     "long, eager": (CHECKPOINTED, {}),
+    "long, eager, nothing checkpointed": ({}, {}),
     "long, all parameters": (BOTH, ALL),
     "long, all parameters, 8-bit": (EIGHT_BIT, ALL),
 }
 """`training_args`, and other keys of the YAML that differ from the one-phase recipe's."""
 SELDOM = ("eager, nothing checkpointed", "alignment", "all parameters, 8-bit", "long, eager")
-SELDOM += ("long, all parameters, 8-bit",)
+SELDOM += ("long, all parameters, 8-bit", "long, eager, nothing checkpointed", "all parameters in float32, KL alone")
 
 CLASSES = {
     "attention": ("flash", "fmha", "pytorch_flash", "varlen"),
@@ -119,10 +125,7 @@ def measure(options: ThroughputOptions) -> Iterator[Json]:
         print(f"{row} …", flush=True)
         found = measured(row, options)
         if "tokens_per_second" in found:
-            gflop = planned_gflop(row, options) / (found["batch"] * found["sequence_length"])
-            found["gflop_per_token"] = round(gflop, 2)
-            if rate is not None:
-                found["share_of_matmul_rate"] = round(gflop * found["tokens_per_second"] / 1e3 / rate, 3)
+            found |= planned(found, rate, options)
         yield found
 
 
@@ -217,14 +220,23 @@ def kernel_times(profiler: Any, steps: int, step_seconds: float) -> Json:
     }
 
 
-def planned_gflop(row: str, options: ThroughputOptions) -> float:
-    """Of a whole step, as the plan counts it."""
+def planned(found: Json, rate: float | None, options: ThroughputOptions) -> Json:
+    """What the plan says of the step of a row; of the reference, only the operations, which are those of `eager`."""
     with tempfile.TemporaryDirectory() as folder:
-        name = "eager" if row == "reference" else row
+        name = "eager" if found["row"] == "reference" else found["row"]
         config = described_run(name, options.shape, Path(folder), options.layers)
         cost = plan_run(config, gpu=options.gpu).phases[0].cost
     assert cost is not None
-    return sum(cost.flops.values()) / 1e9
+    gflop = sum(cost.flops.values()) / 1e9 / (found["batch"] * found["sequence_length"])
+    more: Json = {"gflop_per_token": round(gflop, 2)}
+    if rate is not None:
+        more["share_of_matmul_rate"] = round(gflop * found["tokens_per_second"] / 1e3 / rate, 3)
+    if name == found["row"]:
+        more["estimated_gib"] = round(cost.allocated / GIB, 3)
+        more["estimated"] = {kind: round(size / GIB, 3) for kind, size in cost.memory.items()}
+        if found["peak_gib"] is not None:
+            more["ratio"] = round(more["estimated_gib"] / found["peak_gib"], 3)
+    return more
 
 
 @cache
