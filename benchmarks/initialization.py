@@ -6,8 +6,8 @@
         --steps 300 --batch 16 --tokens 2048 --evaluation-tokens 65536
 
 A variant is a student of some `StudentConfig.initialization`, and a run of the product: the one-phase recipe, a cosine
-schedule after a warm-up of an eighth of the steps. Rows of initialization.json without a
-variant here are ideas that gave no reason for an option; the script of that file's commit has them.
+schedule after a warm-up of an eighth of the steps. Rows of initialization.json without a variant here are ideas that
+gave no reason for an option; the script of that file's commit has them.
 """
 
 import json
