@@ -1,7 +1,5 @@
 """The interface of whatever runs the teacher in a capture."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """How much of a teacher distribution is lost where only its likeliest tokens are stored, by a lossy codec."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -3,8 +3,6 @@
 Only the manifest and the first rows are read, unless every byte is to be verified.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ is read once, and a killed run continues with the first missing shard, because t
 One or two rows per shard are not full.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

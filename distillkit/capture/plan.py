@@ -4,8 +4,6 @@ The plan fixes what each shard will hold, so that processes without communicatio
 kill, make parts of one dataset. A folder belongs to its plan; another capture is refused there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """From a configuration to a capture that can begin: checked against the teacher, rows prepared, plan written."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from dataclasses import dataclass

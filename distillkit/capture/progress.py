@@ -1,7 +1,5 @@
 """Progress of a capture."""
 
-from __future__ import annotations
-
 from typing import Self
 
 from rich.console import Console

@@ -5,8 +5,6 @@ It does not depend on which process makes it, or when. A process that finds all 
 a capture may be killed at any moment, shared among machines, and started again; it always ends in the same files.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

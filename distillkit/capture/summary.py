@@ -1,7 +1,5 @@
 """The summary of a capture: sizes, speed, and how much of the teacher distribution was lost."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A teacher run by transformers, on the CPU or a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -5,8 +5,6 @@ log-probability of that token and of the k likeliest ones, given the tokens befo
 teacher distribution of the position before, and those of the one generated token are that of the last position.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any

@@ -1,7 +1,5 @@
 """A codec: how the k likeliest tokens at each position are stored, and read back."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar

@@ -5,8 +5,6 @@ Published datasets in this format hold logits minus their mean, where ours hold 
 more than 1, so they have to be normalised, as losses do with `missing_probability_handling: zero`.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor

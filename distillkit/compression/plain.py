@@ -1,7 +1,5 @@
 """`plain`: the k likeliest tokens and their log-probabilities as they are, `token_ids` and `top_values`."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor

@@ -13,8 +13,6 @@ A curve may lie above the values that it approximates, so the decoded probabilit
 Such a row has to be normalised before it is used as a distribution, as the losses do.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor

@@ -1,7 +1,5 @@
 """How several processes divide the shards of a capture among themselves, without communication."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

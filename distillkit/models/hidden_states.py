@@ -1,9 +1,7 @@
 """Hooks that keep the hidden states of a decoder while it runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -40,7 +38,7 @@ class HiddenStateTaps:
             self._tapped[index] = stages[index]
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> HiddenStateTaps:
+    def __enter__(self) -> Self:
         self._handles = [self._decoder.register_forward_pre_hook(self._start)]
         for index, module in self._tapped.items():
             self._handles.append(module.register_forward_hook(self._keep(index)))

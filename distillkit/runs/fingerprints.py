@@ -4,8 +4,6 @@ A fingerprint of at most `CHEAP` bytes is compared by content always. Of more, o
 change is another, which a copy changes, too.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """One process at a time works in a run's folder: it holds a lock, which ends with it, however it ends."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

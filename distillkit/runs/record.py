@@ -1,7 +1,5 @@
 """`run.json`: what a run or a phase was started with, and facts that a resumed run needs again."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path

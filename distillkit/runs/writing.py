@@ -4,8 +4,6 @@ Unfinished files have names of their own, so that any number of processes may wr
 They are locked meanwhile, so that what a killed process left behind is distinguished from what a living one writes.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import glob

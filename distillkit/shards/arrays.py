@@ -3,8 +3,6 @@
 Whole buffers are moved; no value passes through Python.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The background of a captured dataset: the teacher's distribution outside its top k, averaged over tokens."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The record is written after the file, so a shard that has a record is complete. 
 same bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

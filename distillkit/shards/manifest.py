@@ -3,8 +3,6 @@
 It holds no times: the same capture gives the same file.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks the files of a captured dataset against its manifest."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
