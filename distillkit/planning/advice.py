@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from distillkit.config import HFTeacherConfig, Run, RunConfig, UserError
@@ -18,7 +17,6 @@ from distillkit.planning.result import PhasePlan, RunPlan
 from distillkit.planning.settings import Settings
 from distillkit.planning.tokens import Schedule
 from distillkit.student.mixers.names import FULL
-from distillkit.training.freezing import freeze
 from distillkit.training.optimizers import LOSSY_ADDENDS
 
 LONG = 16384
@@ -140,51 +138,18 @@ def about_phase(
     settings: Settings,
     timing: Schedule,
     student: PreTrainedModel,
-    reached: list[nn.Parameter],
     teacher: PreTrainedConfig | None,
     gpu: GPU,
     gpus: int,
-) -> tuple[list[UserError], list[UserError]]:
-    """(errors, warnings) about a phase, or about a run without phases; the student frozen as it trains.
-
-    reached: parameters that a loss gives a gradient.
-    """
-    lines = [
+) -> list[UserError]:
+    """Warnings about a phase, or about a run without phases; the student frozen as it trains."""
+    return [
         *_about_held_out_text(config),
         *_about_batches(settings, timing, gpus),
         *_about_budget(config, settings, timing),
         *_about_precision(config, settings, gpu),
         *_about_rows(config, settings, student, teacher, gpu),
     ]
-    errors = _pattern_errors(student, config)
-    if not errors and not reached:
-        errors.append(
-            UserError(
-                "loss_functions", "none of them reaches a parameter that is not frozen; freeze less, or add a loss"
-            )
-        )
-    return errors, lines
-
-
-def _pattern_errors(student: nn.Module, config: RunConfig) -> list[UserError]:
-    """Each pattern and name by itself, as the run checks it; then whether anything is left to train."""
-    frozen = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
-    tries: list[tuple[list[str], list[str]]] = [
-        ([], config.frozen_modules[: index + 1]) for index in range(len(config.frozen_modules))
-    ]
-    tries += [(config.frozen_res[: index + 1], []) for index in range(len(config.frozen_res))]
-    errors: list[UserError] = []
-    for patterns, modules in tries:
-        try:
-            freeze(student, patterns, modules)
-        except UserError as error:
-            errors.append(error)
-            break
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(frozen[name])
-    if not errors and not any(frozen.values()):
-        errors.append(UserError("frozen_res", "every parameter is frozen; leave something to train"))
-    return errors
 
 
 def _about_batches(settings: Settings, timing: Schedule, gpus: int) -> Iterator[UserError]:

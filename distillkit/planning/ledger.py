@@ -89,13 +89,14 @@ class Ledger(TorchDispatchMode):
         finally:
             self.kind = before
 
-    def book(self, tensor: Tensor, kind: str) -> None:
-        """A tensor that exists already is of this kind from now on."""
-        key = tensor.untyped_storage()._cdata
+    def book_gradient(self, parameter: Tensor) -> None:
+        """A parameter's gradient, which exists already, is of the kind `gradients` from now on."""
+        assert parameter.grad is not None
+        key = parameter.grad.untyped_storage()._cdata
         size, before = self._known[key]
-        self._known[key] = (size, kind)
+        self._known[key] = (size, "gradients")
         self.live[before] -= size
-        self.live[kind] += size
+        self.live["gradients"] += size
 
     def fresh_peak(self) -> None:
         """Forget the peak until now."""

@@ -3,7 +3,8 @@
 import copy
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ from distillkit.config import HFTeacherConfig, RunConfig, UserError
 from distillkit.conversion.convert import check_teacher, student_on_meta
 from distillkit.models.loading import as_user_error, check_headers, load_pretrained_config, where
 from distillkit.student.mixers.names import FULL, name_of
+
+
+@contextmanager
+def transformers_warn_of_nothing() -> Iterator[None]:
+    """For a plan: the run itself prints what transformers warns of."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def read_config(path: str, key: str, kwargs: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
@@ -110,14 +122,9 @@ def _on_meta(
     config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, path: str, key: str
 ) -> PreTrainedModel:
     """Raises `UserError` where no model can be built from the configuration, which `path` under `key` named."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with as_user_error(os.path.expanduser(path), key), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                _sdpa(copy.deepcopy(config)), dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    finally:
-        transformers_logging.set_verbosity(level)
+    with as_user_error(os.path.expanduser(path), key), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            _sdpa(copy.deepcopy(config)), dtype=dtype, trust_remote_code=trust_remote_code
+        )
     model.tie_weights()
     return model

@@ -1,15 +1,13 @@
 """`distillkit plan`: what a run would cost, from configurations and headers alone."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from distillkit.compression import build_codec
-from distillkit.config import HFTeacherConfig, Phase, Run, RunConfig, UserError
+from distillkit.config import HFTeacherConfig, Phase, RunConfig, UserError
 from distillkit.config.losses import align_attention_alone
 from distillkit.config.resolve import AnyRun, as_run
 from distillkit.planning.advice import about_phase, about_run, remedies
@@ -22,29 +20,17 @@ from distillkit.planning.meta_models import (
     student_config,
     student_model,
     teacher_on_meta,
+    transformers_warn_of_nothing,
 )
 from distillkit.planning.result import PhasePlan, RunPlan
 from distillkit.planning.settings import Settings
 from distillkit.planning.step import FakeCapturedTeacher, StepCost, reached_by, simulate_step
 from distillkit.planning.tokens import schedule
-from distillkit.shards import read_manifest
 from distillkit.teacher import Teacher
 from distillkit.teacher.live import LiveTeacher
-from distillkit.training.freezing import freeze_matching
+from distillkit.teacher.opening import manifest_of, named_formats
+from distillkit.training.freezing import freeze, freeze_matching
 from distillkit.training.precision import cast_for_training
-
-
-def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
-    """The plan of a run, with phases or without, on so many GPUs of one kind.
-
-    Raises `UserError` where a model's configuration cannot be read; other errors are listed in the plan.
-    """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the run itself prints what transformers warns of
-    try:
-        return _plan(as_run(run), find_gpu(gpu), gpus)
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,13 @@ class _PlannedPhase:
     """Bytes of a weight of the teacher; 0 for a captured one."""
 
 
-def _plan(run: Run, device: GPU, gpus: int) -> RunPlan:
+@transformers_warn_of_nothing()
+def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
+    """The plan of a run, with phases or without, on so many GPUs of one kind.
+
+    Raises `UserError` where a model's configuration cannot be read; other errors are listed in the plan.
+    """
+    run, device = as_run(run), find_gpu(gpu)
     config = run.phases[0].config
     teacher = _teacher_config(config)
     student = student_config(config, teacher)
@@ -111,8 +103,16 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
     teacher_config = _teacher_config(config)
     teacher = _teacher(config, teacher_config, student_config.vocab_size)
     student = student_model(config, student_config)
-    freeze_matching(student, config.frozen_res, config.frozen_modules)
+    errors: list[UserError] = []
+    try:
+        freeze(student, config.frozen_res, config.frozen_modules)
+    except UserError as error:
+        errors.append(error)
+        freeze_matching(student, config.frozen_res, config.frozen_modules)
     reached = reached_by(student, config)
+    if not errors and not reached:
+        problem = "none of them reaches a parameter that is not frozen; freeze less, or add a loss"
+        errors.append(UserError("loss_functions", problem))
     groups = parameter_groups(student, reached)
     trained_dtype = torch.bfloat16 if config.trained_weights == "bfloat16" else torch.float32
     cast_for_training(student, settings.compute_dtype, trained_dtype)
@@ -120,7 +120,7 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
     teacher_parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
     timing = schedule(config, settings, gpus)
     disk = disk_use(student, settings, reached, masters=not phase.is_last)
-    errors, warnings = about_phase(config, settings, timing, student, reached, teacher_config, gpu, gpus)
+    warnings = about_phase(config, settings, timing, student, teacher_config, gpu, gpus)
     cost = None
     if reached:
         try:
@@ -169,23 +169,17 @@ def _batch_seconds(
     )
 
 
-def _teacher(config: RunConfig, teacher_config: PreTrainedConfig | None, vocabulary_size: int) -> Teacher:
-    if isinstance(config.teacher, HFTeacherConfig):
-        assert teacher_config is not None
-        return LiveTeacher(teacher_on_meta(teacher_config, config.teacher, config.trust_remote_code))
-    return _captured(config, vocabulary_size)
-
-
-def _captured(config: RunConfig, vocabulary: int) -> FakeCapturedTeacher:
-    """A captured teacher's stand-in, stored as its manifest or the YAML says."""
+def _teacher(config: RunConfig, teacher_config: PreTrainedConfig | None, vocabulary: int) -> Teacher:
+    """Of a captured teacher a stand-in, stored as its manifest or the YAML says."""
     teacher = config.teacher
-    folder = config.dataset.train_dataset.disk_path
-    manifest = None if folder is None else read_manifest(Path(folder))
-    stored = None if manifest is None else (manifest.codec_kind, manifest.codec_config)
-    for kind in ("logprob_compressor", "legacy_logit_compression"):
-        if stored is None and (section := vars(teacher).get(kind)) is not None:
-            stored = kind, section
-    if stored is None:
-        return FakeCapturedTeacher(64, vars(teacher).get("vocab_size") or vocabulary, 64 * 8)
-    codec = build_codec(*stored)
+    if isinstance(teacher, HFTeacherConfig):
+        assert teacher_config is not None
+        return LiveTeacher(teacher_on_meta(teacher_config, teacher, config.trust_remote_code))
+    manifest = manifest_of(config.dataset.train_dataset)
+    if manifest is not None:
+        codec = build_codec(manifest.codec_kind, manifest.codec_config)
+    elif named := named_formats(teacher):
+        codec = build_codec(*next(iter(named.items())))
+    else:
+        return FakeCapturedTeacher(64, teacher.vocab_size or vocabulary, 64 * 8)
     return FakeCapturedTeacher(codec.k, codec.vocabulary_size, codec.bytes_per_token)

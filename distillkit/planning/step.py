@@ -64,14 +64,6 @@ class StepCost:
         return sum(self.memory.values())
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch: rows and tokens per row."""
-
-    rows: int
-    tokens: int
-
-
 def simulate_step(
     config: RunConfig,
     settings: Settings,
@@ -167,8 +159,8 @@ def _step(
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(_booked(ledger))
-    batch = _batch(Batch(settings.batch_size, config.sequence_length))
+        parameter.register_post_accumulate_grad_hook(ledger.book_gradient)
+    batch = _batch(settings.batch_size, config.sequence_length)
     ledger.fresh_peak()
     with ledger.during(TEACHER):
         signal = None if teacher is None else teacher.signal(batch, request)
@@ -219,18 +211,10 @@ def reached_by(student: PreTrainedModel, config: RunConfig) -> list[nn.Parameter
     return [each for each in trained if each is not head(student)[0] or each is embeddings]
 
 
-def _booked(ledger: Ledger) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        ledger.book(parameter.grad, "gradients")
-
-    return hook
-
-
-def _batch(batch: Batch) -> dict[str, Tensor]:
-    """Every row is one document and every token counts: the batch of this size that costs most."""
-    input_ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
-    position_ids = torch.arange(batch.tokens).repeat(batch.rows, 1)
+def _batch(rows: int, tokens: int) -> dict[str, Tensor]:
+    """Every row is one document and every token counts: the micro-batch of this size that costs most."""
+    input_ids = torch.zeros(rows, tokens, dtype=torch.long)
+    position_ids = torch.arange(tokens).repeat(rows, 1)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}
 
 

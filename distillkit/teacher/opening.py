@@ -65,6 +65,12 @@ def manifest_of(source: DatasetSource) -> Manifest | None:
     return None if source.disk_path is None else read_manifest(Path(source.disk_path))
 
 
+def named_formats(config: DatasetTeacherConfig) -> dict[str, Section]:
+    """The format that the YAML gives for a captured teacher's outputs, by the name of its section, if it gives one."""
+    sections = {name: getattr(config, name) for name in ("logprob_compressor", "legacy_logit_compression")}
+    return {name: section for name, section in sections.items() if section is not None}
+
+
 def open_captured(
     config: DatasetTeacherConfig, source: DatasetSource, key: str = "dataset.train_dataset"
 ) -> CapturedTeacher:
@@ -75,11 +81,7 @@ def open_captured(
     Raises `UserError` where neither YAML nor manifest describes how they are stored, or the two contradict each other.
     """
     manifest = manifest_of(source)
-    named = {
-        name: section
-        for name in ("logprob_compressor", "legacy_logit_compression")
-        if (section := getattr(config, name)) is not None
-    }
+    named = named_formats(config)
     if manifest is not None:
         codec = build_codec(manifest.codec_kind, manifest.codec_config)
         for kind, section in named.items():
