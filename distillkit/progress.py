@@ -15,11 +15,13 @@ class ProgressReporter:
     Args:
         total: in any unit; for 0 there is no bar.
         seconds_between_lines: the least time between two lines where there is no bar.
+        before: what of the total was done already, in a time that is not known.
     """
 
-    def __init__(self, console: Console, total: int, seconds_between_lines: float) -> None:
+    def __init__(self, console: Console, total: int, seconds_between_lines: float, before: int = 0) -> None:
         self._console = console
         self._total = total
+        self._before = before
         self._seconds_between_lines = seconds_between_lines
         self._start = self._last_line = time.perf_counter()
         self._bar: Progress | None = None
@@ -29,13 +31,14 @@ class ProgressReporter:
         if self._console.is_terminal and self._total:
             columns = TextColumn("{task.fields[title]}"), BarColumn(bar_width=20), TextColumn("{task.description}")
             self._bar = Progress(*columns, console=self._console)
-            self._bar.add_task("", total=self._total, title="")
+            self._bar.add_task("", total=self._total, completed=self._before, title="")
             self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
     @property
     def seconds(self) -> float:
@@ -44,7 +47,8 @@ class ProgressReporter:
 
     def time_left(self, done: float) -> str:
         """`left 0:01:02`, if the rest takes as long as what is done."""
-        return f"left {clock(self.seconds / done * (self._total - done)) if done else '-:--:--'}"
+        now = done - self._before
+        return f"left {clock(self.seconds / now * (self._total - done)) if now else '-:--:--'}"
 
     def update(self, done: float, title: str, description: str, line: str | None = None) -> None:
         """Move the bar, between title and description; without a bar print `line`, unless the last was just before."""

@@ -6,7 +6,8 @@ is one phase. Training, planning and reporting all loop over the same list. Impo
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,14 @@ class Phase:
         if self.names(error.key):
             return error.under(f"phases[{self.index}]", located=True)
         return UserError(error.key, f"{error.problem} (in phase {self.name!r})", located=True)
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Within it a `UserError` is one about this phase: `located`."""
+        try:
+            yield
+        except UserError as error:
+            raise self.located(error) from None
 
 
 @dataclass(frozen=True)
@@ -127,10 +136,8 @@ def resolve(config: RunConfig) -> Run:
     for index, changes in enumerate(config.phases):
         data = _whole(top, changes, index, phases[-1].config.output_path if phases else None)
         place = (index, len(config.phases), changes)
-        try:
+        with Phase(config, *place).locating():
             phases.append(Phase(RunConfig.parse(data), *place))
-        except UserError as error:
-            raise Phase(config, *place).located(error) from None
     return Run(config, tuple(phases))
 
 

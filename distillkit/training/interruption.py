@@ -34,9 +34,7 @@ class SaveRequests(TrainerCallback):
         self._last_save = time.monotonic()
         self._handlers: dict[int, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """From here on a signal is a request."""
         self._last_save = time.monotonic()
         if threading.current_thread() is not threading.main_thread():
@@ -44,7 +42,7 @@ class SaveRequests(TrainerCallback):
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._handle)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """All processes save and stop at the same step, whichever of them got the signal."""
         due = self.minutes is not None and time.monotonic() - self._last_save > 60 * self.minutes
         self.interrupted, due = any_process(args, self.interrupted, due)
@@ -54,13 +52,11 @@ class SaveRequests(TrainerCallback):
         if self.interrupted or due or at_the_end:
             control.should_save = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The clock starts again."""
         self._last_save = time.monotonic()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Signals mean again what they meant before."""
         self.release()
 

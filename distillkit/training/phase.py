@@ -85,24 +85,18 @@ def train_phase(
     main_process_first(arguments.trainer, lambda: settle_models(config, folder, models))
     train_rows, held_out = load_text(config, folder, arguments.trainer, models)
     measure = _measurement(context, models, held_out)
-    requests = SaveRequests(SAVE_MINUTES if saves_by_the_clock(config.training_args) else None)
+    by_the_clock = saves_by_the_clock(config.training_args)
+    requests = SaveRequests(SAVE_MINUTES if by_the_clock else None)
     display = ProgressDisplay(console)
     trainer = _trainer(context, models, train_rows, held_out, measure)
     for callback in (requests, MetricsFile(folder.path), display, OptimizerLine(console)):
         trainer.add_callback(callback)
 
     schedule = set_steps(trainer, train_rows, config.tokens, folder, console)
-    by_the_clock = saves_by_the_clock(config.training_args)
+    saved_dtype = trainer.weights_dtype if phase.is_last else torch.float32
     main_process_first(
         arguments.trainer,
-        lambda: check_room(
-            models.student,
-            arguments.trainer,
-            folder,
-            steps=schedule.steps,
-            by_the_clock=by_the_clock,
-            dtype=trainer.weights_dtype if context.phase.is_last else torch.float32,
-        ),
+        lambda: check_room(models.student, arguments.trainer, folder, schedule.steps, by_the_clock, saved_dtype),
     )
     print_line(console, f"{phase} ({schedule})")
     before = _divergence_before(context, measure)

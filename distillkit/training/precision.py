@@ -2,7 +2,7 @@
 
 A bf16 weight of 0.02 does not move at learning rate 1e-5: the update is smaller than half the distance to the next
 bf16 number. So what trains is kept in float32 (master weights) and cast to bf16 where it is used, by autocast; what is
-frozen is only ever used, and is stored in bf16. Without `training_args.bf16` (or `fp16`) all is float32.
+frozen is only ever used, and is stored in bf16. Without `training_args.bf16` all is float32.
 
 `trained_weights: bfloat16` keeps no masters: the optimizer rounds stochastically (`training.optimizers`), so that a
 weight of 0.02 moves by a bf16 step now and then, and by the right amount on average. Gradients are bf16 then, too.
@@ -18,11 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:
     """The dtype of the student's matrix products, from `training_args`."""
-    if args.bf16:
-        return torch.bfloat16
-    if args.fp16:
-        return torch.float16
-    return torch.float32
+    return torch.bfloat16 if args.bf16 else torch.float32
 
 
 def bfloat16_is_slow(device: torch.device) -> bool:

@@ -79,7 +79,7 @@ def distill(
 
 def _train(run: Run, console: Console, lock: ExitStack) -> None:
     """All phases that are left, and then the results of the whole. lock: holds that of the run's folder."""
-    build = _ArgumentsBuilder()
+    build = partial(_build, fp32_precision=torch.backends.fp32_precision)  # type: ignore[attr-defined]  # set from C
     # What is wrong in a later phase is refused now. The first one's come last, for they set up what is global.
     for phase in reversed(run.phases):
         arguments = build(phase)
@@ -101,10 +101,8 @@ def _train(run: Run, console: Console, lock: ExitStack) -> None:
         if phase.index > 0:
             _forget()
             arguments = build(phase)
-        try:
+        with phase.locating():
             train_phase(run, phase, arguments, console, check=partial(_check_ahead, run, phase))
-        except UserError as error:
-            raise phase.located(error) from None
     if run.has_phase_folders and main_process:
         last = run.phases[-1].folder
         check_saved(last)
@@ -118,24 +116,18 @@ def _train(run: Run, console: Console, lock: ExitStack) -> None:
 def _check_losses(run: Run) -> None:
     """Raises `UserError` where a loss from a module cannot be called: now, not when its phase begins."""
     for phase in run.phases:
-        try:
+        with phase.locating():
             check_losses(phase.config.loss_functions)
-        except UserError as error:
-            raise phase.located(error) from None
 
 
-class _ArgumentsBuilder:
-    """Builds the arguments of phases. Each time this sets up processes and precision for all that follows."""
+def _build(phase: Phase, fp32_precision: str) -> Arguments:
+    """The arguments of a phase. Each time this sets up processes and precision for all that follows.
 
-    def __init__(self) -> None:
-        self._float32 = torch.backends.fp32_precision  # type: ignore[attr-defined]  # set from C, so no stub has it
-
-    def __call__(self, phase: Phase) -> Arguments:
-        torch.backends.fp32_precision = self._float32  # type: ignore[attr-defined]  # tf32 is of the phase that names it
-        try:
-            return build_arguments(phase.config)
-        except UserError as error:
-            raise phase.located(error) from None
+    fp32_precision: PyTorch's own, for tf32 is of the phase alone that names it.
+    """
+    torch.backends.fp32_precision = fp32_precision  # type: ignore[attr-defined]
+    with phase.locating():
+        return build_arguments(phase.config)
 
 
 def _check_ahead(run: Run, phase: Phase, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -143,13 +135,11 @@ def _check_ahead(run: Run, phase: Phase, student: PreTrainedModel, tokenizer: Pr
     what the student does not have: now, not when its turn comes.
     """
     for later in run.phases[phase.index :]:
-        try:
+        with later.locating():
             if later.config.evaluation is not None:
                 check_prompts(tokenizer, later.config.evaluation.prompts)
             if later is not phase:
                 check_frozen(student, later.config.frozen_res, later.config.frozen_modules)
-        except UserError as error:
-            raise later.located(error) from None
 
 
 def _forget() -> None:

@@ -56,7 +56,6 @@ def check_room(
     student: PreTrainedModel,
     arguments: TrainingArguments,
     folder: PhaseFolder,
-    *,
     steps: int,
     by_the_clock: bool,
     dtype: torch.dtype,

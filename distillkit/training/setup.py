@@ -37,9 +37,6 @@ from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_
 from distillkit.training.parallel import main_process_first, place_model
 from distillkit.training.precision import bfloat16_is_slow, cast_for_training, compute_dtype
 
-NOT_FOR_CHECKPOINTS = (*ORIGIN_KWARGS, "torch_dtype", "dtype")
-"""Keyword arguments of from_pretrained that hold for the original student, not for a checkpoint of it."""
-
 
 @dataclass(frozen=True)
 class Models:
@@ -140,11 +137,9 @@ def checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None
 
 def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArguments) -> PreTrainedModel:
     """In float32, from which everything else is cast."""
-    kwargs: dict[str, Any] = {
-        name: value for name, value in config.model_kwargs.items() if name not in ("torch_dtype", "dtype")
-    }
-    if str(path) != config.model:
-        kwargs = {name: value for name, value in kwargs.items() if name not in NOT_FOR_CHECKPOINTS}
+    # A checkpoint of the student lies elsewhere than the student itself.
+    unused = ("torch_dtype", "dtype", *(() if str(path) == config.model else ORIGIN_KWARGS))
+    kwargs: dict[str, Any] = {name: value for name, value in config.model_kwargs.items() if name not in unused}
     if _wants_flash_attention(config, arguments):
         kwargs.setdefault("attn_implementation", "flash_attention_2")
     return load_model(

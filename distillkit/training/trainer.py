@@ -9,6 +9,7 @@ tokens.
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -268,17 +269,11 @@ class _LogWindow:
         self._first_token, self._start, self._totals = tokens, time.perf_counter(), {}
         return report
 
-    def paused(self) -> "_Pause":
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """A stretch of time that is not training."""
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, window: _LogWindow) -> None:
-        self._window = window
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self._window._start += time.perf_counter() - self._entered
+        entered = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - entered
