@@ -4,31 +4,29 @@ Only the manifest and the first rows are read, unless every byte is to be verifi
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as parquet
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from distillkit.capture.fidelity import Fidelity, FidelityMeter
+from distillkit.capture.fidelity import Fidelity, StoredRow, measure, stored_rows
 from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.compression import Codec, build_codec
 from distillkit.config import UserError
 from distillkit.console import print_line
 from distillkit.data import tokenizer_hash
-from distillkit.distribution import SparseDistribution
 from distillkit.models.decoder import check_head
 from distillkit.models.loading import WHERE, load_model, load_tokenizer, where
-from distillkit.shards import Manifest, read_background, read_manifest, signal_tensor, verify_shards
+from distillkit.shards import Manifest, read_background, read_manifest, verify_shards
 from distillkit.shards.names import MANIFEST, PLAN, SHARD
 from distillkit.teacher.captured_tokenizer import read_tokenizer
 
@@ -37,15 +35,6 @@ TOKENS_COMPARED = 4096
 """Number of tokens on which a live teacher is compared with the dataset."""
 
 Lines = list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class StoredRow:
-    """One row of the dataset, decoded."""
-
-    input_ids: list[int]
-    seq_lengths: list[int]
-    distribution: SparseDistribution
 
 
 def inspect_dataset(
@@ -144,20 +133,6 @@ def describe_published(folder: Path) -> Lines:
     ]
 
 
-def stored_rows(folder: Path, manifest: Manifest, codec: Codec) -> Iterator[StoredRow]:
-    """All rows, one at a time, decoded on the CPU."""
-    names = ["input_ids", "seq_lengths", *codec.columns]
-    for record in manifest.shards:
-        try:
-            with pq.ParquetFile(folder / record.file) as file:
-                for batch in file.iter_batches(batch_size=1, columns=names):
-                    yield _decoded(pa.table(batch), codec)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                record.file, f"cannot be read ({error}); distillkit inspect --verify names all damaged shards"
-            ) from error
-
-
 def compare(folder: Path, manifest: Manifest, codec: Codec, engine: TransformersEngine) -> Fidelity:
     """How much of a live teacher's distributions is stored, from the last shard backwards.
 
@@ -171,21 +146,8 @@ def compare(folder: Path, manifest: Manifest, codec: Codec, engine: Transformers
             f"its head has {engine.vocabulary_size} columns, but that of the captured teacher "
             f"{manifest.vocabulary_size}; name the captured teacher",
         )
-    meter = FidelityMeter(read_background(folder, manifest))
-    compared = 0
-    for row in stored_rows(folder, replace(manifest, shards=manifest.shards[::-1]), codec):
-        start = 0
-        for dense in engine.whole(
-            [{"input_ids": row.input_ids, "labels": row.input_ids, "seq_lengths": row.seq_lengths}]
-        ):
-            chunk = slice(start, start + len(dense.logits))
-            stored = SparseDistribution(row.distribution.ids[chunk], row.distribution.logprobs[chunk])
-            meter.add(dense, SparseDistribution(stored.ids.to(engine.device), stored.logprobs.to(engine.device)))
-            start = chunk.stop
-        compared += start
-        if compared >= TOKENS_COMPARED:
-            break
-    return meter.result()
+    rows = stored_rows(folder, replace(manifest, shards=manifest.shards[::-1]), codec)
+    return measure(engine, rows, read_background(folder, manifest), TOKENS_COMPARED)
 
 
 def _manifest(folder: Path) -> Manifest | None:
@@ -214,11 +176,6 @@ def _as_captured(manifest: Manifest, teacher: str | None) -> dict[str, Any]:
         return {}
     kept = ("dtype", "torch_dtype", *WHERE)
     return {name: value for name, value in manifest.teacher.get("kwargs", {}).items() if name in kept}
-
-
-def _decoded(table: pa.Table, codec: Codec) -> StoredRow:
-    columns = {name: signal_tensor(table[name], name) for name in codec.columns}
-    return StoredRow(table["input_ids"][0].as_py(), table["seq_lengths"][0].as_py(), codec.decode(columns))
 
 
 def _tokenizer(

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError, shown
 from distillkit.data import tokenizer_hash
 from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.runs.provenance import installed
 from distillkit.runs.secrets import HIDDEN, without_secrets
 from distillkit.runs.writing import sha256, write_first
 from distillkit.shards import Manifest, ShardRecord
@@ -107,7 +107,7 @@ def make_plan(
         background=config.engine == "transformers" and codec.k < vocabulary_size,
         shards=[[start, min(start + config.rows_per_shard, len(rows))] for start in starts],
         tokens=[sum(lengths[start : start + config.rows_per_shard]) for start in starts],
-        versions=_versions(),
+        versions=installed("distillkit", "torch", "transformers", "pyarrow", "vllm"),
     )
     return Plan(**json.loads(json.dumps(asdict(plan))))
 
@@ -238,13 +238,3 @@ def _flat_list(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Lengths of the lists, and the values of all lists."""
     lengths = pc.list_value_length(column).to_numpy()
     return lengths.astype(np.int32), pc.list_flatten(column).to_numpy().astype(np.int32)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("distillkit", "torch", "transformers", "pyarrow", "vllm"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -24,7 +24,6 @@ class CaptureProgress(ProgressReporter):
         return self
 
     def advance(self, tokens: int) -> None:
-        """Count captured tokens."""
         self.tokens += tokens
         rate = self.tokens / max(self.seconds, 1e-9)
         figures = f"{self.tokens:,}/{self._total:,} tokens  {rate:,.0f} tokens/s  {self.time_left(self.tokens)}"

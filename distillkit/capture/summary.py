@@ -1,19 +1,16 @@
 """The summary of a capture: sizes, speed, and how much of the teacher distribution was lost."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from rich.console import Console
 
-from distillkit.capture.engines import Row
-from distillkit.capture.fidelity import Fidelity, FidelityMeter
+from distillkit.capture.fidelity import Fidelity, measure, stored_rows
 from distillkit.capture.preparation import Capture
 from distillkit.capture.transformers_engine import TransformersEngine
 from distillkit.console import print_line
-from distillkit.distribution import SparseDistribution
-from distillkit.shards import read_background, read_manifest, shard_name, signal_tensor
+from distillkit.shards import read_background, read_manifest
 
 SAMPLE_TOKENS = 2048
 
@@ -41,26 +38,14 @@ class CaptureSummary:
 
 def measure_fidelity(planned: Capture, engine: TransformersEngine) -> Fidelity:
     """On rows of the last shard, read back from disk; the background was fitted on other rows, where there are any."""
-    shard = len(planned.plan.shards) - 1
-    skipped = planned.fitted_rows if shard == 0 and len(planned.rows) > 1 else 0
-    meter = FidelityMeter(read_background(planned.folder, read_manifest(planned.folder)))
-    rows = _sample(planned.shard_rows(shard)[skipped:])
-    stored = _read_back(planned, engine, shard, slice(skipped, skipped + len(rows)))
-    start = 0
-    for row in rows:
-        end = start + len(row["input_ids"])
-        for teacher in engine.whole([row]):
-            if start >= SAMPLE_TOKENS:
-                break
-            tokens = slice(start, start + len(teacher.logits))
-            meter.add(teacher, SparseDistribution(stored.ids[tokens], stored.logprobs[tokens]))
-            start = tokens.stop
-        start = end
-    return meter.result()
+    manifest = read_manifest(planned.folder)
+    assert manifest is not None
+    skipped = planned.fitted_rows if len(manifest.shards) == 1 and len(planned.rows) > 1 else 0
+    rows = stored_rows(planned.folder, replace(manifest, shards=manifest.shards[-1:]), planned.codec)
+    return measure(engine, islice(rows, skipped, None), read_background(planned.folder, manifest), SAMPLE_TOKENS)
 
 
 def print_summary(console: Console, summary: CaptureSummary) -> None:
-    """Print it in a few lines."""
     if summary.captured_tokens:
         rate = summary.captured_tokens / max(summary.seconds, 1e-9)
         print_line(
@@ -91,21 +76,3 @@ def _fidelity_line(fidelity: Fidelity, *, same_rows: bool) -> str:
         line += f", {fidelity.kl_background:.5f} with the rest like the background"
         line += ", which was fitted on the same rows" if same_rows else ""
     return f"{line} ({fidelity.tokens:,} tokens)"
-
-
-def _sample(rows: Sequence[Row]) -> list[Row]:
-    chosen: list[Row] = []
-    tokens = 0
-    for row in rows:
-        if tokens >= SAMPLE_TOKENS:
-            break
-        chosen.append(row)
-        tokens += len(row["input_ids"])
-    return chosen
-
-
-def _read_back(planned: Capture, engine: TransformersEngine, shard: int, rows: slice) -> SparseDistribution:
-    table = pq.read_table(planned.folder / f"{shard_name(shard)}.parquet", columns=list(planned.codec.columns))
-    table = table.slice(rows.start, rows.stop - rows.start)
-    columns = {name: signal_tensor(table[name], name).to(engine.device) for name in planned.codec.columns}
-    return planned.codec.decode(columns)

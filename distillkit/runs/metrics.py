@@ -28,7 +28,6 @@ def read_metrics(folder: Path) -> list[Line]:
 
 
 def append_metrics(folder: Path, line: Line) -> None:
-    """Add a line."""
     with (folder / METRICS).open("a") as file:
         file.write(json_text(line) + "\n")
 

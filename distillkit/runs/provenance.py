@@ -18,8 +18,12 @@ PACKAGES = ("distillkit", "torch", "transformers", "accelerate", "datasets", "fl
 
 def versions(*others: str) -> dict[str, str]:
     """Versions of what computes, and of other packages; those that are not installed are left out."""
-    installed = {name: found for name in (*PACKAGES, *others) if (found := _version(name)) is not None}
-    return {"python": platform.python_version(), **installed}
+    return {"python": platform.python_version(), **installed(*PACKAGES, *others)}
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    return {name: found for name in packages if (found := _version(name)) is not None}
 
 
 @cache

@@ -82,7 +82,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     checksum = content.pop(_CHECKSUM, None)
-    if path.exists() and (checksum != _checksum(content) if checksum else not _is_mapping(content.get("config"))):
+    config = content.get("config")
+    whole = checksum == _checksum(content) if checksum else isinstance(config, dict) and bool(config)
+    if path.exists() and not whole:
         raise UserError(
             path, f"is damaged, or was changed by hand (then remove the line {_CHECKSUM!r} from it); restore it"
         )
@@ -145,10 +147,6 @@ def hard_link(source: Path, path: Path) -> bool:
 
 def _checksum(content: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value)
 
 
 def _publish_first(staged: Path, path: Path) -> None:
