@@ -30,6 +30,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Keys to change: training_args.learning_rate=3e-4", metavar="KEY=VALUE"),
 ]
+GgufFile = Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code from the teacher's folder or repository.")
+]
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -145,10 +149,8 @@ def convert(
         bool, typer.Option("--keep-rope", help="Full-attention layers keep the rotary embedding.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random parameters.")] = 0,
-    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code from the teacher's folder or repository.")
-    ] = False,
+    gguf_file: GgufFile = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Turn a teacher into an untrained KDA student."""
     options: dict[str, Any] = {"kv_heads": kv_heads, "keep_rope": keep_rope, "seed": seed}
@@ -198,7 +200,7 @@ def evaluate(
     out: Annotated[str | None, typer.Option(help="Folder for the results.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of samples of each task.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Test the whole evaluation on two short samples.")] = False,
-    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
+    gguf_file: GgufFile = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code from the models' folders or repositories.")
     ] = False,
@@ -297,10 +299,8 @@ def inspect(
         str | None,
         typer.Option(help="A teacher to compare the stored outputs with: a folder, a hub id or a .gguf file."),
     ] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code from the teacher's folder or repository.")
-    ] = False,
+    gguf_file: GgufFile = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Describe a captured dataset: format, missing shards, examples. Exit code 1: it is not complete."""
     if teacher is not None:

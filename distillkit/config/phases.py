@@ -105,14 +105,3 @@ class PhaseConfig(Section):
             if key.partition(".")[0] not in MERGED or not isinstance(value, Mapping):
                 return True
         return False
-
-
-def check_names(phases: list[PhaseConfig]) -> None:
-    """Raises `KeyProblem` where two phases have the same name."""
-    first: dict[str, int] = {}
-    for index, phase in enumerate(phases):
-        if phase.name in first:
-            raise KeyProblem(
-                f"[{index}].name", f"{phase.name!r} is phases[{first[phase.name]}] already; name each once"
-            )
-        first[phase.name] = index

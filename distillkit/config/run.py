@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from distillkit.config.data import DatasetConfig, move_dataset_keys
 from distillkit.config.errors import KeyProblem, did_you_mean, shown
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
-from distillkit.config.phases import PhaseConfig, check_names
+from distillkit.config.phases import PhaseConfig
 from distillkit.config.run_evaluation import RunEvaluationConfig
 from distillkit.config.section import LoadingArguments, PathText, WholeFile
 from distillkit.config.student import StudentConfig
@@ -136,12 +136,11 @@ class RunConfig(WholeFile):
     @field_validator("loss_functions")
     @classmethod
     def check_losses(cls, losses: list[LossConfig]) -> list[LossConfig]:
-        first: dict[str, int] = {}
-        for position, loss in enumerate(losses):
-            if loss.name in first:
-                also = f"{loss.name} is given already by loss_functions[{first[loss.name]}]"
+        names = [loss.name for loss in losses]
+        for position, name in enumerate(names):
+            if (first := names.index(name)) < position:
+                also = f"{name} is given already by loss_functions[{first}]"
                 raise KeyProblem(f"[{position}].function", f"{also}; name each loss once")
-            first[loss.name] = position
         if not any(loss.weight for loss in losses):
             raise KeyProblem("", "all weights are 0; at least one must be > 0")
         return losses
@@ -155,7 +154,10 @@ class RunConfig(WholeFile):
     @field_validator("phases")
     @classmethod
     def check_phase_names(cls, phases: list[PhaseConfig]) -> list[PhaseConfig]:
-        check_names(phases)
+        names = [phase.name for phase in phases]
+        for position, name in enumerate(names):
+            if (first := names.index(name)) < position:
+                raise KeyProblem(f"[{position}].name", f"{name!r} is phases[{first}] already; name each once")
         return phases
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from distillkit.config.errors import UserError
 from distillkit.models.finite import first_names, weights_problem
 from distillkit.models.gguf_files import HUB, configuration_changes, gguf_parsed_once, gguf_path, unread_tensors
+from distillkit.runs.writing import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -179,13 +180,8 @@ def weights_sha256(path: str, kwargs: Mapping[str, Any]) -> str | None:
 
 def files_sha256(files: Sequence[Path]) -> str:
     """Of names and contents of files, in their order."""
-
-    def digest(file: Path) -> tuple[str, str]:
-        with file.open("rb") as opened:
-            return file.name, hashlib.file_digest(opened, "sha256").hexdigest()
-
     with ThreadPoolExecutor() as threads:
-        named = list(threads.map(digest, files))
+        named = list(zip((file.name for file in files), threads.map(sha256, files), strict=True))
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
@@ -312,8 +308,7 @@ def _pickled(location: str, key: str, files: str) -> UserError:
 def _listed(folder: str, suffixes: tuple[str, ...], prefix: str = "") -> str:
     """Names of up to three files of a kind, sorted; empty if there are none."""
     names = sorted(entry.name for entry in Path(folder).iterdir() if entry.suffix in suffixes)
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return prefix + shown if names else ""
+    return prefix + first_names(names) if names else ""
 
 
 def _dtype(kwargs: dict[str, Any], key: str) -> dict[str, torch.dtype | str]:
@@ -372,10 +367,7 @@ def as_user_error(location: str, key: str, what: str = "") -> Iterator[None]:
             raise _pickled(location, key, "no *.safetensors") from error
         if isinstance(error, TypeError) and "unexpected keyword argument" in text:
             raise UserError(key, f"cannot load {location!r}: {text}") from error
-        if not os.path.isdir(location):
-            what = f"{what}{location!r}, which is no folder here and so taken for a hub id"
-        else:
-            what = f"{what}{location!r}"
+        of_hub = "" if os.path.isdir(location) else ", which is no folder here and so taken for a hub id"
         explained = isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)) and text
         line = text.splitlines()[0] if explained else f"{type(error).__name__}: {text}"
-        raise UserError(key, f"cannot load {what}: {line}") from error
+        raise UserError(key, f"cannot load {what}{location!r}{of_hub}: {line}") from error
