@@ -129,5 +129,4 @@ class CapturePlan:
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
         return asdict(self) | {"fits": self.memory <= self.gpu.memory, "estimate": True}

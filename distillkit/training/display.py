@@ -36,7 +36,6 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        """Append a line."""
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
         seconds = self._seconds_before + time.perf_counter() - self._start
@@ -65,7 +64,6 @@ class ProgressDisplay(TrainerCallback):
             self._show(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar."""
         self._show(state)
 
     def on_log(
@@ -82,7 +80,6 @@ class ProgressDisplay(TrainerCallback):
             self._progress.print(line)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the bar as it stands."""
         self.close()
 
     def close(self) -> None:

@@ -28,8 +28,7 @@ def freeze(model: nn.Module, frozen_res: Sequence[str] = (), frozen_modules: Seq
     """Set `requires_grad` of the model's parameters.
 
     Raises:
-        UserError: a pattern or a module name matches nothing, a pattern is no regular expression, or nothing is
-            left to train.
+        UserError: a pattern or a module name matches nothing, or nothing is left to train.
     """
     check_frozen(model, frozen_res, frozen_modules)
     matched = freeze_matching(model, frozen_res, frozen_modules)
@@ -61,11 +60,7 @@ def check_frozen(model: nn.Module, frozen_res: Sequence[str], frozen_modules: Se
     """Raises `UserError` as `freeze` would for patterns and names that match nothing; nothing is frozen."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for index, expression in enumerate(frozen_res):
-        try:
-            found = _matching(names, [expression], [])
-        except re.error as error:
-            raise UserError(f"frozen_res[{index}]", f"{expression!r} is not a regular expression: {error}") from error
-        if not found:
+        if not _matching(names, [expression], []):
             raise UserError(f"frozen_res[{index}]", f"{expression!r} matches no parameter; there are {examples(names)}")
     known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     for index, module in enumerate(frozen_modules):

@@ -201,10 +201,8 @@ class OptimizerLine(TrainerCallback):
         self._console = console
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **_: Any
     ) -> None:
-        """Say it."""
-        optimizer = kwargs["optimizer"]
         optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         for line in (describe(optimizer), lossy_accumulation(optimizer, args.gradient_accumulation_steps)):
             if line is not None:
