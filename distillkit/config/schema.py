@@ -5,7 +5,6 @@ checks: which keys exclude each other, and which files do not exist, is checked 
 """
 
 import copy
-from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from distillkit.config.capture import CaptureConfig
@@ -85,15 +84,18 @@ def json_schema(kind: Kind) -> Schema:
         "then": {"$ref": f"{_REF}{section.__name__}{_CHANGES}"},
         "else": {"$ref": f"{_REF}{section.__name__}"},
     }
-    return {**root, "$defs": {name: definitions[name] for name in sorted(_used(root, definitions))}}
+    return {**root, "$defs": dict(sorted(definitions.items()))}
 
 
 def _simplify(node: Any) -> None:
     """Remove, in place, what an editor does not show, and let keys that need not be given be null."""
-    for inner in _parts(node):
-        _simplify(inner)
+    if isinstance(node, list):
+        for inner in node:
+            _simplify(inner)
     if not isinstance(node, dict):
         return
+    for inner in node.values():
+        _simplify(inner)
     for name, described in node["properties"].items() if isinstance(node.get("properties"), dict) else ():
         if name not in node.get("required", ()):
             node["properties"][name] = _or_null(described)
@@ -203,28 +205,3 @@ def _or_null(described: Schema) -> Schema:
         return described
     outside: Schema = {key: described.pop(key) for key in ("default", "description") if key in described}
     return {"anyOf": [described, null], **outside}
-
-
-def _used(root: Schema, definitions: dict[str, Schema]) -> set[str]:
-    """The names of the definitions that the root refers to, directly or through others."""
-    used: set[str] = set()
-    waiting = list(_references(root))
-    while waiting:
-        name = waiting.pop()
-        if name not in used:
-            used.add(name)
-            waiting += _references(definitions[name])
-    return used
-
-
-def _references(node: Any) -> Iterator[str]:
-    if isinstance(node, dict) and isinstance(node.get("$ref"), str):
-        yield node["$ref"].removeprefix(_REF)
-    for inner in _parts(node):
-        yield from _references(inner)
-
-
-def _parts(node: Any) -> Iterable[Any]:
-    if isinstance(node, dict):
-        return node.values()
-    return node if isinstance(node, list) else ()
