@@ -27,6 +27,7 @@ from distillkit.data.prepared import file_states, load_or_prepare
 from distillkit.data.rows import RowFormat, holds_conversations, tokenize_rows
 from distillkit.data.signals import aligned_rows
 from distillkit.data.sources import load_source
+from distillkit.models.vocabulary import tokenizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -239,9 +240,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def text_to_ids_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of everything in a tokenizer that decides the ids of a text."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}  # the state of the last call
+        state: Any = tokenizer_state(tokenizer)
     else:
         state = sorted(tokenizer.get_vocab().items())
-    state = json.dumps([state, tokenizer.chat_template, tokenizer.eos_token_id])
-    return hashlib.sha256(state.encode()).hexdigest()
+    whole = json.dumps([state, tokenizer.chat_template, tokenizer.eos_token_id])
+    return hashlib.sha256(whole.encode()).hexdigest()

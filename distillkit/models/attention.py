@@ -5,7 +5,7 @@ without, or another mixer.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from distillkit.config.errors import UserError
 from distillkit.models.decoder import decoder_inputs
-from distillkit.models.recorder import Call, recorded
+from distillkit.models.recorder import Call, other_forward, recorded
 
 Attend = Callable[[], Float[Tensor, "batch tokens width"]]
 
@@ -100,18 +100,10 @@ def _noted_arguments(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[
             noted[index] = arguments
         return hidden_states
 
-    modules = list(model.get_decoder().layers)
-    # What is compiled, or hooked by accelerate, has a forward of its own before the class's.
-    own = [vars(module).get("forward") for module in modules]
-    for index, module in enumerate(modules):
-        module.forward = partial(note, index)
-    try:
+    with ExitStack() as stack:
+        for index, layer in enumerate(model.get_decoder().layers):
+            stack.enter_context(other_forward(layer, partial(note, index)))
         yield noted
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
 
 
 def _attention(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, nn.Module]:

@@ -1,13 +1,13 @@
 """Hooks that keep the hidden states of a decoder while it runs."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, Self, cast
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
-class HiddenStateTaps:
+class HiddenStateTaps(ExitStack):
     """Hooks on a Hugging Face decoder (`model.get_decoder()`) that keep the hidden states of one forward pass.
 
     Indices are those of transformers' `output_hidden_states`: 0 is the embeddings, i the output of layer i - 1, and L,
@@ -26,6 +26,7 @@ class HiddenStateTaps:
     """
 
     def __init__(self, decoder: nn.Module, indices: Iterable[int], *, final_norm: bool = True) -> None:
+        super().__init__()
         self.states: dict[int, Tensor] = {}
         self._decoder = decoder
         stages = [cast(nn.Module, decoder.embed_tokens), *cast(nn.ModuleList, decoder.layers)]
@@ -36,17 +37,12 @@ class HiddenStateTaps:
             if not 0 <= index < len(stages):
                 raise ValueError(f"hidden state {index} does not exist: the model has 0 to {len(stages) - 1}")
             self._tapped[index] = stages[index]
-        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        self._handles = [self._decoder.register_forward_pre_hook(self._start)]
+        self.enter_context(self._decoder.register_forward_pre_hook(self._start))
         for index, module in self._tapped.items():
-            self._handles.append(module.register_forward_hook(self._keep(index)))
+            self.enter_context(module.register_forward_hook(self._keep(index)))
         return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def _start(self, module: nn.Module, args: Any) -> None:
         self.states.clear()

@@ -1,7 +1,7 @@
-"""What modules are given and return while a model runs."""
+"""What modules are given and return while a model runs, and what else they may be made to do."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -41,9 +41,20 @@ def recorded(modules: Mapping[Key, nn.Module], keep: Callable[[Call], Value]) ->
     def record(key: Key, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         records[key] = keep(Call(args, kwargs, returned))
 
-    handles = [module.register_forward_hook(partial(record, key), with_kwargs=True) for key, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for key, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(record, key), with_kwargs=True))
         yield records
+
+
+@contextmanager
+def other_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, a module calls another forward; then that of its class again, or its own, such as accelerate's."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        del module.forward
+        if own is not None:
+            module.forward = own

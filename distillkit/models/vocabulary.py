@@ -89,7 +89,7 @@ def check_same_tokenizer(
     named the teacher.
     """
     both_fast = isinstance(teacher, PreTrainedTokenizerFast) and isinstance(student, PreTrainedTokenizerFast)
-    if both_fast and _state(teacher) == _state(student):
+    if both_fast and tokenizer_state(teacher) == tokenizer_state(student):
         return  # as mostly; to cut the text of every token takes seconds
     _check_numbers(teacher, student, key)
     for texts in _probes(teacher, student):
@@ -98,7 +98,7 @@ def check_same_tokenizer(
             return
 
 
-def _state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """All that a tokenizer is, but for what its last call left."""
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return {**state, "truncation": None, "padding": None}

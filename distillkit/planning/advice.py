@@ -110,12 +110,10 @@ def _about_order(phases: list[RunConfig]) -> Iterator[UserError]:
     aligns = [any(loss.function in ATTENTION_FUNCTIONS for loss in phase.loss_functions) for phase in phases]
     for index, (before, now) in enumerate(zip(aligns, aligns[1:], strict=False), start=1):
         if now and not before:
-            yield (
-                UserError(
-                    f"phases[{index}].loss_functions",
-                    "aligns attention after a phase that trained end to end, whose layers "
-                    "need no longer be given the teacher's inputs; put alignment first",
-                )
+            yield UserError(
+                f"phases[{index}].loss_functions",
+                "aligns attention after a phase that trained end to end, whose layers need no longer be given the "
+                "teacher's inputs; put alignment first",
             )
 
 

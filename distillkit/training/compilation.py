@@ -5,16 +5,15 @@ not change, and one graph serves all layers. The attention kernels of flash-line
 documents are left as they are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from distillkit.losses import Objective
+from distillkit.models.recorder import other_forward
 
 GRAPHS = 64
 """Graphs of one function before torch.compile gives up on it: teacher and student share their classes, and each dtype,
@@ -48,14 +47,7 @@ def compiled_step(
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
         for module in modules:
-            stack.callback(_restore, module, vars(module).get("forward"))
-            module.forward = torch.compile(module.forward, backend=how.backend, mode=how.mode)
+            compiled = torch.compile(module.forward, backend=how.backend, mode=how.mode)
+            stack.enter_context(other_forward(module, compiled))
         stack.enter_context(objective.compiled(how.backend, how.mode))
         yield
-
-
-def _restore(module: nn.Module, forward: Callable[..., Any] | None) -> None:
-    """Give a module its forward back: that of its class, or its own, such as accelerate's of a dispatched model."""
-    del module.forward
-    if forward is not None:
-        module.forward = forward
