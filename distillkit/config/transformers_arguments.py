@@ -59,17 +59,6 @@ def installed_arguments() -> dict[str, Argument]:
     }
 
 
-def write_file() -> None:
-    """Write the data file from the installed transformers, one argument per line."""
-    lines = []
-    for name, argument in installed_arguments().items():
-        given = {key: value for key, value in dataclasses.asdict(argument).items() if value}
-        lines.append(f"  {json.dumps(name)}: {json.dumps(given, ensure_ascii=False)}")
-    version = json.dumps(importlib.metadata.version("transformers"))
-    arguments = ",\n".join(lines)
-    FILE.write_text(f'{{\n "transformers": {version},\n "arguments": {{\n{arguments}\n }}\n}}\n', encoding="utf-8")
-
-
 @functools.cache
 def _content() -> dict[str, Any]:
     content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
