@@ -33,7 +33,7 @@ from distillkit.console import INTERRUPTED, print_line
 from distillkit.models.decoder import check_head
 from distillkit.models.loading import load_model
 from distillkit.models.varlen_attention import use_varlen_attention
-from distillkit.runs.writing import is_full_disk, remove_leftovers
+from distillkit.runs.writing import full_disk_told, remove_leftovers
 from distillkit.shards import fitted_background, signal_table, write_background, write_manifest, write_shard
 from distillkit.shards.names import BACKGROUND
 from distillkit.teacher.captured_tokenizer import write_tokenizer
@@ -67,7 +67,8 @@ def capture(
     transformers.utils.logging.disable_progress_bar()
     if not console.is_terminal:
         datasets.disable_progress_bars()
-    with _errors_of_preparation(config):
+    beside = f"beside {config.output_path!r}, where the prepared rows are written"
+    with full_disk_told(lambda: f"{beside}; free some space, or name another dataset.prepared_dataset_path"):
         planned = prepare(config)
     with _errors_of_capture(planned, console):
         remove_leftovers(planned.folder)
@@ -209,29 +210,16 @@ def _print_plan(planned: Capture, share: Share, done: int, missing: int, console
 
 
 @contextmanager
-def _errors_of_preparation(config: CaptureConfig) -> Iterator[None]:
-    """A full disk is a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        if not is_full_disk(error):
-            raise
-        raise UserError(
-            "output_path",
-            f"the disk is full beside {config.output_path!r}, where the prepared rows are written; free some space, or "
-            "name another dataset.prepared_dataset_path",
-        ) from error
-
-
-@contextmanager
 def _errors_of_capture(planned: Capture, console: Console) -> Iterator[None]:
     """A full disk or memory is a `UserError`, Ctrl-C a `SystemExit`; the line counts shards and names the remedy."""
 
     def so_far() -> str:
         return f"{len(planned.records())} of {len(planned.plan.shards)} shards are complete"
 
+    remedy = "free some space, and run the same command again for the others"
     try:
-        yield
+        with full_disk_told(lambda: f"at {str(planned.folder)!r}: {so_far()}; {remedy}"):
+            yield
     except KeyboardInterrupt:
         print_line(console, f"interrupted: {so_far()}; the same command makes the others")
         raise SystemExit(INTERRUPTED) from None
@@ -242,8 +230,3 @@ def _errors_of_capture(planned: Capture, console: Console) -> Iterator[None]:
             f"the device has no memory for the teacher and {tokens} tokens at a time: {so_far()}; "
             "give less, and run the same command again for the others",
         ) from error
-    except OSError as error:
-        if not is_full_disk(error):
-            raise
-        remedy = "free some space, and run the same command again for the others"
-        raise UserError("output_path", f"the disk is full at {str(planned.folder)!r}: {so_far()}; {remedy}") from error

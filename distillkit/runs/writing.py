@@ -119,6 +119,17 @@ def is_full_disk(error: BaseException) -> bool:
     )
 
 
+@contextmanager
+def full_disk_told(problem: Callable[[], str]) -> Iterator[None]:
+    """Within it, a write that fails because the disk is full is a `UserError` of `output_path`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise UserError("output_path", f"the disk is full {problem()}") from error
+
+
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal."""
     with path.open("rb") as file:

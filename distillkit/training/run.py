@@ -16,7 +16,7 @@ from accelerate.state import GradientState, PartialState
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distillkit.config import Phase, Run, UserError
+from distillkit.config import Phase, Run
 from distillkit.config.readiness import check_ready
 from distillkit.config.resolve import AnyRun, as_run
 from distillkit.console import INTERRUPTED, print_line, sigterm_as_ctrl_c
@@ -26,7 +26,7 @@ from distillkit.reporting import write_run_report
 from distillkit.runs.folder import open_run, refuse_foreign_files
 from distillkit.runs.lock import locked
 from distillkit.runs.names import HTML
-from distillkit.runs.writing import is_full_disk
+from distillkit.runs.writing import full_disk_told
 from distillkit.training.arguments import Arguments, build_arguments
 from distillkit.training.freezing import check_frozen
 from distillkit.training.hub import check_token, push
@@ -58,8 +58,9 @@ def distill(
     check_ready(run)
     _check_losses(run)
     check_token(run.config)
+    remedy = "free some space, and go on with --resume"
     try:
-        with sigterm_as_ctrl_c(), ExitStack() as lock:
+        with full_disk_told(lambda: f"at {str(run.folder)!r}; {remedy}"), sigterm_as_ctrl_c(), ExitStack() as lock:
             _train(run, console, lock)
             main_process = PartialState().is_main_process
             PartialState().destroy_process_group()
@@ -68,12 +69,6 @@ def distill(
     except KeyboardInterrupt:  # while nothing is trained
         print_line(console, "interrupted; go on with --resume")
         raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        if not is_full_disk(error):
-            raise
-        raise UserError(
-            "output_path", f"the disk is full at {str(run.folder)!r}; free some space, and go on with --resume"
-        ) from error
     return run.folder
 
 
