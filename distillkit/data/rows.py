@@ -7,14 +7,13 @@ part of a conversation. Rows of tokens are read as buffers of Arrow, because the
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +21,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, common_prefix_length, maybe_convert_to_chatml
 
-from distillkit.config.errors import UserError
+from distillkit.config.errors import UserError, reading
 from distillkit.data.assistant import assistant_encoder, training_template
 from distillkit.losses.labels import IGNORED_LABEL
 from distillkit.models.special_tokens import encode_texts
@@ -306,15 +305,9 @@ def _require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None
         )
 
 
-@contextmanager
-def _template_errors(key: str) -> Iterator[None]:
-    """Raises `UserError` for whatever a chat template or TRL's functions raise."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (jinja2.TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(key, f"a conversation does not fit the tokenizer's chat template: {error}") from error
+def _template_errors(key: str) -> AbstractContextManager[None]:
+    """Within it, whatever a chat template or TRL's functions raise is a `UserError`."""
+    return reading(key, "a conversation does not fit the tokenizer's chat template: ", str)
 
 
 def _conversation(row: dict[str, Any]) -> tuple[dict[str, Any], list[Any] | None]:
