@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from distillkit.config.data import DatasetConfig, move_dataset_keys
+from distillkit.config.data import DatasetConfig, DatasetSource, move_dataset_keys
 from distillkit.config.errors import KeyProblem, did_you_mean, shown
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
 from distillkit.config.phases import PhaseConfig
@@ -196,15 +196,19 @@ class RunConfig(WholeFile):
             )
         return self
 
+    @property
+    def held_out_text(self) -> tuple[DatasetSource | None, str]:
+        """Where held-out text is, if there is any, and the key of the YAML that says so."""
+        if self.evaluation is not None and self.evaluation.dataset is not None:
+            return self.evaluation.dataset, "evaluation.dataset"
+        return self.dataset.eval_dataset, "dataset.eval_dataset"
+
     @model_validator(mode="after")
     def check_held_out_text(self) -> Self:
-        if self.dataset.eval_dataset is not None:
+        if self.held_out_text[0] is not None:
             return self
-        if self.evaluation is not None:
-            if self.evaluation.dataset is not None:
-                return self
-            if not self.evaluation.prompts:
-                raise KeyProblem("evaluation.dataset", "is missing: name held-out text here or in dataset.eval_dataset")
+        if self.evaluation is not None and not self.evaluation.prompts:
+            raise KeyProblem("evaluation.dataset", "is missing: name held-out text here or in dataset.eval_dataset")
         for name, off in (("eval_strategy", "no"), ("eval_on_start", False)):
             if self.training_args.get(name, off) != off:
                 raise KeyProblem(f"training_args.{name}", "there is no held-out text; name it in dataset.eval_dataset")

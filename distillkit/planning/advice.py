@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from distillkit.config import HFTeacherConfig, Run, RunConfig, UserError
+from distillkit.config import Run, RunConfig, UserError
 from distillkit.config.losses import ATTENTION_FUNCTIONS
 from distillkit.config.readiness import check_ready
 from distillkit.formatting import GIB, token_text
@@ -28,9 +28,13 @@ rate it is rounded to one of them in one step of 24, and what the step meant is 
 
 
 def about_run(
-    run: Run, plan: RunPlan, teacher: PreTrainedConfig | None, student: PreTrainedConfig
+    run: Run,
+    plan: RunPlan,
+    teacher: PreTrainedConfig | None,
+    teacher_dtype: torch.dtype | None,
+    student: PreTrainedConfig,
 ) -> tuple[list[str], list[str]]:
-    """(errors, warnings) about a run as a whole."""
+    """(errors, warnings) about a run as a whole. teacher, teacher_dtype: None where it is captured."""
     errors = []
     try:
         check_ready(run)
@@ -39,7 +43,7 @@ def about_run(
     phases = [phase.config for phase in run.phases]
     warnings = [
         *_about_places(run.config, plan),
-        *_about_teacher(run.config, plan, teacher, student),
+        *_about_teacher(teacher, teacher_dtype, student),
         *_about_order(phases),
         *_about_lengths(phases, teacher, student),
     ]
@@ -69,9 +73,7 @@ def _about_places(config: RunConfig, plan: RunPlan) -> Iterator[UserError]:
 
 
 def _about_held_out_text(config: RunConfig) -> Iterator[UserError]:
-    held_out = config.dataset.eval_dataset
-    if config.evaluation is not None and config.evaluation.dataset is not None:
-        held_out = config.evaluation.dataset
+    held_out, _ = config.held_out_text
     if held_out is None:
         yield UserError(
             "dataset.eval_dataset",
@@ -86,14 +88,11 @@ def _about_held_out_text(config: RunConfig) -> Iterator[UserError]:
 
 
 def _about_teacher(
-    config: RunConfig, plan: RunPlan, teacher: PreTrainedConfig | None, student: PreTrainedConfig
+    teacher: PreTrainedConfig | None, teacher_dtype: torch.dtype | None, student: PreTrainedConfig
 ) -> Iterator[UserError]:
-    if not isinstance(config.teacher, HFTeacherConfig) or teacher is None:
+    if teacher is None:
         return
-    given = config.teacher.kwargs.get("dtype", config.teacher.kwargs.get("torch_dtype"))
-    quantised = config.teacher.path.endswith(".gguf") or "gguf_file" in config.teacher.kwargs
-    by_default = torch.float32 if quantised else teacher.dtype or torch.float32
-    if str(given).endswith("float32") or (given in (None, "auto") and by_default == torch.float32):
+    if teacher_dtype == torch.float32:
         yield UserError(
             "teacher.kwargs.dtype",
             "the teacher is loaded in float32, at twice the memory and a fraction of the speed; set dtype: bfloat16",

@@ -40,8 +40,8 @@ class _PlannedPhase:
     errors: list[UserError]
     warnings: list[UserError]
     teacher_parameters: int | None
-    teacher_itemsize: int
-    """Bytes of a weight of the teacher; 0 for a captured one."""
+    teacher_dtype: torch.dtype | None
+    """None for a captured one."""
 
 
 @transformers_warn_of_nothing()
@@ -69,9 +69,9 @@ def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
         teacher_parameters=first.teacher_parameters,
         student_parameters=parameters,
         phases=[each.plan for each in planned],
-        untrained=parameters * first.teacher_itemsize if config.student is not None else 0,
+        untrained=parameters * first.teacher_dtype.itemsize if config.student and first.teacher_dtype else 0,
     )
-    errors, warnings = about_run(run, plan, teacher, student)
+    errors, warnings = about_run(run, plan, teacher, first.teacher_dtype, student)
     errors += [str(each.phase.located(error)) for each in planned for error in each.errors]
     return replace(plan, errors=errors, warnings=warnings + _phase_warnings(planned))
 
@@ -149,8 +149,7 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
         disk=disk,
     )
     warnings += remedies(plan, config, settings, gpu)
-    itemsize = 0 if model is None else model.dtype.itemsize
-    return _PlannedPhase(phase, plan, errors, warnings, teacher_parameters, itemsize)
+    return _PlannedPhase(phase, plan, errors, warnings, teacher_parameters, None if model is None else model.dtype)
 
 
 def _batch_seconds(

@@ -6,7 +6,6 @@ the same order after the run was resumed.
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -57,7 +56,7 @@ def set_steps(trainer: Trainer, rows: Dataset, budget: int | None, folder: Phase
         )
     steps = tokens_of_steps(trainer, lengths)
     if budget is None:
-        count = _steps_of(trainer)
+        *_, count = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
         tokens = sum(itertools.islice(steps, count))
     else:
         count, tokens = steps_of_budget(steps, budget)
@@ -103,11 +102,3 @@ def scan_rows(rows: Dataset, *, digested: bool) -> tuple[np.ndarray, str | None]
             hashed.update(lengths[-1].tobytes())
             hashed.update(pc.list_flatten(batch["input_ids"]).to_numpy().astype(np.int32, copy=False))
     return np.concatenate(lengths), hashed.hexdigest() if digested else None
-
-
-def _steps_of(trainer: Trainer) -> int:
-    """As Trainer counts them: an epoch ends with a step, be it of fewer micro-batches."""
-    if trainer.args.max_steps > 0:
-        return int(trainer.args.max_steps)
-    of_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-    return math.ceil(trainer.args.num_train_epochs * max(of_an_epoch, 1))

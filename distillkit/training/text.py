@@ -42,7 +42,7 @@ def load_text(
 
     Raises `UserError` for rows that cannot be learnt from, and for captured ones that are not as they were captured.
     """
-    source, key = _held_out_source(config)
+    source, key = config.held_out_text
     teacher, dataset = models.teacher, config.dataset
     copied = not (teacher.columns and dataset.prepacked)
     if arguments.world_size > 1 and dataset.prepared_dataset_path is None and copied:
@@ -98,10 +98,3 @@ def _verify(folder: PhaseFolder, model: str | None, source: DatasetSource, key: 
     if former is None or (former.verified or {}).get(key) != files:
         refuse_damage(source, key)
     folder.update_record(verified={**verified, key: files})
-
-
-def _held_out_source(config: RunConfig) -> tuple[DatasetSource | None, str]:
-    """Where held-out text is, and the key of the YAML that says so."""
-    if config.evaluation is not None and config.evaluation.dataset is not None:
-        return config.evaluation.dataset, "evaluation.dataset"
-    return config.dataset.eval_dataset, "dataset.eval_dataset"
