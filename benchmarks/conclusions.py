@@ -10,6 +10,7 @@ from frame import Json
 from replicated import (
     NOISE,
     PROSE,
+    TITLES,
     closest,
     finished,
     last_shares,
@@ -23,7 +24,7 @@ from replicated import (
 
 
 def conclusions(results: Path) -> list[Part]:
-    """At most five lines; those whose files are missing are left out."""
+    """At most six lines; those whose files are missing are left out."""
 
     def content(name: str) -> Any:
         return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
@@ -34,6 +35,7 @@ def conclusions(results: Path) -> list[Part]:
             (closeness, ["replication"]),
             (retrieval, ["replication"]),
             (speed, ["throughput"]),
+            (writing, ["decoding_afm", "serving_afm"]),
             (memory, ["decoding_afm"]),
             (plan, ["memory", "plan_times"]),
         )
@@ -92,6 +94,30 @@ def speed(content: Json) -> list[str]:
         f"plain eager loop: {numbers.rate(rates[1])} tokens/s",
         f"shapes of {content['shape']}, hybrid; {content['machine']['gpu']}",
         "[throughput](#training-throughput-and-memory)",
+    ]
+
+
+def writing(content: Json, served: Json) -> list[str]:
+    alone = {model: found["rows"][-1] for model, found in content["models"].items()}
+    longest = max(served["settings"]["contexts"])
+    many = {row["model"]: row for row in served["rows"] if row["context"] == longest}  # the last: as many as fit
+
+    def speeds(*models: str) -> str:
+        one = ", ".join(
+            f"{TITLES.get(model, model)} {numbers.rate(alone[model]['decode_tokens_per_second'])}" for model in models
+        )
+        all_ = ", ".join(
+            f"{TITLES.get(model, model)} {numbers.rate(many[model]['tokens_per_second'])}" for model in models
+        )
+        ends = numbers.length(alone[models[0]]["context"]), numbers.length(longest)
+        return f"one sequence behind {ends[0]} tokens: {one} tokens/s; as many as fit behind {ends[1]} in vLLM: {all_}"
+
+    return [
+        "How fast does a student write?",
+        speeds("hybrid", "kda_only"),
+        speeds("teacher"),
+        f"shapes of {content['settings']['teacher']}, random weights; {content['machine']['gpu']}",
+        "[decoding](#decoding-at-afm-45bs-shapes), [vLLM](#serving-with-vllm)",
     ]
 
 

@@ -164,7 +164,8 @@ def main() -> None:
     what = f"decoding and prefill against the length of the context, {batch}"
     for name, rows in measured(options):
         models[name] = {"flatness": flatness(rows), "rows": rows}
-        save(options, {"what": what, "settings": settings, "models": models}, "flash-linear-attention")
+        in_order = {name: models[name] for name in options.models if name in models}
+        save(options, {"what": what, "settings": settings, "models": in_order}, "flash-linear-attention")
     found = models.get("kda_only", {"flatness": 0})["flatness"]
     if found > FLAT:
         raise SystemExit(f"the decoding of kda_only is not flat: {found:.1%} off its mean")

@@ -22,7 +22,7 @@ from distillkit.reporting import numbers
 from distillkit.reporting.colours import paint, series
 from distillkit.reporting.document import Picture
 from distillkit.reporting.plots import Axis, Series, line_chart
-from frame import RESULTS, ROOT
+from frame import GIB, RESULTS, ROOT
 from replicated import TITLES, replication, title
 
 PAGE = ROOT / "docs" / "results.md"
@@ -139,6 +139,34 @@ def decoding(content: Json, name: str) -> list[Part]:
     ]
 
 
+def batches(content: Json) -> list[Part]:
+    """Decoding of many rows at a time."""
+    header = ["model", "context", "rows", "tokens/s", "cache of a row", "GiB in all"]
+    lines = []
+    for model, found in content["models"].items():
+        for row in found["rows"]:
+            rows = row.get("rows", content["settings"]["batch_size"])
+            each = row.get("cache_bytes_per_row") or (row["kv_cache_bytes"] + row["state_bytes"]) / rows
+            sizes = [numbers.bytes_(each), number(row["peak_bytes"] / GIB)]
+            speed = numbers.rate(row["decode_tokens_per_second"])
+            lines.append([TITLES.get(model, model), numbers.length(row["context"]), f"{rows:,}", speed, *sizes])
+    return [grid(header, lines)]
+
+
+def served_speed(content: Json) -> list[Part]:
+    """vLLM with one sequence and with as many as it ran at a time."""
+    header = ["context", "model", "tokens/s, one sequence", "sequences that fit", "tokens/s, sequences", "a sequence"]
+    lines = []
+    for context in content["settings"]["contexts"]:
+        for model in ("teacher", "hybrid", "kda_only"):
+            rows = [row for row in content["rows"] if (row["model"], row["context"]) == (model, context)]
+            one, most = rows[0], rows[-1]
+            many = f"{numbers.rate(most['tokens_per_second'])}, {most['sequences']:,}"
+            ends = [f"{one['fitting_sequences']:,}", many, f"{one['mib_per_sequence']:,.0f} MiB"]
+            lines.append([numbers.length(context), TITLES.get(model, model), number(one["tokens_per_second"]), *ends])
+    return [grid(header, lines)]
+
+
 def before_and_after(content: Json) -> list[Part]:
     """A single run of the product."""
     rows = (
@@ -213,7 +241,9 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "smollm2_hybrid": before_and_after,
     "quickstart": before_and_after,
     "alignment": alignment,
-    "serving_afm": flat("model", "context", "sequences", "tokens_per_second", "fitting_sequences", "mib_per_sequence"),
+    "decoding_batch": batches,
+    "decoding_filled": batches,
+    "serving_afm": served_speed,
     "serving_parity": served_text,
     "serving_prefill": flat("model", "context", "prefill_tokens_per_second"),
     "initialization": flat("short_convolution", "output_scale", "decay", "kl_before", "kl_after", key="results"),
