@@ -1,15 +1,13 @@
 """A student in vLLM: does it write what it writes in transformers, how fast, and how many sequences at a time?
 
-    python benchmarks/serving.py --steps check
     python benchmarks/serving.py --steps parity serve --teacher SmolLM2-135M-Instruct.Q4_1.gguf \\
         --hybrid FOLDER --kda_only FOLDER --output parity.json
     python benchmarks/serving.py --steps throughput --shapes afm-4.5b
 
-`check` starts vLLM with a tiny random student, in well under a minute. `parity` compares tokens and log-probabilities
-of students in their folders, or of freshly converted ones; in bfloat16, both engines also with the same weights in
-float32, for rounding moves students that are hardly trained very far. `serve` starts `vllm serve` and asks it over
-HTTP. `throughput` writes behind contexts that nobody read (see `read_context`), at random weights, with one sequence
-and with as many as fit. `prefill` reads prompts. Each measurement has a process and a time limit of its own, so that
+`parity` compares tokens and log-probabilities of students in their folders, or of freshly converted ones; both engines
+also with the same weights in float32, for rounding moves students that are hardly trained very far. `serve` starts
+`vllm serve` and asks it over HTTP. `throughput` writes behind contexts that nobody read (see `read_context`), at random
+weights, with one sequence and with as many as fit. Each measurement has a process and a time limit of its own, so that
 one which fails costs its row only.
 """
 
@@ -33,13 +31,13 @@ from distillkit.config import StudentConfig
 from distillkit.conversion import build_student
 from distillkit.conversion.layouts import layer_mixers
 from distillkit.models.loading import load_model, load_tokenizer
-from distillkit.student.network import KDAHybridConfig, KDAHybridForCausalLM
+from distillkit.student.network import KDAHybridConfig
 from distillkit.training.precision import cast_for_training
 from frame import DEVICE, GIB, MIB, ROOT, Json, Options, option, run
 
 SHAPES = {"afm-4.5b": ROOT / "tests/shapes/afm-4.5b/config.json"}
 """Configurations of teachers."""
-STEPS = ["check", "parity", "serve", "throughput", "prefill"]
+STEPS = ["parity", "serve", "throughput"]
 MODELS = ["teacher", "kda_only", "hybrid"]
 MODES = ["compiled", "graphs", "eager"]
 PROMPTS, WRITTEN = 20, 64
@@ -65,13 +63,13 @@ ENVIRONMENT = {
 
 @dataclass(kw_only=True)
 class ServingOptions(Options):
-    steps: list[str] = option(["check", "throughput"], choices=STEPS)
+    steps: list[str] = option(["throughput"], choices=STEPS)
     models: list[str] = option(MODELS, choices=MODELS)
     teacher: str | None = option(None, "for parity and serve: a folder or a .gguf file")
     hybrid: Path | None = option(None, "for parity: a trained student's folder; without, a freshly converted one")
     kda_only: Path | None = option(None, "likewise")
     dtypes: list[str] = option(["bfloat16", "float32"], "of the comparison")
-    shapes: str = option("afm-4.5b", "of throughput and prefill: one of those named, or a teacher's config.json")
+    shapes: str = option("afm-4.5b", "of throughput: one of those named, or a teacher's config.json")
     contexts: list[int] = option([1024, 8192, 32768])
     most_sequences: int = option(
         1024, "at a time, where more would fit: vLLM allocates states of so many while it starts"
@@ -93,9 +91,7 @@ def jobs(options: ServingOptions) -> Iterator[Json]:
     """What to measure, most important first."""
     students = [model for model in options.models if model != "teacher"]
     for step in sorted(options.steps, key=STEPS.index):
-        if step == "check":
-            yield from ({"step": step, "model": "hybrid", "dtype": x} for x in options.dtypes)
-        elif step == "parity":
+        if step == "parity":
             yield from ({"step": step, "model": model, "dtype": x} for x in options.dtypes for model in students)
         elif step == "serve":
             yield {"step": step, "model": students[-1]}
@@ -149,7 +145,7 @@ def in_limited_process(command: list[str], seconds: int) -> Iterator[str]:
 def work(options: ServingOptions) -> None:
     """One job."""
     job = json.loads(str(options.job))
-    steps = {"check": check, "parity": parity, "serve": serve, "throughput": throughput, "prefill": prefill}
+    steps = {"parity": parity, "serve": serve, "throughput": throughput}
     with tempfile.TemporaryDirectory() as folder:
         for row in steps[job["step"]](options, job, Path(folder)):
             print("ROW", json.dumps(row), flush=True)
@@ -194,36 +190,6 @@ def sampling(tokens: int, **others: Any) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, **others)
-
-
-# --- check
-
-
-def check(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": VOCABULARY}
-    base = AutoConfig.for_model("llama", **sizes, **heads, bos_token_id=1, eos_token_id=None)
-    torch.manual_seed(0)
-    student = KDAHybridForCausalLM(KDAHybridConfig(base, mixers=["kda", "kda", "kda", "full"]))
-    student.lm_head.weight.data.normal_(std=0.3)
-    cast_for_training(student.eval().requires_grad_(False), getattr(torch, job["dtype"]))
-    student.to(DEVICE)
-    student.save_pretrained(folder)
-    moments = [time.perf_counter()]
-    llm = engine(
-        options,
-        folder,
-        **numbers(job["dtype"]),
-        max_model_len=256,
-        gpu_memory_utilization=0.3,
-        enforce_eager=True,
-    )
-    moments.append(time.perf_counter())
-    prompts = [torch.randint(VOCABULARY, (length,)).tolist() for length in (70, 5)]
-    row = compared(student, llm, prompts, written=16)
-    moments.append(time.perf_counter())
-    start, answer = (round(later - earlier, 1) for earlier, later in zip(moments, moments[1:], strict=False))
-    yield {"start_seconds": start, "answer_seconds": answer, **row}
 
 
 # --- parity
@@ -482,27 +448,6 @@ def decoded(llm: Any, scheduler: Any, sequences: int, context: int) -> Json:
     (start, before), (end, after) = marks[0], marks[-1]
     rate = (after - before) / (end - start)
     return {"sequences": sequences, "running_at_once": running, "tokens_per_second": rate}
-
-
-def prefill(options: ServingOptions, job: Json, folder: Path) -> Iterator[Json]:
-    llm = engine(
-        options,
-        random_folder(options, job["model"], folder),
-        dtype="bfloat16",
-        load_format="dummy",
-        max_model_len=max(options.contexts) + 256,
-        max_num_seqs=16,
-        max_num_batched_tokens=8192,
-        gpu_memory_utilization=0.9,
-    )
-    for context in options.contexts:
-        seconds = []
-        for _ in range(3):
-            prompt = torch.randint(VOCABULARY, (context,)).tolist()
-            start = time.perf_counter()
-            llm.generate([{"prompt_token_ids": prompt}], sampling(1), use_tqdm=False)
-            seconds.append(time.perf_counter() - start)
-        yield {"context": context, "prefill_tokens_per_second": context / min(seconds[1:])}
 
 
 def about(options: ServingOptions, rows: list[Json]) -> Json:

@@ -245,7 +245,6 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "decoding_filled": batches,
     "serving_afm": served_speed,
     "serving_parity": served_text,
-    "serving_prefill": flat("model", "context", "prefill_tokens_per_second"),
     "initialization": flat("short_convolution", "output_scale", "decay", "kl_before", "kl_after", key="results"),
     "initialization_memory": starts,
     "initialization_short": starts,
