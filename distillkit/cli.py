@@ -3,6 +3,7 @@
 Each command imports what it runs, because that imports torch: `--help` and a mistake in a configuration need none.
 """
 
+import gc
 import importlib.metadata
 import io
 import json
@@ -74,6 +75,8 @@ def distill(
     check_ready(run)
     from distillkit.training import distill
 
+    if not gc.get_freeze_count():  # Trainer collects garbage in each phase, for a second; what is imported is none
+        gc.freeze()
     distill(run)
 
 

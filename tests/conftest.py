@@ -7,7 +7,6 @@ the disk, for no test cuts the power.
 import gc
 import os
 from functools import cache
-from typing import Any
 
 import pytest
 
@@ -31,21 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-_pictures: dict[str, Any] = {}
-
-
 @pytest.fixture(autouse=True)
-def drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for tests of reports, the first run's loss curves stand in all reports: to draw them is a third of a run."""
+def pictures_drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "reporting" in request.path.parts or request.path.name == "test_results.py":
         return
     from distillkit.reporting import training_section
-    from distillkit.reporting.plots import line_chart
+    from tests.pictures import drawn_once
 
-    def drawn(name: str, *given: Any, **options: Any) -> Any:
-        return _pictures.get(name) or _pictures.setdefault(name, line_chart(name, *given, **options))
-
-    monkeypatch.setattr(training_section, "line_chart", drawn)
+    monkeypatch.setattr(training_section, "line_chart", drawn_once)
 
 
 @pytest.fixture(autouse=True)

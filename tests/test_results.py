@@ -55,8 +55,8 @@ def test_conclusions_are_those_of_the_result_files(tables, tmp_path):
         return part.splitlines()[2:]
 
     lines = table(tables.RESULTS)
-    assert len(lines) == 5 and "\n".join(lines) in PAGE.read_text(encoding="utf-8")
-    for file in ("replication", "throughput", "decoding_afm", "memory", "plan_times"):
+    assert len(lines) == 6 and "\n".join(lines) in PAGE.read_text(encoding="utf-8")
+    for file in ("replication", "throughput", "decoding_afm", "serving_afm", "memory", "plan_times"):
         shutil.copy(tables.RESULTS / f"{file}.json", tmp_path)
 
     def changed(file, change):
@@ -70,14 +70,17 @@ def test_conclusions_are_those_of_the_result_files(tables, tmp_path):
     )
     changed("throughput", lambda each: each["rows"][0].update(tokens_per_second=4321))
     changed("decoding_afm", lambda each: each["models"]["teacher"]["rows"][-1].update(kv_cache_bytes=3 * 2**30))
+    changed("serving_afm", lambda each: each["rows"][-1].update(tokens_per_second=5432))
     changed("plan_times", lambda each: each["rows"][3].update(ratio=0.5))
     found = table(tmp_path)
     for line, now in zip(
-        found, ("KL 0.125", "25.0% at 16k", "4,321", "teacher: 3 GiB", "tokens/s within 50.0%"), strict=True
+        found,
+        ("KL 0.125", "25.0% at 16k", "4,321", "hybrid 5,432", "teacher: 3 GiB", "tokens/s within 50.0%"),
+        strict=True,
     ):
         assert now in line and line not in lines
     (tmp_path / "plan_times.json").unlink()
-    assert table(tmp_path) == found[:4]
+    assert table(tmp_path) == found[:5]
 
 
 def test_files_that_the_page_and_the_notes_name_exist(tables):

@@ -1,7 +1,6 @@
 """Killed by SIGKILL at any moment and started again, a capture ends in the files of the one that was not killed."""
 
 import io
-import multiprocessing
 import os
 import random
 import signal
@@ -15,11 +14,8 @@ from distillkit.capture.run import capture
 from distillkit.config.capture import CaptureConfig
 from distillkit.shards import read_manifest, verify_shards
 from tests.capture.captures import files, rows_of
+from tests.forks import processes
 from tests.training.tiny import BYTES, save_llama
-
-# Imports torch once, and forks a clean process from there for each capture that is to be killed.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.capture.test_kill"])
 
 KILLS = 20
 SHARDS = 60

@@ -1,7 +1,6 @@
 """Killed by SIGKILL at any moment and started again, a pack ends in the files of the one that was not killed."""
 
 import io
-import multiprocessing
 import os
 import signal
 import time
@@ -10,9 +9,7 @@ from rich.console import Console
 
 from distillkit.capture import packing
 from tests.capture.test_packing import capture, files
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.capture.test_pack_killed"])
+from tests.forks import processes
 
 SHARDS = 60
 KILLS = 6

@@ -1,16 +1,12 @@
 """A folder belongs to one plan, whoever comes first and however many come at once."""
 
 import json
-import multiprocessing
 
 import pytest
 
 from distillkit.capture.plan import Plan, settle_plan
 from distillkit.config import UserError
-
-# Forked from a process that has imported torch already, so that all are ready at the same moment.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.capture.test_plan"])
+from tests.forks import processes
 
 
 def plan(**changes):

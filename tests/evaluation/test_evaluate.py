@@ -4,7 +4,6 @@ import gc
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -29,13 +28,10 @@ from distillkit.evaluation.suites import measure
 from distillkit.models.loading import load_model
 from distillkit.reporting import write_report
 from distillkit.teacher.live import LiveTeacher
+from tests.forks import processes
 from tests.training.tiny import BYTES, llama, row, save_llama, save_text, tokenizer
 
 EVALUATE = importlib.import_module("distillkit.evaluation.evaluate")  # the module; the function is named like it
-
-# Imports torch once, and forks a clean process from there for the evaluation that is to be killed.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.evaluation.test_evaluate"])
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ together) and then some milliseconds that chance decides.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,14 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from distillkit.config import RunConfig
+from tests.forks import processes
 from tests.training.test_phases import description, run
 from tests.training.tiny import save_inputs
 
 pytestmark = pytest.mark.timeout(180)
 
-# Imports torch once, and forks a clean process from there for each run that is to be killed.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.training.test_phases_killed"])
 
 PHASES = [
     {

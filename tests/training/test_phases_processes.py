@@ -1,7 +1,6 @@
 """Phases of two processes: interrupted in the second phase, resumed, and in step with their budget of tokens."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -11,14 +10,12 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from distillkit.config import RunConfig
+from tests.forks import processes
 from tests.training.test_phases import description, run
 from tests.training.tiny import save_llama, save_text
 
 pytestmark = pytest.mark.timeout(180)
 
-# Imports torch once, and forks clean processes from there.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.training.test_phases_processes"])
 
 PHASES = [
     {"name": "one", "training_args": {"bf16": True, "max_steps": 2, "gradient_accumulation_steps": 2}},

@@ -3,6 +3,7 @@
 All cases run in one launch of torchrun: this file is the script that it starts.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from distillkit.config import LossConfig
@@ -108,12 +110,17 @@ def step(folder, case, **training):
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    """The gradients of each case, from two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """The gradients of each case, from two processes; made once for all workers of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gradients of two"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            made = tmp_path_factory.mktemp("two")
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+            done = subprocess.run([*command, str(made)], env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            made.rename(folder)
     return folder
 
 
@@ -137,6 +144,7 @@ def test_the_rows_are_uneven():
 
 
 if __name__ == "__main__":
+    gc.freeze()  # Trainer collects garbage for each case; what is imported is none
     output = Path(sys.argv[1])
     for each, described in cases().items():
         found, line = step(output / each, described, per_device_train_batch_size=1, gradient_accumulation_steps=2)

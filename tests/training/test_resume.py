@@ -1,6 +1,5 @@
 """Killed by SIGKILL at any moment and resumed, a run ends in the weights of the run that was not killed."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,12 +13,9 @@ from distillkit.config import RunConfig
 from distillkit.runs.checkpoints import complete_checkpoints
 from distillkit.runs.names import COMPLETE
 from distillkit.training.interruption import SAME_SIGNAL_SECONDS, SaveRequests
+from tests.forks import processes
 from tests.training.test_distill import configuration, run
 from tests.training.tiny import save_llama, save_text
-
-# Imports torch once, and forks a clean process from there for each run that is to be killed.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.training.test_resume"])
 
 TRAINING = {"max_steps": 24, "save_steps": 5, "save_total_limit": 1, "logging_steps": 1}
 

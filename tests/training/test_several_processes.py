@@ -1,7 +1,6 @@
 """A whole run of two processes that nobody watches over, as srun and mpirun start them: each of them must end."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -16,14 +15,11 @@ from distillkit.cli import main
 from distillkit.config import RunConfig
 from distillkit.data import dataset
 from distillkit.training import distill
+from tests.forks import processes
 from tests.training.captures import captured, configuration
 from tests.training.tiny import BYTES, save_llama, save_text
 
 pytestmark = pytest.mark.timeout(180)
-
-# Imports torch once, and forks clean processes from there; to start anew takes each process ten seconds of a core.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.training.test_several_processes"])
 
 
 @pytest.fixture(scope="module")
