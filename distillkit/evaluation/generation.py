@@ -156,10 +156,14 @@ def score_continuations(
 
 @torch.no_grad()
 def can_fork(model: PreTrainedModel) -> bool:
-    """Whether rows of the model's cache can be repeated, so that several continuations go on from one context."""
+    """Whether rows of the model's cache can be repeated, so that several continuations go on from one context.
+
+    They cannot where there is none under this name (the first GPT, RWKV, Mamba), or layers keep what is not known here.
+    """
     device = next(model.parameters()).device
-    _, cache = prefill(model, torch.zeros(1, 1, dtype=torch.long, device=device), 1)
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, RecurrentCacheLayer) for layer in cache.layers)
+    output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True)
+    cache, known = getattr(output, "past_key_values", None), (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, Cache) and all(type(layer) in (*known, RecurrentCacheLayer) for layer in cache.layers)
 
 
 @torch.no_grad()

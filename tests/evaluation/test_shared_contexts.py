@@ -4,7 +4,9 @@ import random
 
 import pytest
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from distillkit.evaluation.generation import can_fork
 from distillkit.evaluation.shared_contexts import SharedContextLM
 
 from ..student.students import VOCABULARY, student
@@ -56,3 +58,10 @@ def test_scores_are_those_of_requests_one_by_one(layout):
     for (ours, likeliest), (theirs, same) in zip(scores[SharedContextLM], scores[HFLM], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5) and likeliest == same
     assert read[1] < 0.8 * read[0]
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "rwkv", "mamba"])
+def test_models_without_a_cache_that_can_be_repeated_are_left_to_lm_eval(kind):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **sizes)
+    assert not can_fork(AutoModelForCausalLM.from_config(config).eval())
