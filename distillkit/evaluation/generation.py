@@ -127,7 +127,7 @@ def score_continuations(
         first, cache = prefill(model, input_ids, piece, mask)
         asked = [(row, index, list(each)) for row, index in enumerate(batch) for each in continuations[index]]
         longest = max(len(tokens) for *_, tokens in asked)
-        rows, rest = torch.tensor([row for row, *_ in asked], device=first.device), None
+        rows, rest = torch.tensor([row for row, *_ in asked]), None  # on the CPU: layers may lie on several devices
         if longest > 1:
             if len(asked) > len(batch):
                 cache.batch_select_indices(rows)
