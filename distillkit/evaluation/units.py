@@ -101,29 +101,34 @@ class UnitFiles:
 def units_of(config: EvaluateConfig, device: torch.device) -> Iterator[Unit]:
     """All units, model by model, the teacher first; a student's units that need the teacher come first."""
     teacher = [] if config.teacher is None else [TEACHER]
-    libraries = _libraries()
     for model in [*teacher, *config.students]:
         yield Unit(model, "model", "", {})
-        if config.divergence is not None and model != TEACHER:
-            text = _files(config.divergence.dataset)
-            settings = {**config.divergence.model_dump(mode="json"), "files": text, "limit": config.limit}
-            yield Unit(model, "divergence", "", {**settings, **libraries})
-        yield from _generation(model, config)
-        yield from _benchmarks(model, config)
-        yield from _needles(model, config)
-        yield from _long_context(model, config)
-        if config.speed is not None:
-            threads = torch.get_num_threads() if device.type == "cpu" else None
-            settings = config.speed.model_dump(mode="json", exclude={"contexts"})
-            settings = {
-                **settings,
-                **libraries,
-                "device": _name(device),
-                "threads": threads,
-                "decoding": config.decoding,
-            }
-            for context in config.speed.contexts:
-                yield Unit(model, "speed", str(context), settings)
+        yield from sorted(_of_model(model, config, device), key=lambda unit: not unit.beside_teacher)
+
+
+def _of_model(model: str, config: EvaluateConfig, device: torch.device) -> Iterator[Unit]:
+    """Suite by suite."""
+    libraries = _libraries()
+    if config.divergence is not None and model != TEACHER:
+        text = _files(config.divergence.dataset)
+        settings = {**config.divergence.model_dump(mode="json"), "files": text, "limit": config.limit}
+        yield Unit(model, "divergence", "", {**settings, **libraries})
+    yield from _generation(model, config)
+    yield from _benchmarks(model, config)
+    yield from _needles(model, config)
+    yield from _long_context(model, config)
+    if config.speed is not None:
+        threads = torch.get_num_threads() if device.type == "cpu" else None
+        settings = config.speed.model_dump(mode="json", exclude={"contexts"})
+        settings = {
+            **settings,
+            **libraries,
+            "device": _name(device),
+            "threads": threads,
+            "decoding": config.decoding,
+        }
+        for context in config.speed.contexts:
+            yield Unit(model, "speed", str(context), settings)
 
 
 def shortened(config: EvaluateConfig) -> EvaluateConfig:
@@ -149,7 +154,6 @@ def shortened(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def _generation(model: str, config: EvaluateConfig) -> Iterator[Unit]:
-    """What is compared with the teacher first."""
     if (generation := config.generation) is None:
         return
     settings = generation.model_dump(mode="json")
@@ -201,7 +205,6 @@ def _needles(model: str, config: EvaluateConfig) -> Iterator[Unit]:
 
 
 def _long_context(model: str, config: EvaluateConfig) -> Iterator[Unit]:
-    """What is compared with the teacher first."""
     if (suite := config.long_context) is None:
         return
     common = {"dataset", "text_field", "seed", "prefill_tokens"}

@@ -25,6 +25,7 @@ from distillkit.evaluation import evaluate, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
 from distillkit.evaluation.model_spec import ModelSpec, trained_length
 from distillkit.evaluation.suites import measure
+from distillkit.evaluation.units import units_of
 from distillkit.models.loading import load_model
 from distillkit.reporting import write_report
 from distillkit.teacher.live import LiveTeacher
@@ -95,6 +96,26 @@ def test_tokens_of_the_hub_are_in_no_result(places, tmp_path):
     before = unit_files(tmp_path / "out")
     evaluate(tmp_path / "out" / "config.yaml", Console(file=io.StringIO()))
     assert before and unit_files(tmp_path / "out") == before
+
+
+def test_what_needs_the_teacher_beside_the_student_comes_first(places, tmp_path):
+    """So that the teacher is not sent to the CPU and back."""
+    text = {"disk_path": str(places / "text.jsonl")}
+    config = described(
+        places,
+        tmp_path,
+        "near",
+        "far",
+        generation={"dataset": text, "questions": text},
+        needles={"tasks": ["niah_single_1"], "lengths": [256]},
+        long_context={"dataset": text, "passages": text, "distances": [0]},
+    )
+    beside = {name: [] for name in ("teacher", "near", "far")}
+    for unit in units_of(config, torch.device("cpu")):
+        if unit.suite != "model":
+            beside[unit.model].append(unit.beside_teacher)
+    assert sum(beside["near"]) == 3 and beside["near"] == sorted(beside["near"], reverse=True) == beside["far"]
+    assert not any(beside["teacher"])
 
 
 def test_it_measures_what_a_run_measures(places, whole):
