@@ -100,12 +100,12 @@ def read_passages(settings: LongContextConfig, limit: int | None = None) -> list
 
 
 def split_passage(text: str) -> Passage | None:
-    """None for a text without two sentences, or with a last one of one word."""
+    """None for a text without two sentences, or with a last word that is alone in its sentence or its line."""
     before, _, word = text.strip().rpartition(" ")
-    ends = [found.end() for found in _SENTENCE_END.finditer(before)]
-    if not ends or not (sentence := before[ends[-1] :].rstrip()):
+    ends = [found.end() for found in _SENTENCE_END.finditer(f"{before} ")]
+    if not ends or ends[-1] > len(before) or word.split() != [word]:
         return None
-    return Passage(before[: ends[-1]], sentence, word)
+    return Passage(before[: ends[-1]], before[ends[-1] :].rstrip(), word)
 
 
 @torch.no_grad()
