@@ -33,7 +33,7 @@ from distillkit.console import INTERRUPTED, print_line
 from distillkit.models.decoder import check_head
 from distillkit.models.loading import load_model
 from distillkit.models.varlen_attention import use_varlen_attention
-from distillkit.runs.writing import full_disk_told, remove_leftovers
+from distillkit.runs.writing import full_disk_errors, remove_leftovers
 from distillkit.shards import fitted_background, signal_table, write_background, write_manifest, write_shard
 from distillkit.shards.names import BACKGROUND
 from distillkit.teacher.captured_tokenizer import write_tokenizer
@@ -68,7 +68,7 @@ def capture(
     if not console.is_terminal:
         datasets.disable_progress_bars()
     beside = f"beside {config.output_path!r}, where the prepared rows are written"
-    with full_disk_told(lambda: f"{beside}; free some space, or name another dataset.prepared_dataset_path"):
+    with full_disk_errors(lambda: f"{beside}; free some space, or name another dataset.prepared_dataset_path"):
         planned = prepare(config)
     with _errors_of_capture(planned, console):
         remove_leftovers(planned.folder)
@@ -218,7 +218,7 @@ def _errors_of_capture(planned: Capture, console: Console) -> Iterator[None]:
 
     remedy = "free some space, and run the same command again for the others"
     try:
-        with full_disk_told(lambda: f"at {str(planned.folder)!r}: {so_far()}; {remedy}"):
+        with full_disk_errors(lambda: f"at {str(planned.folder)!r}: {so_far()}; {remedy}"):
             yield
     except KeyboardInterrupt:
         print_line(console, f"interrupted: {so_far()}; the same command makes the others")

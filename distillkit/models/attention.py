@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from distillkit.config.errors import UserError
 from distillkit.models.decoder import decoder_inputs
-from distillkit.models.recorder import Call, other_forward, recorded
+from distillkit.models.recorder import Call, recorded, replaced_forward
 
 Attend = Callable[[], Float[Tensor, "batch tokens width"]]
 
@@ -102,7 +102,7 @@ def _noted_arguments(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[
 
     with ExitStack() as stack:
         for index, layer in enumerate(model.get_decoder().layers):
-            stack.enter_context(other_forward(layer, partial(note, index)))
+            stack.enter_context(replaced_forward(layer, partial(note, index)))
         yield noted
 
 

@@ -48,7 +48,7 @@ def recorded(modules: Mapping[Key, nn.Module], keep: Callable[[Call], Value]) ->
 
 
 @contextmanager
-def other_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within, a module calls another forward; then that of its class again, or its own, such as accelerate's."""
     own = vars(module).get("forward")
     module.forward = forward

@@ -13,7 +13,7 @@ from distillkit.models.decoder import head
 from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.gpus import CONTEXT, GPU, find_gpu, seconds
 from distillkit.planning.ledger import Ledger, without_data
-from distillkit.planning.meta_models import check_files, read_config, teacher_on_meta, transformers_warn_of_nothing
+from distillkit.planning.meta_models import check_files, read_config, teacher_on_meta, transformers_silenced
 from distillkit.planning.result import CapturePlan
 from distillkit.planning.tokens import amount
 
@@ -21,7 +21,7 @@ _TOKEN = 4
 """Bytes of a token's id beside its outputs; labels are stored only where they differ."""
 
 
-@transformers_warn_of_nothing()
+@transformers_silenced()
 def plan_capture(config: CaptureConfig, *, gpu: str = "H100") -> CapturePlan:
     """The plan of a capture. Raises `UserError` where the teacher's configuration cannot be read."""
     device = find_gpu(gpu)

@@ -19,7 +19,7 @@ from distillkit.student.mixers.names import FULL, name_of
 
 
 @contextmanager
-def transformers_warn_of_nothing() -> Iterator[None]:
+def transformers_silenced() -> Iterator[None]:
     """For a plan: the run itself prints what transformers warns of."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -20,7 +20,7 @@ from distillkit.planning.meta_models import (
     student_config,
     student_model,
     teacher_on_meta,
-    transformers_warn_of_nothing,
+    transformers_silenced,
 )
 from distillkit.planning.result import PhasePlan, RunPlan
 from distillkit.planning.settings import Settings
@@ -44,7 +44,7 @@ class _PlannedPhase:
     """None for a captured one."""
 
 
-@transformers_warn_of_nothing()
+@transformers_silenced()
 def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
     """The plan of a run, with phases or without, on so many GPUs of one kind.
 

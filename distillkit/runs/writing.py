@@ -120,7 +120,7 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 @contextmanager
-def full_disk_told(problem: Callable[[], str]) -> Iterator[None]:
+def full_disk_errors(problem: Callable[[], str]) -> Iterator[None]:
     """Within it, a write that fails because the disk is full is a `UserError` of `output_path`."""
     try:
         yield

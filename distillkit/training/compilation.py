@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distillkit.losses import Objective
-from distillkit.models.recorder import other_forward
+from distillkit.models.recorder import replaced_forward
 
 GRAPHS = 64
 """Graphs of one function before torch.compile gives up on it: teacher and student share their classes, and each dtype,
@@ -48,6 +48,6 @@ def compiled_step(
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
         for module in modules:
             compiled = torch.compile(module.forward, backend=how.backend, mode=how.mode)
-            stack.enter_context(other_forward(module, compiled))
+            stack.enter_context(replaced_forward(module, compiled))
         stack.enter_context(objective.compiled(how.backend, how.mode))
         yield

@@ -26,7 +26,7 @@ from distillkit.reporting import write_run_report
 from distillkit.runs.folder import open_run, refuse_foreign_files
 from distillkit.runs.lock import locked
 from distillkit.runs.names import HTML
-from distillkit.runs.writing import full_disk_told
+from distillkit.runs.writing import full_disk_errors
 from distillkit.training.arguments import Arguments, build_arguments
 from distillkit.training.freezing import check_frozen
 from distillkit.training.hub import check_token, push
@@ -60,7 +60,7 @@ def distill(
     check_token(run.config)
     remedy = "free some space, and go on with --resume"
     try:
-        with full_disk_told(lambda: f"at {str(run.folder)!r}; {remedy}"), sigterm_as_ctrl_c(), ExitStack() as lock:
+        with full_disk_errors(lambda: f"at {str(run.folder)!r}; {remedy}"), sigterm_as_ctrl_c(), ExitStack() as lock:
             _train(run, console, lock)
             main_process = PartialState().is_main_process
             PartialState().destroy_process_group()
