@@ -23,7 +23,8 @@ class SharedContextLM(HFLM):
             by_context.setdefault(tuple(context), []).append(index)
         contexts = [context for context, of in by_context.items() if self._pays([requests[index] for index in of])]
         found: dict[int, tuple[float, bool]] = {}
-        for batch in batches_by_length(contexts, int(self.batch_size)):
+        options_each = max((len(by_context[context]) for context in contexts), default=1)
+        for batch in batches_by_length(contexts, max(1, int(self.batch_size) // options_each)):
             chosen = [contexts[place] for place in batch]
             indices = [index for context in chosen for index in by_context[context]]
             options = [[requests[index][2] for index in by_context[context]] for context in chosen]

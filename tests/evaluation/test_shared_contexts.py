@@ -43,11 +43,13 @@ def test_scores_are_those_of_requests_one_by_one(layout):
     scores, told, read = {}, [], []
 
     def count(module, args, kwargs):
-        read[-1] += (args or [kwargs["input_ids"]])[0].numel()
+        input_ids = (args or [kwargs["input_ids"]])[0]
+        assert len(input_ids) <= 10
+        read[-1] += input_ids.numel()
 
     model.register_forward_pre_hook(count, with_kwargs=True)
     for kind in (HFLM, SharedContextLM):
-        lm = kind(pretrained=model, tokenizer=byte_tokenizer(), backend="causal", batch_size=3, max_length=64)
+        lm = kind(pretrained=model, tokenizer=byte_tokenizer(), backend="causal", batch_size=10, max_length=64)
         lm.cache_hook.add_partial = lambda attr, texts, answer: told.append((texts, answer))
         told.clear()
         read.append(0)
