@@ -1,34 +1,53 @@
 """A teacher becomes an untrained student: the same network, with another mixer in place of some attention.
 
-The student is laid out without memory and given the teacher's own tensors, so a conversion holds the teacher and the
-new layers, and nothing twice.
+The student is laid out without memory and given the teacher's own tensors. Those of a teacher in files are read, and
+those of its student written, for one decoder layer at a time; of a loaded teacher the student shares them.
 """
 
 import copy
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from distillkit.config import StudentConfig, UserError
+from distillkit.console import print_line
+from distillkit.conversion.files import MAX_SHARD_SIZE, ModelFiles
 from distillkit.conversion.layouts import layer_mixers
 from distillkit.conversion.summary import ConversionSummary, summarize
+from distillkit.formatting import byte_text
 from distillkit.models.decoder import check_head
 from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.recorder import Call, recorded
+from distillkit.models.streaming import StoredModel, open_streamed
+from distillkit.progress import ProgressReporter
+from distillkit.runs.writing import full_disk_errors
 from distillkit.student.mixers.calibration import calibration_tokens, mean_attention_distance, repeated_tokens
 from distillkit.student.mixers.mixer import Mixer, Start
 from distillkit.student.mixers.registry import MIXERS, check_linear_mixer, mixers_of
 from distillkit.student.network import KDAHybridConfig, KDAHybridForCausalLM
 
+SECONDS_BETWEEN_LINES = 10
+
 ATTENTION_DISTANCE_TOKENS = 2048
 """In which the distances over which the teacher attends are measured."""
+
+
+InMemory = Callable[[nn.Module], AbstractContextManager[None]]
+"""Within it, the tensors of a module are in memory."""
+
+
+def _all_is_in_memory(_: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def convert(
@@ -37,16 +56,22 @@ def convert(
     student: StudentConfig,
     *,
     trust_remote_code: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    console: Console | None = None,
     **teacher_kwargs: Any,
 ) -> ConversionSummary:
     """Write the untrained student of a teacher into a new folder, which appears whole or not at all.
 
-    The folder holds safetensors weights, configuration, generation configuration, tokenizer and the model's code.
+    The folder holds safetensors weights, configuration, generation configuration, tokenizer and the model's code. One
+    decoder layer is in memory at a time; the whole teacher for those that `open_streamed` names, which is printed.
 
     teacher_path: a folder, a hub id or a `.gguf` file. teacher_kwargs: of `from_pretrained` (`gguf_file`, `revision`,
         `dtype`, `device_map` …).
+    max_shard_size: of one file of weights, in bytes or as text.
+    console: shows progress; by default that of stdout.
 
-    Raises `UserError` where the folder exists and is not empty, and where the teacher cannot be loaded or converted.
+    Raises `UserError` where the folder exists and is not empty, where the teacher cannot be loaded or converted, and
+    where the disk has no room.
     """
     output = Path(output_path).expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -54,10 +79,18 @@ def convert(
             "output_path", f"{os.fspath(output_path)!r} exists already; name a new folder, or remove it first"
         )
     check_linear_mixer(student.mixer)
-    teacher = load_model(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **teacher_kwargs)
+    console = console or Console()
+    progress = _Progress(console)
     places = where(teacher_kwargs)
-    tokenizer = load_tokenizer(teacher_path, key="teacher", trust_remote_code=trust_remote_code, **places)
-    return convert_model(teacher, tokenizer, output, student)
+    options: dict[str, Any] = {"key": "teacher", "trust_remote_code": trust_remote_code}
+    stored = open_streamed(teacher_path, on_layer=progress.advance, **options, **teacher_kwargs)
+    if isinstance(stored, str):
+        print_line(console, f"the teacher is loaded whole into memory, because {stored}")
+        teacher = load_model(teacher_path, **options, **teacher_kwargs)
+        return convert_model(teacher, load_tokenizer(teacher_path, **options, **places), output, student)
+    return _convert_stored(
+        stored, load_tokenizer(teacher_path, **options, **places), output, student, max_shard_size, progress
+    )
 
 
 def convert_model(
@@ -83,23 +116,84 @@ def build_student(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybrid
     """
     check_teacher(teacher, student)
     check_head(teacher, "teacher")
+    model = _laid_out(teacher, student)
+    for index in exchanged_layers(model):
+        weight = next(teacher.get_decoder().layers[index].self_attn.parameters())
+        model.model.layers[index].self_attn.to_empty(device=weight.device)
+    _convert_layers(teacher, model, student)
+    return model
+
+
+def _convert_stored(
+    stored: StoredModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    student: StudentConfig,
+    max_shard_size: int | str,
+    progress: "_Progress",
+) -> ConversionSummary:
+    """`convert_model` for a teacher in files, one decoder layer in memory at a time."""
+    teacher = stored.model
+    check_teacher(teacher, student)
+    model = _laid_out(teacher, student)
+    tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    exchanged = exchanged_layers(model)
+    initialization = student.initialization
+    passes = 3 + any(mixer.needs_attention_distances(initialization) for mixer in exchanged.values())
+    passes += initialization.output_scale == "fitted"
+    layers = len(model.model.layers)
+    with (
+        full_disk_errors(lambda: f"while the student was written to {str(output)!r}"),
+        _whole_or_not_at_all(output) as folder,
+        progress.of(passes * layers),
+    ):
+        _check_room(folder, tensors)
+        with stored.in_memory(teacher.get_output_embeddings()):
+            check_head(teacher, "teacher")
+        model.save_pretrained(folder, state_dict={})
+        tokenizer.save_pretrained(folder)
+        files = ModelFiles(folder, tensors, model.num_parameters(), max_shard_size)
+        converted = StoredModel(model, files.of, write=files.write)
+        _convert_layers(teacher, model, student, stored.in_memory, converted.in_memory)
+        kept = [name for name in tensors if not name.startswith(_attention_names(exchanged))]
+        for name in kept:
+            files.write(name, stored.read(name))
+            progress.advance(layers / len(kept))
+    return summarize(teacher, model)
+
+
+def _laid_out(teacher: PreTrainedModel, student: StudentConfig) -> KDAHybridForCausalLM:
+    """The student with the teacher's tensors, and with layers on the meta device where others come."""
     model = student_on_meta(teacher.config, student)
     exchanged = exchanged_layers(model)
     _share_tensors(teacher, model, exchanged)
+    for index in exchanged:
+        weight = next(teacher.get_decoder().layers[index].self_attn.parameters())
+        model.model.layers[index].self_attn.to(weight.dtype)
+    model.tie_weights()
+    model.eval()
+    model.generation_config = copy.deepcopy(teacher.generation_config)
+    return model
+
+
+def _convert_layers(
+    teacher: PreTrainedModel,
+    model: KDAHybridForCausalLM,
+    student: StudentConfig,
+    teachers: InMemory = _all_is_in_memory,
+    students: InMemory = _all_is_in_memory,
+) -> None:
+    """Set every parameter of the exchanged layers."""
+    exchanged = exchanged_layers(model)
     generator = torch.Generator().manual_seed(student.seed)
     distances = attention_distances(teacher, exchanged, student)
     for index, mixer in exchanged.items():
         attention, layer = teacher.get_decoder().layers[index].self_attn, model.model.layers[index].self_attn
-        weight = next(attention.parameters())
-        layer.to_empty(device=weight.device).to(weight.dtype)
         start = Start(student.initialization, teacher.config.initializer_range, generator, distances.get(index))
-        mixer.initialize(layer, attention, start)
-    model.tie_weights()
-    model.eval()
+        with teachers(attention), students(layer):
+            mixer.initialize(layer, attention, start)
     if student.initialization.output_scale == "fitted":
-        calibrate_layers(teacher, model, generator)
-    model.generation_config = copy.deepcopy(teacher.generation_config)
-    return model
+        calibrate_layers(teacher, model, generator, students)
 
 
 def exchanged_layers(model: KDAHybridForCausalLM) -> dict[int, Mixer]:
@@ -108,17 +202,26 @@ def exchanged_layers(model: KDAHybridForCausalLM) -> dict[int, Mixer]:
 
 
 def calibrate_layers(
-    teacher: PreTrainedModel, model: KDAHybridForCausalLM, generator: torch.Generator | None = None
+    teacher: PreTrainedModel,
+    model: KDAHybridForCausalLM,
+    generator: torch.Generator | None = None,
+    students: InMemory = _all_is_in_memory,
 ) -> None:
-    """Fit every exchanged layer to the teacher's attention, each on what the teacher's layer is given."""
+    """Fit every exchanged layer to the teacher's attention, each on what the teacher's layer is given, as it runs."""
     exchanged = exchanged_layers(model)
     attention = _attention(teacher, exchanged)
     projections = {index: module.get_submodule("o_proj") for index, module in attention.items()}
     input_ids = calibration_tokens(model.config.vocab_size, generator)
-    with recorded(attention, _input) as given, recorded(projections, _input) as attention_outputs:
+
+    def fit(index: int, call: Call) -> None:
+        layer = model.model.layers[index].self_attn
+        with torch.enable_grad(), students(layer):
+            exchanged[index].calibrate(layer, call.input, attention_outputs.pop(index))
+
+    with recorded(projections, _input) as attention_outputs, ExitStack() as records:
+        for index, module in attention.items():
+            records.enter_context(recorded({index: module}, partial(fit, index)))
         _run_decoder(teacher, input_ids)
-    for index, mixer in exchanged.items():
-        mixer.calibrate(model.model.layers[index].self_attn, given[index], attention_outputs[index])
 
 
 def attention_distances(
@@ -195,7 +298,7 @@ def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM, layers
 
     Raises `UserError` where the two do not have the same names, apart from that attention.
     """
-    exchanged = tuple(f"model.layers.{index}.self_attn." for index in layers)
+    exchanged = _attention_names(layers)
     kept = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(exchanged)}
     report = model.load_state_dict(kept, strict=False, assign=True)
     missing = [name for name in report.missing_keys if not name.startswith(exchanged)]
@@ -208,18 +311,57 @@ def _share_tensors(teacher: PreTrainedModel, model: KDAHybridForCausalLM, layers
             setattr(model.get_submodule(module), attribute, buffer)
 
 
+def _attention_names(layers: Iterable[int]) -> tuple[str, ...]:
+    """What the names of the tensors of these layers' attention begin with."""
+    return tuple(f"model.layers.{index}.self_attn." for index in layers)
+
+
 def _attention(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, nn.Module]:
     return {index: model.get_decoder().layers[index].self_attn for index in layers}
 
 
 @torch.no_grad()
 def _run_decoder(teacher: PreTrainedModel, input_ids: Tensor) -> None:
-    """For what is recorded meanwhile."""
-    teacher.get_decoder()(input_ids=input_ids.to(teacher.get_input_embeddings().weight.device), use_cache=False)
+    """For what is recorded meanwhile. A teacher in files runs on the CPU."""
+    weight = teacher.get_input_embeddings().weight
+    teacher.get_decoder()(input_ids=input_ids.to("cpu" if weight.is_meta else weight.device), use_cache=False)
 
 
 def _input(call: Call) -> Tensor:
     return call.input
+
+
+def _check_room(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises `UserError` where the disk has no room for the weights."""
+    needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            "output_path",
+            f"has no room: {byte_text(free)} are free at {str(folder.parent)!r}, but the student needs "
+            f"{byte_text(needed)}; free some, or choose another output_path",
+        )
+
+
+class _Progress:
+    """Of a conversion: layers that were run or written."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._reporter: ProgressReporter | None = None
+        self._done = self._total = 0.0
+
+    @contextmanager
+    def of(self, total: int) -> Iterator[None]:
+        self._total = total
+        with ProgressReporter(self._console, total, SECONDS_BETWEEN_LINES) as self._reporter:
+            yield
+
+    def advance(self, layers: float = 1) -> None:
+        if self._reporter is None:
+            return
+        self._done += layers
+        text = f"{self._done / self._total:.0%}, {self._reporter.time_left(self._done)}"
+        self._reporter.update(self._done, "converting", text, f"converting: {text}")
 
 
 @contextmanager

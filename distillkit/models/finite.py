@@ -23,7 +23,10 @@ def is_finite(tensor: Tensor) -> bool:
 def weights_problem(model: PreTrainedModel) -> str | None:
     """Which parameters are not finite, and why that may be; None where all are."""
     names = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
-    if not names:
-        return None
-    hint = f"; {HALF}" if model.get_parameter(names[0]).dtype == torch.float16 else ""
+    return not_finite(names, model.get_parameter(names[0]).dtype) if names else None
+
+
+def not_finite(names: list[str], dtype: torch.dtype) -> str:
+    """What is told of tensors that are not finite."""
+    hint = f"; {HALF}" if dtype == torch.float16 else ""
     return f"{len(names)} of its tensors hold NaN or infinity ({first_names(names)}){hint}"

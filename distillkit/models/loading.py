@@ -21,7 +21,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from distillkit.config.errors import UserError
@@ -91,7 +91,7 @@ def load_model(
     _refuse_differences(report, location, key)
     if (problem := weights_problem(model)) is not None:
         raise UserError(key, f"{location!r}: {problem}")
-    _follow_untied_head(model, location)
+    follow_untied_head(model, location)
     return model
 
 
@@ -249,6 +249,16 @@ def _safetensors_files(folder: Path, key: str) -> list[Path]:
     return [folder / name for name in sorted(set(parts.values()))]
 
 
+def stored_tensors(path: str | os.PathLike[str], kwargs: Mapping[str, Any], key: str) -> dict[str, Path]:
+    """The safetensors file of each tensor of a model that `load_model` has loaded from a folder or a hub id."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        places = {name: kwargs[name] for name in HUB if name in kwargs}
+        with as_user_error(os.fspath(path), key):
+            folder = Path(str(cached_file(os.fspath(path), "config.json", **places))).parent
+    return {name: file for file in _safetensors_files(folder, key) for name in _header(file, key)}
+
+
 def _header(file: Path, key: str) -> dict[str, torch.Tensor]:
     """The tensors of a file without their data, which is not read."""
     try:
@@ -283,7 +293,7 @@ def _refuse_differences(report: Mapping[str, Any], location: str, key: str) -> N
         )
 
 
-def _follow_untied_head(model: PreTrainedModel, location: str) -> None:
+def follow_untied_head(model: PreTrainedModel, location: str) -> None:
     """Where the configuration ties the head but the files hold another one, it is the files that count.
 
     transformers leaves such a head untied, but would tie it at the next opportunity: in the student, or once saved.

@@ -90,7 +90,7 @@ def test_nothing_is_left_of_a_conversion_that_cannot_be_written(teacher_folder, 
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited[1]))  # the weights are larger
     try:
-        with pytest.raises(Exception, match="File too large"):
+        with pytest.raises(UserError, match="the disk is full while the student was written"):
             convert(teacher_folder, tmp_path / "student", HYBRID)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
