@@ -95,7 +95,7 @@ def test_tables_have_at_most_six_columns(page: Path) -> None:
 def test_each_step_of_the_walks_is_in_the_package() -> None:
     walks = blocks(ROOT / "docs/architecture.md", "text")
     steps = [step for walk in walks for step in walk.splitlines()[1:]]
-    assert len(walks) == 4
+    assert len(walks) == 5
     for step in steps:
         found = STEP.match(step)
         assert found is not None, step

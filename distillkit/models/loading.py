@@ -249,11 +249,13 @@ def _safetensors_files(folder: Path, key: str) -> list[Path]:
     return [folder / name for name in sorted(set(parts.values()))]
 
 
-def stored_tensors(path: str | os.PathLike[str], kwargs: Mapping[str, Any], key: str) -> dict[str, Path]:
-    """The safetensors file of each tensor of a model that `load_model` has loaded from a folder or a hub id."""
+def stored_tensors(path: str | os.PathLike[str], places: Mapping[str, Any], key: str) -> dict[str, Path]:
+    """The safetensors file of each tensor of a model that `load_model` has loaded from a folder or a hub id.
+
+    places: of the arguments of `from_pretrained`, those in `HUB`.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        places = {name: kwargs[name] for name in HUB if name in kwargs}
         with as_user_error(os.fspath(path), key):
             folder = Path(str(cached_file(os.fspath(path), "config.json", **places))).parent
     return {name: file for file in _safetensors_files(folder, key) for name in _header(file, key)}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from distillkit.config.errors import UserError
 from distillkit.models.finite import is_finite, not_finite
 from distillkit.models.gguf_files import HUB
-from distillkit.models.loading import follow_untied_head, load_model, load_pretrained_config, stored_tensors, where
+from distillkit.models.loading import follow_untied_head, load_model, load_pretrained_config, stored_tensors
 
 
 class StoredModel:
@@ -91,13 +91,14 @@ def open_streamed(
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if "gguf_file" in kwargs or os.fspath(path).endswith(".gguf"):
         return "it is a GGUF file"
-    if others := kwargs.keys() - {"dtype", "torch_dtype", *HUB}:
-        return f"{', '.join(sorted(others))} asked for it"
-    config = load_pretrained_config(path, key=key, trust_remote_code=trust_remote_code, **where(kwargs))
+    if asked := kwargs.keys() - {"dtype", "torch_dtype", *HUB}:
+        return f"{', '.join(sorted(asked))} asked for it"
+    places = {name: kwargs[name] for name in HUB if name in kwargs}
+    config = load_pretrained_config(path, key=key, trust_remote_code=trust_remote_code, **places)
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantised"
     model = load_model(path, key=key, trust_remote_code=trust_remote_code, device_map="meta", **kwargs)
-    stored = StoredModel(model, stored_tensors(path, kwargs, key), check=_finite(os.fspath(path), key))
+    stored = StoredModel(model, stored_tensors(path, places, key), check=_finite(os.fspath(path), key))
     _tie_equal(model, stored, os.fspath(path))
     layers, head = getattr(model.get_decoder(), "layers", None), model.get_output_embeddings()
     renamed = any(name not in stored.names for name, _ in model.named_parameters())
@@ -148,11 +149,11 @@ def _stream(module: nn.Module, stored: StoredModel, then: Callable[[], object] |
 @torch.no_grad()
 def _fill_buffers(model: PreTrainedModel, stored: StoredModel) -> None:
     """Compute what no file holds (rotary frequencies), as `from_pretrained` does."""
+    in_files = model.state_dict().keys() & stored.names.keys()
     for prefix, module in model.named_modules():
-        own = dict(module.named_buffers(recurse=False))
-        computed = {name: buffer for name, buffer in own.items() if f"{prefix}.{name}" not in stored.names}
+        computed = {name: each for name, each in module.named_buffers(prefix, recurse=False) if name not in in_files}
         for name, buffer in computed.items():
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+            setattr(module, name.rpartition(".")[2], torch.empty_like(buffer, device="cpu"))
         if computed:
             model._init_weights(module)
 
