@@ -10,19 +10,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-MAX_SHARD_SIZE = "5GB"
-"""As on the hub: a file has to be mapped into memory whole to be read."""
+from distillkit.models.loading import DTYPES
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+MAX_SHARD_SIZE = "5GB"
+"""As on the hub: to load a file, much of the software maps it into memory whole."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ModelFiles:
@@ -67,7 +60,7 @@ def _lay_out(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for name, tensor in ((each, tensors[each]) for each in order):
         offsets = [ends[name] - tensor.nbytes, ends[name]]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(8 * math.ceil(len(text) / 8))
     with path.open("wb") as file:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -36,6 +37,20 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 WHERE = ("gguf_file", "revision", "subfolder")
 """Keyword arguments of from_pretrained that locate a model; they locate its configuration and tokenizer, too."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What safetensors files call them."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
@@ -264,11 +279,22 @@ def stored_tensors(path: str | os.PathLike[str], places: Mapping[str, Any], key:
 def _header(file: Path, key: str) -> dict[str, torch.Tensor]:
     """The tensors of a file without their data, which is not read."""
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(file, "np") as opened:  # "pt" would ask for as much memory as the file has bytes
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _damaged(file, error, key) from error
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file, of which nothing else is mapped or read."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        described = json.loads(opened.read(length))[name]
+        start, end = described["data_offsets"]
+        opened.seek(8 + length + start)
+        data = numpy.fromfile(opened, numpy.uint8, end - start)
+    return torch.from_numpy(data).view(DTYPES[described["dtype"]]).reshape(described["shape"])
 
 
 def _refuse_differences(report: Mapping[str, Any], location: str, key: str) -> None:

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distillkit.config.errors import UserError
 from distillkit.models.finite import is_finite, not_finite
 from distillkit.models.gguf_files import HUB
-from distillkit.models.loading import follow_untied_head, load_model, load_pretrained_config, stored_tensors
+from distillkit.models.loading import (
+    follow_untied_head,
+    load_model,
+    load_pretrained_config,
+    read_tensor,
+    stored_tensors,
+)
 
 
 class StoredModel:
@@ -48,11 +53,10 @@ class StoredModel:
         self._files = files
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the files in the model's dtype, on the CPU. It is mapped rather than read, until it is used."""
+        """A tensor of the files in the model's dtype, on the CPU."""
         owner, _, attribute = name.rpartition(".")
         dtype, source = getattr(self.model.get_submodule(owner), attribute).dtype, self.names[name]
-        with safe_open(self._files[source], "pt") as opened:
-            tensor: Tensor = opened.get_tensor(source).to(dtype)
+        tensor = read_tensor(self._files[source], source).to(dtype)
         if self._check is not None:
             self._check(source, tensor)
         return tensor
