@@ -29,3 +29,4 @@ from distillkit.config.student import InitializationConfig as InitializationConf
 from distillkit.config.student import StudentConfig as StudentConfig
 from distillkit.config.teacher import DatasetTeacherConfig as DatasetTeacherConfig
 from distillkit.config.teacher import HFTeacherConfig as HFTeacherConfig
+from distillkit.config.teacher import ServerTeacherConfig as ServerTeacherConfig

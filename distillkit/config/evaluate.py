@@ -2,13 +2,13 @@
 
 import re
 from typing import Annotated, Any, Literal, Self, get_args
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import KeyProblem
 from distillkit.config.section import LoadingArguments, PathText, Section, WholeFile
+from distillkit.config.server import ServerConfig
 
 SUITES = ("divergence", "generation", "benchmarks", "needles", "long_context", "speed")
 
@@ -46,36 +46,6 @@ def _ascending(values: list[int]) -> list[int]:
 Positive = Annotated[int, Field(gt=0)]
 Lengths = Annotated[list[Positive], Field(min_length=1), AfterValidator(_ascending)]
 """Numbers of tokens, in ascending order."""
-
-
-def _check_url(url: str) -> str:
-    """What is wrong is said without the address, which may hold a key."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("must be the address of an API, such as http://localhost:8000/v1")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError("must hold no key or password; api_key_env names the environment variable that does")
-    try:
-        _ = parts.port
-    except ValueError:
-        raise ValueError("must have a port from 0 to 65535, such as http://localhost:8000/v1") from None
-    return url.rstrip("/")
-
-
-class ServerConfig(Section):
-    """A running server that answers for a model."""
-
-    url: Annotated[str, AfterValidator(_check_url)] = Field(
-        description="address of an OpenAI-compatible API, such as http://localhost:8000/v1"
-    )
-    model: str | None = Field(None, min_length=1, description="name under which it is served; by default its path")
-    max_length: int | None = Field(
-        None, gt=1, description="tokens that a prompt and its answer may have; by default what the server tells"
-    )
-    concurrency: int = Field(32, gt=0, description="requests at a time")
-    api_key_env: str | None = Field(
-        None, min_length=1, description="name of the environment variable that holds the server's key"
-    )
 
 
 def _with_url(server: Any) -> Any:

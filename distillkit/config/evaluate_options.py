@@ -10,6 +10,7 @@ from typing import Any
 from distillkit.config.errors import UserError, one_of
 from distillkit.config.evaluate import NAME, SUITES, EvaluateConfig
 from distillkit.config.readiness import check_model_path, check_source
+from distillkit.config.server import check_server_key
 from distillkit.config.yaml_files import apply_override, read_yaml
 
 MARKER, CHECKPOINTS = "complete", "checkpoint-*"
@@ -58,14 +59,8 @@ def check_evaluate_ready(config: EvaluateConfig) -> None:
     for key, model in config.models().items():
         check_model_path(f"{key}.path", model.path)
         _refuse_unfinished_run(f"{key}.path", Path(model.path))
-        if model.server is not None and (name := model.server.api_key_env):
-            held, secret = f"{key}.server.api_key_env", os.environ.get(name)
-            if not secret:
-                raise UserError(held, f"the environment has no variable {name!r}; export it first")
-            if not (secret.isascii() and secret.isprintable()):
-                raise UserError(
-                    held, f"what {name} holds is no key: it has line breaks or other characters than ASCII's"
-                )
+        if model.server is not None:
+            check_server_key(f"{key}.server", model.server)
     if config.divergence is not None:
         check_source("divergence.dataset.disk_path", config.divergence.dataset)
     if config.generation is not None:

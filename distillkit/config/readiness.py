@@ -7,6 +7,7 @@ from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError
 from distillkit.config.resolve import Run
 from distillkit.config.run import RunConfig
+from distillkit.config.server import check_server_key
 
 
 def check_ready(run: Run) -> None:
@@ -29,6 +30,8 @@ def _check_inputs(config: RunConfig, *, check_model: bool) -> None:
         check_model_path("model", config.model)
     if config.teacher.kind == "hf":
         check_model_path("teacher.path", config.teacher.path)
+    if config.teacher.kind == "server":
+        check_server_key("teacher", config.teacher)
     if config.teacher.background is not None:
         check_source("teacher.background", DatasetSource(disk_path=config.teacher.background))
 

@@ -54,7 +54,7 @@ class RunConfig(WholeFile):
         None, description="how the teacher is converted into the student first; instead of model"
     )
     teacher: TeacherConfig = Field(
-        description="the model that the student learns from; kind: hf (the default for a path) or dataset"
+        description="the model that the student learns from; kind: hf (the default for a path), dataset or server"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the student, teacher or tokenizer")
     model_kwargs: LoadingArguments = Field(

@@ -1,4 +1,4 @@
-"""`teacher`: the model that the student learns from, of one of two kinds."""
+"""`teacher`: the model that the student learns from, of one of three kinds."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from distillkit.config.compression import LegacyLogitCompressionConfig, LogprobCompressorConfig
 from distillkit.config.errors import KeyProblem
 from distillkit.config.section import LoadingArguments, PathText, Section
+from distillkit.config.server import ServerConfig
 
 _BACKGROUND = (
     "the distribution of the probability that a sparse teacher does not list: a captured dataset, or its "
@@ -55,6 +56,30 @@ class DatasetTeacherConfig(Section):
         return self
 
 
+class ServerTeacherConfig(ServerConfig):
+    """A model behind an OpenAI-compatible server that gives log-probabilities of prompts, as vLLM's does."""
+
+    model_config = ConfigDict(json_schema_extra={"required": ["kind", "url", "top_k"]})
+
+    kind: Literal["server"] = Field("server", description="server: a model that a running server answers for")
+    model: str | None = Field(
+        None, min_length=1, description="name under which it is served; by default the only one that is"
+    )
+    top_k: int = Field(
+        gt=0, description="the teacher's k most probable tokens are asked for; vLLM gives --max-logprobs, by default 20"
+    )
+    vocab_size: int | None = Field(
+        None, gt=0, description="size of the teacher's vocabulary; by default that of the student's tokenizer"
+    )
+    background: PathText | None = Field(None, description=_BACKGROUND)
+    steps_ahead: int = Field(
+        1, ge=0, description="optimizer steps whose requests are sent before the training comes to them"
+    )
+    patience: int = Field(
+        600, ge=0, description="seconds for which a request is tried again where the server does not answer"
+    )
+
+
 def with_kind(teacher: Any) -> Any:
     """A teacher with a `path` and no `kind` is a model: `kind: hf`."""
     if isinstance(teacher, Mapping) and "path" in teacher and teacher.get("kind") is None:
@@ -63,5 +88,6 @@ def with_kind(teacher: Any) -> Any:
 
 
 TeacherConfig = Annotated[
-    Annotated[HFTeacherConfig | DatasetTeacherConfig, Field(discriminator="kind")], BeforeValidator(with_kind)
+    Annotated[HFTeacherConfig | DatasetTeacherConfig | ServerTeacherConfig, Field(discriminator="kind")],
+    BeforeValidator(with_kind),
 ]

@@ -22,7 +22,7 @@ from distillkit.config.errors import UserError, did_you_mean
 from distillkit.config.evaluate import BenchmarksConfig
 from distillkit.evaluation.generation import can_fork
 from distillkit.evaluation.local_benchmarks import KEY, LOCAL_TASKS, Documents, read_documents
-from distillkit.evaluation.server import ServedModel
+from distillkit.models.server import ServedModel
 from distillkit.models.special_tokens import prompt_tokenizer
 
 Progress = Callable[[int, int], None]

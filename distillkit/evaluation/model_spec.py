@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from distillkit.config.errors import UserError
 from distillkit.config.evaluate import TEACHER, ModelConfig
-from distillkit.evaluation.server import ServedModel, Server, connect
 from distillkit.models.loading import (
     files_sha256,
     load_model,
@@ -24,6 +23,7 @@ from distillkit.models.loading import (
     weights_sha256,
     where,
 )
+from distillkit.models.server import ServedModel, Server, connect
 from distillkit.models.vocabulary import TOKENIZER_FILES, has_tokenizer
 from distillkit.runs.names import CHECKPOINT
 from distillkit.runs.record import read_record

@@ -15,7 +15,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from distillkit.config.errors import UserError
-from distillkit.evaluation.server import SECONDS, ServedModel
+from distillkit.models.server import SECONDS, ServedModel
 from distillkit.models.special_tokens import encode_texts
 
 

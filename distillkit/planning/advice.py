@@ -34,7 +34,7 @@ def about_run(
     teacher_dtype: torch.dtype | None,
     student: PreTrainedConfig,
 ) -> tuple[list[str], list[str]]:
-    """(errors, warnings) about a run as a whole. teacher, teacher_dtype: None where it is captured."""
+    """(errors, warnings) about a run as a whole. teacher, teacher_dtype: None where it runs elsewhere."""
     errors = []
     try:
         check_ready(run)
@@ -44,6 +44,7 @@ def about_run(
     warnings = [
         *_about_places(run.config, plan),
         *_about_teacher(teacher, teacher_dtype, student),
+        *_about_server(phases),
         *_about_order(phases),
         *_about_lengths(phases, teacher, student),
     ]
@@ -84,6 +85,14 @@ def _about_held_out_text(config: RunConfig) -> Iterator[UserError]:
     elif config.evaluation is None and config.training_args.get("eval_strategy", "no") == "no":
         yield UserError(
             "evaluation", "is missing, so the held-out text is not measured on; give evaluation, or eval_strategy"
+        )
+
+
+def _about_server(phases: list[RunConfig]) -> Iterator[UserError]:
+    if any(config.teacher.kind == "server" for config in phases):
+        yield UserError(
+            "teacher.url",
+            "the server is not asked by a plan: times are those of the student, if the server keeps pace with it",
         )
 
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import PreTrainedConfig
 
 from distillkit.compression import build_codec
-from distillkit.config import HFTeacherConfig, Phase, RunConfig, UserError
+from distillkit.config import HFTeacherConfig, Phase, RunConfig, ServerTeacherConfig, UserError
 from distillkit.config.losses import align_attention_alone
 from distillkit.config.resolve import AnyRun, as_run
 from distillkit.planning.advice import about_phase, about_run, remedies
@@ -169,11 +169,13 @@ def _batch_seconds(
 
 
 def _teacher(config: RunConfig, teacher_config: PreTrainedConfig | None, vocabulary: int) -> Teacher:
-    """Of a captured teacher a stand-in, stored as its manifest or the YAML says."""
+    """Of a captured or served teacher a stand-in, whose outputs are stored as its manifest or the YAML says."""
     teacher = config.teacher
     if isinstance(teacher, HFTeacherConfig):
         assert teacher_config is not None
         return LiveTeacher(teacher_on_meta(teacher_config, teacher, config.trust_remote_code))
+    if isinstance(teacher, ServerTeacherConfig):
+        return FakeCapturedTeacher(teacher.top_k, teacher.vocab_size or vocabulary, teacher.top_k * 12)
     manifest = manifest_of(config.dataset.train_dataset)
     if manifest is not None:
         codec = build_codec(manifest.codec_kind, manifest.codec_config)

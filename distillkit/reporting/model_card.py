@@ -244,6 +244,8 @@ def _teacher(run: Run) -> str:
         return f"the teacher captured in {_training_data(run)}"
     if (hub := _origins(run)[1]) is not None:
         return hub
+    if teacher.get("kind") == "server":  # by the name that the server gave
+        return _public_name(section(run.record, "origins", "teacher").get("model") or teacher.get("model"))
     gguf = section(teacher, "kwargs").get("gguf_file")
     return Path(gguf).stem if isinstance(gguf, str) else _public_name(teacher.get("path") or teacher.get("model"))
 

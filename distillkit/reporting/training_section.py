@@ -52,8 +52,8 @@ def training_section(runs: Sequence[Run]) -> Section | None:
 
 
 def over_stored_tokens(config: Json) -> bool:
-    """Whether a run's teacher is captured, so that KL is over its stored tokens and is less than of both models."""
-    return section(config, "teacher").get("kind") == "dataset"
+    """Whether a run's teacher gave its likeliest tokens alone: KL is over these, and is less than of both models."""
+    return section(config, "teacher").get("kind") in ("dataset", "server")
 
 
 def measured_with(run: Run) -> Json:
@@ -151,9 +151,9 @@ def _summary(run: Run) -> str:
 
 
 def _runs_the_teacher(phase: Phase) -> bool:
-    """Whether each step needed the teacher's outputs, and a live teacher computed them."""
+    """Whether each step needed the teacher's outputs, and a live or served teacher computed them."""
     losses = [loss.get("function") for loss in rows(phase.config, "loss_functions")]
-    return not over_stored_tokens(phase.config) and any(loss != "cross_entropy" for loss in losses)
+    return section(phase.config, "teacher").get("kind") != "dataset" and any(loss != "cross_entropy" for loss in losses)
 
 
 def _about_curves(runs: Sequence[Run]) -> str:

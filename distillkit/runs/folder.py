@@ -30,6 +30,12 @@ FREE_TO_CHANGE = (
     "project_name",
     "functionary_packing",
     "teacher.kwargs.revision",  # the commit itself is compared
+    "teacher.url",  # what is served there is compared
+    "teacher.max_length",
+    "teacher.concurrency",
+    "teacher.api_key_env",
+    "teacher.steps_ahead",
+    "teacher.patience",
     "dataset.prepared_dataset_path",
     "dataset.dataset_num_proc",
     "evaluation.prompts",

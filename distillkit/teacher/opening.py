@@ -5,6 +5,7 @@ must not contradict it. Datasets published by others have no manifest: there the
 plain.
 """
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError, shown
 from distillkit.config.run import RunConfig
 from distillkit.config.section import Section
-from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig
+from distillkit.config.teacher import DatasetTeacherConfig, HFTeacherConfig, ServerTeacherConfig
 from distillkit.data import tokenizer_hash
 from distillkit.data.sources import load_source
 from distillkit.models.decoder import head
@@ -30,27 +31,32 @@ from distillkit.shards.names import PLAN
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.captured_tokenizer import read_tokenizer
 from distillkit.teacher.live import LiveTeacher
+from distillkit.teacher.served import open_served
 from distillkit.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 
-def open_teacher(config: RunConfig, model: PreTrainedModel | None = None) -> Teacher:
+def open_teacher(config: RunConfig, model: PreTrainedModel | None, student: PreTrainedTokenizerBase) -> Teacher:
     """The teacher of a run, with the background distribution where a loss needs one.
 
-    model: the loaded model of a live teacher.
+    model: the loaded model of a live teacher. student: the student's tokenizer.
 
-    Raises UserError where a captured teacher cannot be read, or a background is needed and missing.
+    Raises UserError where a captured teacher cannot be read, a server cannot be the teacher, or a background is needed
+    and missing.
     """
     positions = [
         position
         for position, loss in enumerate(config.loss_functions)
         if loss.missing_probability_handling == "background"
     ]
+    path = config.teacher.background if positions else None
     if isinstance(config.teacher, HFTeacherConfig):
         assert model is not None
-        path = config.teacher.background if positions else None
         return LiveTeacher(model, None if path is None else open_background(path, len(head(model)[0])))
+    if isinstance(config.teacher, ServerTeacherConfig):
+        background = None if path is None else functools.partial(open_background, path)
+        return open_served(config.teacher, student, config.sequence_length, background)
     teacher = open_captured(config.teacher, config.dataset.train_dataset)
     if positions and teacher.background is None:
         raise UserError(

@@ -6,7 +6,7 @@ layers; and the inputs and outputs of the attention of some layers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset
@@ -60,7 +60,10 @@ class Teacher(ABC):
     """Columns of the dataset, besides the tokens, from which a signal is computed."""
 
     model: PreTrainedModel | None = None
-    """The model that runs; None where its outputs were captured."""
+    """The model that runs here; None where its outputs were captured, or a server computes them."""
+
+    steps_ahead: int = 0
+    """Optimizer steps of whose batches it wants to hear before they come (`expect`)."""
 
     @property
     @abstractmethod
@@ -70,6 +73,9 @@ class Teacher(ABC):
     @abstractmethod
     def signal(self, batch: Mapping[str, Tensor], request: SignalRequest = DISTRIBUTION) -> TeacherSignal:
         """The requested outputs for a batch, on the batch's device."""
+
+    def expect(self, batches: Sequence[Mapping[str, Tensor]]) -> None:  # noqa: B027
+        """The batches that come next, in their order, of which a teacher elsewhere can begin to compute signals."""
 
     def check_outputs(self, batch: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Raises `UserError` where a live teacher's outputs for the batch are not finite: where that begins."""

@@ -18,6 +18,7 @@ from distillkit.models.vocabulary import TOKENIZER_FILES
 from distillkit.runs.fingerprints import Fingerprint, differences, fingerprint
 from distillkit.runs.folder import PhaseFolder
 from distillkit.runs.record import RunRecord, read_record
+from distillkit.teacher.served import ServedTeacher
 from distillkit.training.setup import Models
 
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.py", *TOKENIZER_FILES)
@@ -55,6 +56,11 @@ def settle_models(config: RunConfig, folder: PhaseFolder, models: Models) -> Non
         folder.update_record(origins={"student": student, **(folder.record.origins or {})})
     key = "teacher.path" if config.model is None else "model"
     settle(folder, key, "tokenizer", text_to_ids_hash(models.tokenizer))
+    if isinstance(models.teacher, ServedTeacher):
+        served = models.teacher.served
+        if folder.checkpoint is None and folder.main_process:
+            folder.update_record(origins={**(folder.record.origins or {}), "teacher": served.about()})
+        settle(folder, "teacher.model", "model", " ".join(filter(None, (served.name, served.root))))
     if models.teacher.model is not None:
         settle(folder, "teacher.path", "commit", vars(models.teacher.model.config).get("_commit_hash"))
 

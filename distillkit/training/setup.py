@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
-from distillkit.config import HFTeacherConfig, RunConfig
+from distillkit.config import DatasetTeacherConfig, HFTeacherConfig, RunConfig
 from distillkit.config.losses import align_attention_alone
 from distillkit.config.resolve import ORIGIN_KWARGS
 from distillkit.console import print_line
@@ -62,9 +62,9 @@ def load_models(
     """Load what a run needs. The student of a resumed run comes from its checkpoint, float32 masters and all."""
     trainer, techniques = arguments.trainer, arguments.techniques
     model = _load_teacher(config, folder, trainer, console)
-    teacher = open_teacher(config, model)
-    origin = str(folder.untrained) if config.model is None else config.model
     tokenizer, teachers_tokenizer = _load_tokenizers(config)
+    teacher = open_teacher(config, model, tokenizer)
+    origin = str(folder.untrained) if config.model is None else config.model
     student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, trainer)
     embedding_rows = _grow_embeddings(config, folder, student, console)
     freezing = freeze(student, config.frozen_res, config.frozen_modules)
@@ -205,7 +205,8 @@ def _load_tokenizers(config: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTra
     options = {"trust_remote_code": config.trust_remote_code, **where(config.model_kwargs)}
     if not isinstance(config.teacher, HFTeacherConfig):
         student = load_tokenizer(str(config.model), key="model", **options)
-        return student, captured_tokenizer(config.dataset.train_dataset, student)
+        captured = isinstance(config.teacher, DatasetTeacherConfig)
+        return student, captured_tokenizer(config.dataset.train_dataset, student) if captured else student
     teacher = _load_teachers_tokenizer(config, config.teacher)
     if config.model is None:
         return teacher, teacher

@@ -69,12 +69,13 @@ class DistillationTrainer(Trainer):
         self._preference_pairs: dict[str, Tensor] = {}
         self._kept_signal: TeacherSignal | None = None
         self._step_batches: list[Any] = []
+        self._coming: list[Any] = []
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and the counted tokens of all of them on all ranks."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches = self._next_batches(epoch_iterator, num_batches)
         counts = [
             torch.stack([(shifted_labels(batch["labels"]) != IGNORED_LABEL).sum(), batch["lengths"].sum()])
             for batch in batches
@@ -85,6 +86,16 @@ class DistillationTrainer(Trainer):
         self._window.begin(self.state.num_input_tokens_seen)
         self._unread_tokens = self._unread_tokens + tokens
         return batches, counted
+
+    def _next_batches(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:
+        """The micro-batches of the next step; the teacher hears of them, and of those of as many steps as it wants."""
+        steps_ahead = 0 if self.teacher is None else self.teacher.steps_ahead
+        missing = num_batches * (1 + steps_ahead) - len(self._coming)
+        self._coming += [batch for _, batch in zip(range(missing), epoch_iterator, strict=False)]
+        if self.teacher is not None:
+            self.teacher.expect(self._coming)
+        batches, self._coming = self._coming[:num_batches], self._coming[num_batches:]
+        return batches
 
     def compute_loss(
         self,

@@ -12,11 +12,12 @@ from tokenizers.processors import TemplateProcessing
 
 from distillkit.cli import main
 from distillkit.config.errors import UserError
-from distillkit.config.evaluate import EvaluateConfig, ServerConfig
+from distillkit.config.evaluate import EvaluateConfig
+from distillkit.config.server import ServerConfig
 from distillkit.evaluation import evaluate
 from distillkit.evaluation.benchmarks import run_benchmark, run_served_benchmark
-from distillkit.evaluation.server import Server, connect
 from distillkit.models.loading import load_model, load_tokenizer, weights_sha256
+from distillkit.models.server import Server, connect
 from distillkit.reporting import write_report
 from tests.evaluation.completions import Completions, serving
 from tests.evaluation.test_benchmarks import SAMPLES, TASKS, differs_by_sample, settings
