@@ -78,6 +78,9 @@ class CaptureConfig(WholeFile):
             raise KeyProblem("teacher.top_k", f"{key} says how many tokens are kept; remove it")
         if self.teacher.background is not None:
             raise KeyProblem("teacher.background", "has no effect on a capture; remove it")
+        if self.teacher.quantization is not None:
+            remedy = "remove it; vLLM quantises by teacher.kwargs.quantization"
+            raise KeyProblem("teacher.quantization", f"a capture stores the outputs of the whole teacher; {remedy}")
         for key in ("eval_dataset", "num_eval_samples"):
             if getattr(self.dataset, key) is not None:
                 remedy = "only train_dataset is captured; capture held-out text separately, or remove it"

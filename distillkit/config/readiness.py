@@ -1,6 +1,7 @@
 """Checks before a run starts and before torch is imported: files that do not exist, launchers not supported."""
 
 import glob
+import importlib.util
 import os
 
 from distillkit.config.data import DatasetSource
@@ -8,6 +9,7 @@ from distillkit.config.errors import UserError
 from distillkit.config.resolve import Run
 from distillkit.config.run import RunConfig
 from distillkit.config.server import check_server_key
+from distillkit.config.teacher import PACKAGE_OF, Quantization
 
 
 def check_ready(run: Run) -> None:
@@ -30,10 +32,17 @@ def _check_inputs(config: RunConfig, *, check_model: bool) -> None:
         check_model_path("model", config.model)
     if config.teacher.kind == "hf":
         check_model_path("teacher.path", config.teacher.path)
+        _check_quantization(config.teacher.quantization)
     if config.teacher.kind == "server":
         check_server_key("teacher", config.teacher)
     if config.teacher.background is not None:
         check_source("teacher.background", DatasetSource(disk_path=config.teacher.background))
+
+
+def _check_quantization(kind: Quantization | None) -> None:
+    package = PACKAGE_OF.get(str(kind), "bitsandbytes")
+    if kind is not None and importlib.util.find_spec(package) is None:
+        raise UserError("teacher.quantization", f"{kind} needs {package}: pip install {package}")
 
 
 def _refuse_split_models() -> None:

@@ -188,6 +188,12 @@ class RunConfig(WholeFile):
             return self
         if self.model is not None:
             raise KeyProblem("model", "student is given too; keep one of the two")
+        if self.teacher.kind == "hf" and self.teacher.quantization is not None:
+            raise KeyProblem(
+                "teacher.quantization",
+                "the student would be converted from quantised weights; convert the teacher first "
+                "(distillkit convert) and name the result in model",
+            )
         if self.teacher.kind != "hf":
             raise KeyProblem(
                 "student",

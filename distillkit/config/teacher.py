@@ -16,6 +16,12 @@ _BACKGROUND = (
 )
 
 
+Quantization = Literal["int8", "float8", "bitsandbytes_8bit", "bitsandbytes_4bit"]
+
+PACKAGE_OF = {"int8": "torchao", "float8": "torchao"}
+"""That quantises; for the others bitsandbytes."""
+
+
 class HFTeacherConfig(Section):
     """A model that runs beside the student."""
 
@@ -26,8 +32,24 @@ class HFTeacherConfig(Section):
         description="keyword arguments of from_pretrained: attn_implementation, dtype (or torch_dtype), gguf_file, "
         "revision, device_map, ...",
     )
+    quantization: Quantization | None = Field(
+        None,
+        description="weights of the linear layers, but for the head, are quantised as they are loaded: int8, float8 "
+        "(by torchao), bitsandbytes_8bit, bitsandbytes_4bit",
+    )
     top_k: int | None = Field(None, gt=0, description="use only the teacher's k most probable tokens")
     background: PathText | None = Field(None, description=_BACKGROUND)
+
+    @model_validator(mode="after")
+    def check_quantization(self) -> Self:
+        if self.quantization is None:
+            return self
+        for name in ("quantization_config", "load_in_8bit", "load_in_4bit"):
+            if name in self.kwargs:
+                raise KeyProblem("quantization", f"kwargs.{name} is given too; keep one of the two")
+        if self.path.endswith(".gguf") or "gguf_file" in self.kwargs:
+            raise KeyProblem("quantization", "is not for GGUF files, which are loaded as ordinary weights; remove it")
+        return self
 
 
 class DatasetTeacherConfig(Section):

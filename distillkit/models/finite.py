@@ -1,7 +1,10 @@
 """NaN and infinity in the weights of a model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 _EXAMPLES = 3
@@ -15,6 +18,9 @@ def first_names(names: list[str]) -> str:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, in one pass and without a copy. What has no data, or is quantised, is."""
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):  # of quantised weights the scales
+        return all(is_finite(getattr(wrapper, name)) for name in wrapper.__tensor_flatten__()[0])
     if not tensor.is_floating_point() or tensor.itemsize == 1 or tensor.is_meta or tensor.numel() == 0:
         return True
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())

@@ -7,7 +7,7 @@ three things stand in for others where the run is on CUDA: kernels of mixers (`M
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from distillkit.models.attention import trained_attention
 from distillkit.models.chunked_logits import chunk_tokens_within
 from distillkit.models.decoder import head
+from distillkit.models.quantization import BYTES_PER_WEIGHT
 from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.cuda_rules import CudaAutocast
 from distillkit.planning.ledger import Ledger, without_data
@@ -33,6 +34,7 @@ from distillkit.training.optimizer_memory import optimizer_memory
 from distillkit.training.setup import checkpoint_layers
 from distillkit.training.wiring import objective_of, signal_request
 
+TEACHER_WEIGHTS = "teacher weights"
 TEACHER, FORWARD, BACKWARD, UPDATE = "teacher's pass", "student's forward pass", "backward pass", "optimizer step"
 
 COMPILED = 0.66
@@ -82,13 +84,13 @@ def simulate_step(
     with ledger:
         _materialize(student, ledger, "student weights", config, settings, cuda)
         if teacher.model is not None:
-            _materialize(teacher.model, ledger, "teacher weights", config, settings, cuda)
+            _materialize(teacher.model, ledger, TEACHER_WEIGHTS, config, settings, cuda)
             teacher = LiveTeacher(teacher.model)
         chunk = chunk_tokens(config.loss_functions, _rows(student), cuda)
         objective = objective_of(config, student, teacher, vocabulary, chunk)
         matrices = []
         if teacher.model is not None and objective.needs_teacher:
-            matrices = _padding(teacher.model, ledger, "teacher weights", cuda)
+            matrices = _padding(teacher.model, ledger, TEACHER_WEIGHTS, cuda)
         if settings.gradient_checkpointing:
             _checkpoint_layers(student, settings, cuda)
         distiller = Distiller(student, objective).train()
@@ -97,7 +99,18 @@ def simulate_step(
         used = teacher if objective.needs_teacher else None
         cost = _step(config, settings, ledger, distiller, used, request, gpus, cuda)
         del matrices
-    return cost
+    return _with_quantized_teacher(cost, config, teacher.model)
+
+
+def _with_quantized_teacher(cost: StepCost, config: RunConfig, teacher: PreTrainedModel | None) -> StepCost:
+    """The same with the memory of quantised weights, which the simulation has as they were."""
+    quantization = config.teacher.quantization if config.teacher.kind == "hf" else None
+    if quantization is None or teacher is None:
+        return cost
+    heads, per_weight = {teacher.get_output_embeddings()}, BYTES_PER_WEIGHT[quantization]
+    weights = [part.weight for part in teacher.modules() if isinstance(part, nn.Linear) and part not in heads]
+    saved = int(sum(weight.numel() * (weight.itemsize - per_weight) for weight in weights))
+    return replace(cost, memory={**cost.memory, TEACHER_WEIGHTS: cost.memory[TEACHER_WEIGHTS] - saved})
 
 
 def _materialize(

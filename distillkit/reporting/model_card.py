@@ -238,7 +238,12 @@ def _hub_id(path: object, noted: Json) -> str | None:
 
 
 def _teacher(run: Run) -> str:
-    """The name of the teacher: a hub id, or the name of its file or folder."""
+    """The name of the teacher: a hub id, or the name of its file or folder; and how it was quantised."""
+    quantization = section(run.config, "teacher").get("quantization")
+    return _teachers_name(run) + (f" (quantised to {quantization})" if quantization else "")
+
+
+def _teachers_name(run: Run) -> str:
     teacher = section(run.config, "teacher")
     if teacher.get("kind") == "dataset":
         return f"the teacher captured in {_training_data(run)}"

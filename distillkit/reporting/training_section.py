@@ -142,8 +142,10 @@ def _summary(run: Run) -> str:
     seconds, tokens = (number(run.results, "training", key) for key in ("seconds", "tokens"))
     trained, frozen = (shown(numbers.count, run.results, "parameters", key) for key in ("trained", "frozen"))
     parts = [f"{trained} parameters trained, {frozen} frozen"]
+    quantization = section(run.config, "teacher").get("quantization")
+    parts += [f"linear layers of the teacher quantised to {quantization}"] if quantization else []
     if not tokens:
-        return f"{parts[0]}; no training steps."
+        return f"{'; '.join(parts)}; no training steps."
     parts.append(f"{numbers.count(tokens)} tokens in {numbers.shown(seconds, numbers.seconds)}")
     included = ", teacher included" if all(map(_runs_the_teacher, run.phases)) else ""
     parts += [f"{numbers.rate(tokens / seconds)} tokens/s{included}"] if seconds else []

@@ -1,0 +1,129 @@
+"""A teacher with quantised weights is near the whole one, trains a student, and is told of wherever the teacher is."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from distillkit.config import RunConfig, UserError, check_ready, resolve
+from distillkit.config.capture import CaptureConfig
+from distillkit.models.loading import load_model
+from distillkit.models.quantization import quantization_arguments
+from distillkit.planning import plan_run
+from distillkit.runs.record import read_record
+from distillkit.teacher.live import LiveTeacher
+from tests.training.captures import configuration, first_step, run
+from tests.training.tiny import batch, llama, row, save_llama, save_text
+
+QUANTIZED = ["int8", "float8"]
+OTHERS = [
+    pytest.param(
+        kind,
+        marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is missing"),
+    )
+    for kind in ("bitsandbytes_8bit", "bitsandbytes_4bit")
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    model = llama(0, vocab=259, hidden_size=128, layers=1)
+    with torch.no_grad():  # as small as those of trained models are, for large logits show every rounding
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(0.3 if parameter.dim() == 2 else 1)
+    save_llama(folder / "teacher", 0, hidden_size=128, layers=1)
+    model.save_pretrained(folder / "teacher")
+    return {
+        "teacher": str(folder / "teacher"),
+        "student": save_llama(folder / "student", 1),
+        "text": save_text(folder / "train.jsonl"),
+    }
+
+
+def described(inputs, folder, **changes):
+    teacher = {"path": inputs["teacher"], **changes.pop("teacher", {})}
+    dataset = {"train_dataset": {"disk_path": inputs["text"]}}
+    losses = [{"function": "kl", "weight": 1.0}]
+    given = {"loss_functions": losses, "dataset": dataset, "teacher": teacher, **changes}
+    return configuration(inputs["student"], "", folder, **given)
+
+
+@torch.no_grad()
+def logits(model):
+    made = batch(row([20], seed=1))
+    return LiveTeacher(model).signal(made).distribution(torch.arange(20))(slice(0, 20)).logits
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, *OTHERS])
+def test_linear_layers_are_quantised_and_logits_are_near(inputs, kind):
+    whole = load_model(inputs["teacher"])
+    model = load_model(inputs["teacher"], **quantization_arguments(kind, torch.float32, torch.device("cpu")))
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        weight = model.model.layers[0].get_submodule(name).weight
+        assert type(weight) is not type(whole.model.layers[0].get_submodule(name).weight), name
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(model.get_parameter(name), whole.get_parameter(name)), name
+    wanted, found = logits(whole), logits(model)
+    error = (found - wanted).std() / wanted.std()
+    assert 1e-3 < error < {"float8": 0.1, "bitsandbytes_4bit": 0.3}.get(kind, 0.05), error
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_run_trains_on_it_and_tells_of_it(inputs, tmp_path, kind):
+    quantized = {"quantization": kind}
+    live = first_step(described(inputs, tmp_path / "live"))
+    step = first_step(described(inputs, tmp_path / "step", teacher=quantized))
+    assert step[0]["kl"] == pytest.approx(live[0]["kl"], rel=0.05)
+    assert step[0]["kl"] != live[0]["kl"]
+    said = run(described(inputs, tmp_path / "out", teacher=quantized))
+    assert f"teacher: linear layers are {kind}, embeddings and head torch.float32" in said
+    assert read_record(tmp_path / "out").config["teacher"]["quantization"] == kind
+    assert f"linear layers of the teacher quantised to {kind}" in (tmp_path / "out" / "report.html").read_text()
+    assert f"(quantised to {kind})" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_weights_that_are_no_numbers_are_found_in_quantised_ones_too(inputs, tmp_path):
+    model = load_model(inputs["teacher"])
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(UserError, match=r"1 of its tensors hold NaN or infinity \(.*up_proj"):
+        load_model(tmp_path / "damaged", **quantization_arguments("int8", None, torch.device("cpu")))
+
+
+def test_the_plan_counts_the_quantised_weights(inputs, tmp_path):
+    plans = [
+        plan_run(described(inputs, tmp_path / "out", teacher=teacher), gpu="cpu")
+        for teacher in ({}, {"quantization": "int8"}, {"quantization": "bitsandbytes_4bit"})
+    ]
+    weights = [plan.phases[0].cost.memory["teacher weights"] for plan in plans]
+    layers = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256
+    assert [weights[0] - each for each in weights[1:]] == [3 * layers, 3.5 * layers]
+
+
+def test_what_cannot_be_is_refused(inputs, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"teacher\.quantization: the student would be converted from quantised weig"):
+        RunConfig.parse(
+            {
+                **described(inputs, tmp_path, teacher={"quantization": "int8"}).model_dump(exclude={"model"}),
+                "student": {"layout": "hybrid"},
+            }
+        )
+    with pytest.raises(UserError, match=r"teacher\.quantization: kwargs\.load_in_4bit is given too"):
+        described(inputs, tmp_path, teacher={"quantization": "int8", "kwargs": {"load_in_4bit": True}})
+    with pytest.raises(UserError, match=r"teacher\.quantization: is not for GGUF"):
+        described(inputs, tmp_path, teacher={"quantization": "int8", "path": "a.gguf"})
+    with pytest.raises(UserError, match=r"teacher\.quantization: a capture stores the outputs of the whole teacher"):
+        CaptureConfig.parse(
+            {
+                "teacher": {"path": inputs["teacher"], "quantization": "int8"},
+                "sequence_length": 64,
+                "dataset": {"train_dataset": {"disk_path": inputs["text"]}},
+                "compression": {"plain": {"k": 5, "vocab_size": 259}},
+                "output_path": str(tmp_path),
+            }
+        )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = described(inputs, tmp_path, teacher={"quantization": "bitsandbytes_4bit"})
+    with pytest.raises(UserError, match=r"teacher\.quantization: bitsandbytes_4bit needs bitsandbytes: pip install"):
+        check_ready(resolve(config))
