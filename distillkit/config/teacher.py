@@ -37,6 +37,9 @@ class HFTeacherConfig(Section):
         description="weights of the linear layers, but for the head, are quantised as they are loaded: int8, float8 "
         "(by torchao), bitsandbytes_8bit, bitsandbytes_4bit",
     )
+    offload: Literal["cpu"] | None = Field(
+        None, description="cpu: layers lie in the CPU's memory, and each is on the GPU while it computes"
+    )
     top_k: int | None = Field(None, gt=0, description="use only the teacher's k most probable tokens")
     background: PathText | None = Field(None, description=_BACKGROUND)
 
@@ -49,6 +52,15 @@ class HFTeacherConfig(Section):
                 raise KeyProblem("quantization", f"kwargs.{name} is given too; keep one of the two")
         if self.path.endswith(".gguf") or "gguf_file" in self.kwargs:
             raise KeyProblem("quantization", "is not for GGUF files, which are loaded as ordinary weights; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def check_offload(self) -> Self:
+        if self.offload is not None:
+            if self.quantization is not None:
+                raise KeyProblem("offload", "quantised weights stay on the GPU; keep one of offload and quantization")
+            if "device_map" in self.kwargs:
+                raise KeyProblem("offload", "kwargs.device_map places the layers already; keep one of the two")
         return self
 
 

@@ -99,17 +99,21 @@ def simulate_step(
         used = teacher if objective.needs_teacher else None
         cost = _step(config, settings, ledger, distiller, used, request, gpus, cuda)
         del matrices
-    return _with_quantized_teacher(cost, config, teacher.model)
+    return _with_smaller_teacher(cost, config, teacher.model)
 
 
-def _with_quantized_teacher(cost: StepCost, config: RunConfig, teacher: PreTrainedModel | None) -> StepCost:
-    """The same with the memory of quantised weights, which the simulation has as they were."""
-    quantization = config.teacher.quantization if config.teacher.kind == "hf" else None
-    if quantization is None or teacher is None:
+def _with_smaller_teacher(cost: StepCost, config: RunConfig, teacher: PreTrainedModel | None) -> StepCost:
+    """The same with the memory of quantised or offloaded weights, which the simulation has as they were."""
+    if config.teacher.kind != "hf" or teacher is None:
         return cost
-    heads, per_weight = {teacher.get_output_embeddings()}, BYTES_PER_WEIGHT[quantization]
-    weights = [part.weight for part in teacher.modules() if isinstance(part, nn.Linear) and part not in heads]
-    saved = int(sum(weight.numel() * (weight.itemsize - per_weight) for weight in weights))
+    saved = 0
+    if (quantization := config.teacher.quantization) is not None:
+        heads, per_weight = {teacher.get_output_embeddings()}, BYTES_PER_WEIGHT[quantization]
+        weights = [part.weight for part in teacher.modules() if isinstance(part, nn.Linear) and part not in heads]
+        saved = int(sum(weight.numel() * (weight.itemsize - per_weight) for weight in weights))
+    elif config.teacher.offload is not None:
+        sizes = [sum(each.nbytes for each in layer.parameters()) for layer in teacher.get_decoder().layers]
+        saved = sum(sizes) - max(sizes)
     return replace(cost, memory={**cost.memory, TEACHER_WEIGHTS: cost.memory[TEACHER_WEIGHTS] - saved})
 
 

@@ -22,6 +22,7 @@ from distillkit.models.attention import trained_attention
 from distillkit.models.decoder import check_head
 from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_tokenizer, where
+from distillkit.models.offload import offload_layers
 from distillkit.models.quantization import quantization_arguments
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
@@ -178,7 +179,9 @@ def _load_teacher(
         print_line(console, f"teacher: linear layers are {teacher.quantization}, embeddings and head {model.dtype}")
     if config.student is not None:
         main_process_first(arguments, lambda: _convert(config, teacher, model, folder, console))
-    if "device_map" not in options and teacher.quantization is None:
+    if teacher.offload is not None:
+        model = offload_layers(model, arguments.device)
+    elif "device_map" not in options and teacher.quantization is None:
         model = place_model(model, arguments)
     if config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(model, model.dtype)

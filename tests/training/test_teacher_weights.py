@@ -1,4 +1,4 @@
-"""A teacher with quantised weights is near the whole one, trains a student, and is told of wherever the teacher is."""
+"""A teacher with quantised weights is near the whole one, and told of; one with offloaded layers is the whole one."""
 
 import importlib.util
 
@@ -8,9 +8,11 @@ import torch
 from distillkit.config import RunConfig, UserError, check_ready, resolve
 from distillkit.config.capture import CaptureConfig
 from distillkit.models.loading import load_model
+from distillkit.models.offload import offload_layers
 from distillkit.models.quantization import quantization_arguments
 from distillkit.planning import plan_run
 from distillkit.runs.record import read_record
+from distillkit.teacher import SignalRequest
 from distillkit.teacher.live import LiveTeacher
 from tests.training.captures import configuration, first_step, run
 from tests.training.tiny import batch, llama, row, save_llama, save_text
@@ -83,6 +85,46 @@ def test_a_run_trains_on_it_and_tells_of_it(inputs, tmp_path, kind):
     assert f"(quantised to {kind})" in (tmp_path / "out" / "README.md").read_text()
 
 
+def assert_offloaded(model):
+    for layer in model.model.layers:
+        assert all(weight.is_meta for weight in layer.parameters())  # but while it runs
+    assert not any(model.get_parameter(name).is_meta for name in ("lm_head.weight", "model.norm.weight"))
+
+
+def test_an_offloaded_teacher_gives_the_same_outputs(inputs):
+    made, request = batch(row([12, 8], seed=1)), SignalRequest(hidden_states=(0, 1), attention=(0,))
+    whole = LiveTeacher(load_model(inputs["teacher"])).signal(made, request)
+    model = offload_layers(load_model(inputs["teacher"]), torch.device("cpu"))
+    given = LiveTeacher(model).signal(made, request)
+    rows = torch.arange(20)
+    assert torch.equal(given.distribution(rows)(slice(0, 20)).logits, whole.distribution(rows)(slice(0, 20)).logits)
+    assert all(torch.equal(given.hidden_states[index], whole.hidden_states[index]) for index in (0, 1))
+    assert torch.equal(given.attention[0].output, whole.attention[0].output)
+    assert_offloaded(model)
+
+
+def test_a_run_with_an_offloaded_teacher_is_the_run_without(inputs, tmp_path):
+    losses = [{"function": "kl", "weight": 0.5}, {"function": "hs_mse", "weight": 0.5}]
+    others = {"loss_functions": losses, "layer_mapping": [(0, 0), (2, 1)], "force_hidden_state_projection": True}
+    steps = [
+        first_step(described(inputs, tmp_path / name, teacher=teacher, **others))
+        for name, teacher in (("whole", {}), ("offloaded", {"offload": "cpu"}))
+    ]
+    assert steps[0][0] == steps[1][0]
+    assert all(torch.equal(gradient, steps[1][1][name]) for name, gradient in steps[0][1].items())
+
+
+@pytest.mark.gpu
+def test_an_offloaded_teacher_computes_on_the_gpu(inputs):
+    whole, device = load_model(inputs["teacher"]).cuda(), torch.device("cuda")
+    model = offload_layers(load_model(inputs["teacher"]), device)
+    made = {name: tensor.to(device) for name, tensor in batch(row([20], seed=1)).items()}
+    rows = torch.arange(20, device=device)
+    wanted, found = (LiveTeacher(each).signal(made).distribution(rows)(slice(0, 20)).logits for each in (whole, model))
+    assert found.is_cuda and torch.equal(found, wanted)
+    assert_offloaded(model)
+
+
 def test_weights_that_are_no_numbers_are_found_in_quantised_ones_too(inputs, tmp_path):
     model = load_model(inputs["teacher"])
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
@@ -99,6 +141,11 @@ def test_the_plan_counts_the_quantised_weights(inputs, tmp_path):
     weights = [plan.phases[0].cost.memory["teacher weights"] for plan in plans]
     layers = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256
     assert [weights[0] - each for each in weights[1:]] == [3 * layers, 3.5 * layers]
+    two = save_llama(tmp_path / "two", 0, hidden_size=128, layers=2)
+    teachers = [{"path": two}, {"path": two, "offload": "cpu"}]
+    plans = [plan_run(described(inputs, tmp_path / "out", teacher=teacher), gpu="cpu") for teacher in teachers]
+    weights = [plan.phases[0].cost.memory["teacher weights"] for plan in plans]
+    assert weights[0] - weights[1] == 4 * (layers + 2 * 128)  # one of two layers, with its norms
 
 
 def test_what_cannot_be_is_refused(inputs, tmp_path, monkeypatch):
@@ -111,6 +158,10 @@ def test_what_cannot_be_is_refused(inputs, tmp_path, monkeypatch):
         )
     with pytest.raises(UserError, match=r"teacher\.quantization: kwargs\.load_in_4bit is given too"):
         described(inputs, tmp_path, teacher={"quantization": "int8", "kwargs": {"load_in_4bit": True}})
+    with pytest.raises(UserError, match=r"teacher\.offload: quantised weights stay on the GPU"):
+        described(inputs, tmp_path, teacher={"quantization": "int8", "offload": "cpu"})
+    with pytest.raises(UserError, match=r"teacher\.offload: kwargs\.device_map places the layers already"):
+        described(inputs, tmp_path, teacher={"offload": "cpu", "kwargs": {"device_map": "auto"}})
     with pytest.raises(UserError, match=r"teacher\.quantization: is not for GGUF"):
         described(inputs, tmp_path, teacher={"quantization": "int8", "path": "a.gguf"})
     with pytest.raises(UserError, match=r"teacher\.quantization: a capture stores the outputs of the whole teacher"):
