@@ -40,7 +40,7 @@ SEED = Path(__file__).with_name("seed.yaml")
             "training_args.hub_token: set HF_TOKEN in the environment, or log in with `hf auth "
             "login`; run.json keeps the configuration",
         ),
-        ("teacher.kind=hg", "teacher.kind: must be one of hf, dataset; got 'hg'"),
+        ("teacher.kind=hg", "teacher.kind: must be one of hf, dataset, server; got 'hg'"),
         ("teacher=arcee-ai/AFM-4.5B", "teacher: must be a mapping of keys to values, got 'arcee-ai/AFM-4.5B'"),
         ("sequence_length=0", "sequence_length: must be > 0, got 0"),
         ("sequence_length=2k", "sequence_length: must be a whole number, got '2k'"),
