@@ -13,6 +13,7 @@ from distillkit.config import LossConfig, UserError
 from distillkit.losses import ModelShape, Objective
 from distillkit.models.attention import trained_attention
 from distillkit.runs.checkpoints import complete_checkpoints
+from distillkit.teacher import Teacher
 from distillkit.teacher.live import LiveTeacher
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.batches import Collator
@@ -21,7 +22,7 @@ from distillkit.training.freezing import freeze, freeze_all_but
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.trainer import DistillationTrainer
 from distillkit.training.wiring import signal_request
-from tests.training.tiny import llama, row
+from tests.training.tiny import VOCAB, llama, row
 
 CE_KL = [
     LossConfig(function="cross_entropy", weight=0.2),
@@ -113,7 +114,9 @@ def test_the_step_is_the_sum_over_tokens_divided_by_their_number(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx((total / count).item(), rel=1e-5)
 
 
-class CountingTeacher:
+class CountingTeacher(Teacher):
+    vocabulary_size = VOCAB
+
     def __init__(self, teacher):
         self.teacher, self.asked = teacher, 0
 
