@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from distillkit.config import LossConfig
 from distillkit.losses import ATTENTION_LOSSES, DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES
 from distillkit.losses.functions import RANKING_LOSSES
-from distillkit.teacher import TeacherSignal
+from distillkit.teacher import Teacher, TeacherSignal
 from tests.training.test_trainer import ALL_KINDS, UNEVEN, assert_same, gradients, make_trainer
 from tests.training.tiny import VOCAB, row
 
@@ -73,8 +73,10 @@ def cases():
     return made
 
 
-class WithBackground:
+class WithBackground(Teacher):
     """A teacher with a word about all other tokens."""
+
+    vocabulary_size = VOCAB
 
     def __init__(self, teacher):
         self.teacher = teacher
