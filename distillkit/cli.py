@@ -19,7 +19,7 @@ import typer
 from distillkit.config import Run, StudentConfig, UserError, load_run
 from distillkit.config.capture import CaptureConfig, check_capture_ready, load_capture_config, load_run_or_capture
 from distillkit.config.evaluate_options import EvaluateOptions, check_evaluate_ready, load_evaluate_config
-from distillkit.config.readiness import check_model_path, check_ready, named_source
+from distillkit.config.readiness import check_model_path, check_processes, check_ready, named_source
 from distillkit.config.schema import Kind, json_schema
 from distillkit.config.sharing import find_share
 from distillkit.config.student import KVHeads, Layout
@@ -73,6 +73,7 @@ def distill(
         _print_plan(run)
         return
     check_ready(run)
+    check_processes(run)
     from distillkit.training import distill
 
     if not gc.get_freeze_count():  # Trainer collects garbage in each phase, for a second; what is imported is none

@@ -6,6 +6,7 @@ import os
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError
+from distillkit.config.parallel import DIVIDED
 from distillkit.config.resolve import Run
 from distillkit.config.run import RunConfig
 from distillkit.config.server import check_server_key
@@ -23,6 +24,12 @@ def check_ready(run: Run) -> None:
             _check_inputs(phase.config, check_model=phase.index == 0)  # later ones start from the phase before
         except UserError as error:
             raise (phase.located(error) if phase.names(error.key) else error) from None
+
+
+def check_processes(run: Run) -> None:
+    """Raises `UserError` where this is not one of as many processes as `parallel` divides models over."""
+    if run.config.parallel is not None:
+        run.config.parallel.sizes(int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _check_inputs(config: RunConfig, *, check_model: bool) -> None:
@@ -51,7 +58,7 @@ def _refuse_split_models() -> None:
         if os.environ.get(variable, "false").lower() not in ("", "0", "false"):
             raise UserError(
                 "accelerate",
-                f"{name} is not supported yet, each GPU has whole models; launch with torchrun, or without {name}",
+                f"its {name} divides no models here; launch with torchrun, and write {DIVIDED} in the YAML",
             )
 
 

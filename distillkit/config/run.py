@@ -8,13 +8,20 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from distillkit.config.data import DatasetConfig, DatasetSource, move_dataset_keys
 from distillkit.config.errors import KeyProblem, did_you_mean, shown
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
+from distillkit.config.parallel import ParallelConfig
 from distillkit.config.phases import PhaseConfig
 from distillkit.config.run_evaluation import RunEvaluationConfig
 from distillkit.config.section import LoadingArguments, PathText, WholeFile
 from distillkit.config.student import StudentConfig
 from distillkit.config.teacher import TeacherConfig
 from distillkit.config.tokens import TokenBudget, check_one_budget
-from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS, argument_named, check_training_args, takes_null
+from distillkit.config.training_args import (
+    SHARDED_OPTIMIZERS,
+    STOCHASTIC_OPTIMIZERS,
+    argument_named,
+    check_training_args,
+    takes_null,
+)
 
 
 def _check_layer_mapping(value: Any) -> Any:
@@ -100,6 +107,9 @@ class RunConfig(WholeFile):
         description="how trained weights are stored: float32, also under training_args.bf16; or bfloat16 with "
         "stochastic rounding: half the memory for weights, gradients and optimizer, and more noise",
     )
+    parallel: ParallelConfig | None = Field(
+        None, description="divides models over several GPUs; without it each GPU holds them whole"
+    )
     resume: bool = Field(False, description="continue from the last checkpoint in output_path")
     evaluation: RunEvaluationConfig | None = Field(None, description="what is measured before and after")
     phases: list[PhaseConfig] = Field(
@@ -177,6 +187,22 @@ class RunConfig(WholeFile):
                 "training_args.optim",
                 f"{optim} would lose small updates of trained_weights: bfloat16; use trained_weights: float32, or one "
                 f"of {', '.join(STOCHASTIC_OPTIMIZERS)}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_parallel(self) -> Self:
+        if self.parallel is None:
+            return self
+        if self.trained_weights != "float32":
+            raise KeyProblem(
+                "trained_weights", "parallel divides float32 weights only; use float32, or remove parallel"
+            )
+        optim = self.training_args.get("optim", SHARDED_OPTIMIZERS[0])
+        if optim not in SHARDED_OPTIMIZERS:
+            raise KeyProblem(
+                "training_args.optim",
+                f"{optim} cannot be divided (parallel); use one of {', '.join(SHARDED_OPTIMIZERS)}",
             )
         return self
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distillkit.config.errors import KeyProblem, did_you_mean, one_of, shown
+from distillkit.config.parallel import DIVIDED
 from distillkit.config.transformers_arguments import Argument, find_argument, known_arguments
 
 RENAMED = {
@@ -46,10 +47,10 @@ SET_BY_THE_RUN = {
     "neftune_noise_alpha": "noisy embeddings would not match the teacher's; remove it",
     "average_tokens_across_devices": "the run always averages over all devices; remove it",
     "fp16": "gradients of single tokens are too small for float16; use bf16: true",
-    "fsdp": "models split over GPUs (FSDP) are not supported yet, each GPU has whole models; remove it",
-    "fsdp_config": "models split over GPUs (FSDP) are not supported yet, each GPU has whole models; remove it",
-    "parallelism_config": "models split over GPUs are not supported yet, each GPU has whole models; remove it",
-    "deepspeed": "DeepSpeed is not supported yet, each GPU has whole models; remove it",
+    "fsdp": f"FSDP is a section of its own here; write {DIVIDED} at the top level instead",
+    "fsdp_config": f"FSDP is a section of its own here; write {DIVIDED} at the top level instead",
+    "parallelism_config": f"models are divided by a section of their own; write {DIVIDED} at the top level instead",
+    "deepspeed": f"DeepSpeed is not supported, FSDP2 does the same; write {DIVIDED} at the top level instead",
     "hub_token": "set HF_TOKEN in the environment, or log in with `hf auth login`; run.json keeps the configuration",
     "do_train": "the run always trains; remove it",
     "do_predict": "the run does not predict; remove it",
@@ -58,6 +59,9 @@ SET_BY_THE_RUN = {
 
 STOCHASTIC_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit")
 """Values of `optim` that round stochastically, so that bfloat16 weights do not lose small updates."""
+
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Values of `optim` that take parameters divided over processes."""
 
 POSITIVE = (
     "num_train_epochs",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config.errors import UserError
@@ -47,7 +48,8 @@ def generate_samples(
     The caller's random number generators are not changed.
     """
     device = next(student.parameters()).device
-    as_graphs = device.type == "cuda" and len(prompts) * max_new_tokens >= GRAPHS_PAY
+    divided = any(isinstance(parameter, DTensor) for parameter in student.parameters())
+    as_graphs = device.type == "cuda" and not divided and len(prompts) * max_new_tokens >= GRAPHS_PAY
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,

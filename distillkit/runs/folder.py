@@ -20,6 +20,7 @@ from distillkit.runs.checkpoints import (
     refuse_others,
 )
 from distillkit.runs.names import CHECKPOINT, METRICS, PHASES, PREPARED, RESULTS, RUN, UNTRAINED
+from distillkit.runs.provenance import processes
 from distillkit.runs.record import RunRecord, kept_config, new_record, origin, read_record
 from distillkit.runs.secrets import HIDDEN
 from distillkit.runs.writing import read_sealed, remove_leftovers, write_whole
@@ -27,6 +28,7 @@ from distillkit.runs.writing import read_sealed, remove_leftovers, write_whole
 FREE_TO_CHANGE = (
     "output_path",
     "resume",
+    "parallel",
     "project_name",
     "functionary_packing",
     "teacher.kwargs.revision",  # the commit itself is compared
@@ -59,6 +61,8 @@ FREE_TO_CHANGE = (
     "training_args.ddp_timeout",
 )
 """Beginnings of the keys that do not matter to the weights."""
+
+_MICRO_BATCHES = ("training_args.per_device_train_batch_size", "training_args.gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -142,9 +146,11 @@ def _begin(config: RunConfig, folder: Path, *, resumed: bool) -> None:
     remove_leftovers(folder)
     former = read_record(folder)
     if resumed and former is not None:
-        replace(former, config=kept_config(config), resumed=[*(former.resumed or []), origin()]).write(folder)
+        resumptions = [*(former.resumed or []), origin()]
+        replace(former, config=kept_config(config), resumed=resumptions, processes=processes()).write(folder)
     else:
-        new_record(config, converted=None if former is None else former.converted).write(folder)
+        converted = None if former is None else former.converted
+        new_record(config, converted=converted, processes=processes()).write(folder)
 
 
 def _restore_metrics(folder: Path, checkpoint: Checkpoint | None) -> None:
@@ -190,7 +196,7 @@ def _refuse_changes(run: Run, former: RunRecord, finished: bool) -> None:
     folder = run.folder
     former_names = [phase["name"] for phase in former.config.get("phases") or []]
     if not run.has_phase_folders:
-        for key, now, then in changed_keys(run.config, former.config):
+        for key, now, then in changed_keys(run.config, former.config, None if finished else former.processes):
             raise _changed(key, now, then, folder)
         return
     if not former_names and (finished or complete_checkpoints(folder)):
@@ -218,7 +224,8 @@ def _refuse_changes_of_phase(phase: Phase, begun: Path, folder: Path) -> None:
     if begun.name != phase.folder.name:
         raise _changed(f"phases[{phase.index}].name", phase.name, begun.name.partition("-")[2], folder)
     former = read_record(begun)
-    for key, now, then in changed_keys(phase.config, {} if former is None else former.config):
+    former = former or RunRecord(config={})
+    for key, now, then in changed_keys(phase.config, former.config, former.processes):
         if key != "model" or phase.index == 0:  # of later phases it is the folder of the phase before
             raise _changed(phase.key(key), now, then, folder)
 
@@ -230,13 +237,32 @@ def _changed(key: str, now: Any, then: Any, folder: Path) -> UserError:
     )
 
 
-def changed_keys(config: RunConfig, former: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys that matter to the weights and are not as they were: each with its value now and then."""
+def changed_keys(
+    config: RunConfig, former: dict[str, Any], former_processes: int | None = None
+) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that matter to the weights and are not as they were: each with its value now and then.
+
+    former_processes: where they are known, and another number of them reads as many rows in a step, it may do so in
+    other micro-batches: these are the same rows in the same order.
+    """
     now, then = dict(_flat(kept_config(config))), dict(_flat(_completed(former)))
+    if former_processes is not None and former_processes != processes():
+        step_now, step_then = _rows_of_step(now, processes()), _rows_of_step(then, former_processes)
+        if step_now != step_then:
+            yield _MICRO_BATCHES[1], f"{step_now} rows in a step", f"{step_then} rows in a step"
+        for key in _MICRO_BATCHES:
+            now.pop(key, None)
+            then.pop(key, None)
     for key in [*now, *(key for key in then if key not in now)]:
         secret = HIDDEN in f"{now.get(key)}{then.get(key)}"  # which may be another, and is not kept
         if now.get(key) != then.get(key) and not secret and not key.startswith(FREE_TO_CHANGE):
             yield key, now.get(key), then.get(key)
+
+
+def _rows_of_step(flat: dict[str, Any], processes: int) -> int:
+    """Rows that all processes together read for a step of the optimizer. Trainer's defaults are 8 and 1."""
+    size, accumulated = (flat.get(key, default) for key, default in zip(_MICRO_BATCHES, (8, 1), strict=True))
+    return int(size * accumulated * processes)
 
 
 def _completed(former: dict[str, Any]) -> dict[str, Any]:

@@ -38,14 +38,14 @@ def command() -> str:
     """The command line of this process, to be typed again; of a secret only that there was one."""
     name = Path(sys.argv[0]).name
     words = ["python", "-m", "distillkit"] if name == "__main__.py" else [name]
-    if (processes := _processes()) > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        nodes = [f"--nnodes={processes // here}"] if processes > here else []
+    if (count := processes()) > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        nodes = [f"--nnodes={count // here}"] if count > here else []
         words = ["torchrun", *nodes, f"--nproc-per-node={here}", "-m", "distillkit"]
     return shlex.join([*words, *hide_in_words(sys.argv[1:])])
 
 
-def _processes() -> int:
+def processes() -> int:
     """Those that torchrun started together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -68,4 +68,4 @@ def machine(device: torch.device) -> dict[str, str]:
     """The system, the name of the device that computed, and how many processes did so together."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     found = {"system": f"{platform.system()} {platform.machine()}", "device": name}
-    return {**found, "processes": str(_processes())} if _processes() > 1 else found
+    return {**found, "processes": str(processes())} if processes() > 1 else found

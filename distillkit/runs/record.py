@@ -28,6 +28,8 @@ class RunRecord:
     commit: str | None = None
     resumed: list[Json] | None = None
     """`started`, `command`, `versions` and `commit` of each time that the run was resumed."""
+    processes: int | None = None
+    """How many trained together, the last time."""
     converted: Json | None = None
     """What the folder `untrained` was made from, sections `student` and `teacher` and the teacher's weights, and its
     files' fingerprint."""

@@ -6,8 +6,8 @@ Trainer and DDP wrap this module. The whole of the student's computation, the he
 its forward, which is where their hooks expect it; the teacher's does not.
 """
 
-from collections.abc import Mapping
-from typing import TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -85,6 +85,10 @@ class Distiller(nn.Module):
             [] if signal is None else self._aligned_layers(input_ids, position_ids, signal.attention),
         )
         return {"loss": result.loss, "sums": result.sums, "counts": result.counts}
+
+    def within(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns. It may use the student as a forward of this module does, also where it is divided."""
+        return work()
 
     def _aligned_layers(
         self, input_ids: Tensor, position_ids: Tensor, records: Mapping[int, AttentionRecord]

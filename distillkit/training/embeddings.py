@@ -10,6 +10,7 @@ distribution is not flat). Nothing here is random.
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from distillkit.models.decoder import head
@@ -43,5 +44,8 @@ def _of_tokens(model: PreTrainedModel) -> list[Tensor]:
 
 @torch.no_grad()
 def _level(parameter: Tensor, rows: int) -> None:
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     wide = torch.promote_types(parameter.dtype, torch.float32)
-    parameter[rows:] = parameter[:rows].mean(0, dtype=wide).to(parameter.dtype)
+    whole[rows:] = whole[:rows].mean(0, dtype=wide).to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))

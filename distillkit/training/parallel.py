@@ -1,26 +1,113 @@
 """Where models and batches meet several processes: the one place where they are divided.
 
-Models are made, frozen and cast without knowing of it. Today each process holds both models whole and reads batches of
-its own; what divides a model or a row comes here.
+Models are made, frozen and cast without knowing of it. Without `parallel` each process holds both models whole. With it
+they are divided by PyTorch's FSDP2 (`fully_shard`): each process keeps a part of every parameter, of its gradient and
+of its optimizer state, in the dtype that the parameter has. A decoder layer is whole on a device only while it
+computes. Embeddings, final norm, head and projections are whole for the length of a step, since the chunked losses use
+the head outside of any module's forward; so is attention where losses compare its outputs, for the same reason. All
+processes must do the same forward passes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from distillkit.config import UserError
+from distillkit.config.parallel import ParallelConfig
 from distillkit.console import FAILED, USAGE_ERROR
+from distillkit.training.distiller import Distiller
 
 Result = TypeVar("Result")
+Mesh = DeviceMesh | None
+"""The processes over which models are divided, [replicate, shard] or [shard]; None where each holds them whole."""
 
 
-def place_model(model: PreTrainedModel, arguments: TrainingArguments) -> PreTrainedModel:
-    """The model where this process trains or runs it: whole, on its device."""
-    return model.to(arguments.device)
+def mesh_of(parallel: ParallelConfig | None, arguments: TrainingArguments) -> Mesh:
+    """The mesh that `parallel` describes. Raises `UserError` where the processes are not as many."""
+    if parallel is None:
+        return None
+    replicate, shard = parallel.sizes(arguments.world_size)
+    if shard == 1:
+        return None
+    sizes = {"replicate": replicate, "shard": shard} if replicate > 1 else {"shard": shard}
+    return init_device_mesh(arguments.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def place_teacher(model: PreTrainedModel, arguments: TrainingArguments, mesh: Mesh) -> PreTrainedModel:
+    """The teacher where this process runs it; of one that is divided, the head is whole on each device."""
+    if mesh is None:
+        return model.to(arguments.device)
+    model.requires_grad_(False)
+    decoder, whole = model.get_decoder(), {*model.get_output_embeddings().parameters()}
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(decoder, mesh=mesh, ignored_params=whole)
+    for parameter in whole:
+        parameter.data = parameter.data.to(arguments.device)
+    return model
+
+
+def place_student(model: PreTrainedModel, arguments: TrainingArguments, mesh: Mesh) -> PreTrainedModel:
+    """The student where this process trains it. One that is to be divided waits on the CPU for `divide`."""
+    return model if mesh is not None else model.to(arguments.device)
+
+
+def divide(distiller: Distiller, arguments: TrainingArguments, mesh: Mesh) -> Distiller:
+    """The student and its projections, frozen and cast as they train, divided over the mesh."""
+    if mesh is None:
+        return distiller
+    for projection in distiller.objective.to(arguments.device).parameters():  # random, unlike what is loaded
+        torch.distributed.broadcast(projection.data, 0)
+    for part in _parts(distiller):
+        fully_shard(part, mesh=mesh)
+    fully_shard(distiller, mesh=mesh)
+    register_fsdp_forward_method(distiller, "within")
+    return distiller
+
+
+def _parts(distiller: Distiller) -> Iterable[nn.Module]:
+    """What is whole on a device only while it runs."""
+    for layer in distiller.student.get_decoder().layers:
+        if not distiller.objective.attention_layers:
+            yield layer
+            continue
+        for name, part in layer.named_children():
+            if name != "self_attn" and any(parameter.dim() > 1 for parameter in part.parameters()):
+                yield part
+
+
+def within(distiller: Distiller, work: Callable[[], Result]) -> Result:
+    """What `work` returns, which uses the student outside of a training step. All processes do it."""
+    result: Result = distiller.within(work)
+    if isinstance(distiller, FSDPModule):
+        distiller.reshard()
+    return result
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether a part of it is on other processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model; of a divided one all processes gather it, and the main process alone has it, on the CPU.
+
+    There a tensor has one name, also where two modules share it.
+    """
+    if not is_divided(model):
+        return model.state_dict()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    others = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    return {name: tensor for name, tensor in state.items() if name not in others and isinstance(tensor, Tensor)}
 
 
 def divide_batch(batch: dict[str, Any]) -> dict[str, Any]:

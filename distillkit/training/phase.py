@@ -37,14 +37,14 @@ from distillkit.training.embeddings import level_padding
 from distillkit.training.interruption import SaveRequests
 from distillkit.training.optimizers import OptimizerLine
 from distillkit.training.origins import settle_files, settle_models
-from distillkit.training.parallel import any_process, main_process_first
-from distillkit.training.precision import cast_for_saving, compute_dtype
+from distillkit.training.parallel import any_process, is_divided, main_process_first, whole_state, within
+from distillkit.training.precision import cast_for_saving, cast_state, compute_dtype
 from distillkit.training.results import print_results, write_phase_results
 from distillkit.training.saving import check_room, save_student, student_files
-from distillkit.training.setup import Models, load_models
+from distillkit.training.setup import Models, build_distiller, load_models
 from distillkit.training.text import HeldOut, load_text
 from distillkit.training.trainer import DistillationTrainer
-from distillkit.training.wiring import objective_of, signal_request
+from distillkit.training.wiring import signal_request
 
 Measurement = Callable[[], Divergence]
 Result = TypeVar("Result")
@@ -83,12 +83,13 @@ def train_phase(
     models = load_models(config, folder, arguments, console)
     check(models.student, models.tokenizer)
     main_process_first(arguments.trainer, lambda: settle_models(config, folder, models))
+    distiller = build_distiller(config, models, arguments.trainer)
     train_rows, held_out = load_text(config, folder, arguments.trainer, models)
-    measure = _measurement(context, models, held_out)
+    measure = _measurement(context, models, distiller, held_out)
     by_the_clock = saves_by_the_clock(config.training_args)
     requests = SaveRequests(SAVE_MINUTES if by_the_clock else None)
     display = ProgressDisplay(console)
-    trainer = _trainer(context, models, train_rows, held_out, measure)
+    trainer = _trainer(context, models, distiller, train_rows, held_out, measure)
     for callback in (requests, MetricsFile(folder.path), display, OptimizerLine(console)):
         trainer.add_callback(callback)
 
@@ -149,14 +150,16 @@ def _begin(run: Run, phase: Phase, arguments: Arguments, console: Console) -> Ph
     return PhaseContext(phase, folder, arguments, console)
 
 
-def _measurement(context: PhaseContext, models: Models, held_out: HeldOut | None) -> Measurement | None:
+def _measurement(
+    context: PhaseContext, models: Models, distiller: Distiller, held_out: HeldOut | None
+) -> Measurement | None:
     """Measures the student as it is when called; None without held-out text."""
     if held_out is None:
         return None
     settings = context.phase.config.evaluation or RunEvaluationConfig()
     trainer = context.arguments.trainer
 
-    def measure() -> Divergence:
+    def measured() -> Divergence:
         return measure_divergence(
             held_out.teacher,
             models.student,
@@ -168,21 +171,22 @@ def _measurement(context: PhaseContext, models: Models, held_out: HeldOut | None
             student_autocast=compute_dtype(trainer),
         )
 
-    return measure
+    return lambda: within(distiller, measured)
 
 
 def _trainer(
     context: PhaseContext,
     models: Models,
+    distiller: Distiller,
     train_rows: Dataset,
     held_out: HeldOut | None,
     measure: Measurement | None,
 ) -> DistillationTrainer:
     config, teacher = context.phase.config, models.teacher
     top_k = config.teacher.top_k if config.teacher.kind == "hf" else None
-    objective = objective_of(config, models.student, teacher, models.vocabulary_size)
+    objective = distiller.objective
     return DistillationTrainer(
-        Distiller(models.student, objective),
+        distiller,
         teacher if objective.needs_teacher else None,
         signal_request(objective, top_k=top_k, vocabulary_size=models.vocabulary_size),
         weights_dtype=compute_dtype(context.arguments.trainer),
@@ -238,20 +242,25 @@ def _finish(
         cast_for_saving(models.student, trainer.weights_dtype)
     if config.resize_embeddings_to_multiple_of is not None:
         level_padding(models.student, models.embedding_rows)
+    state = whole_state(models.student)
+    if context.phase.is_last:
+        state = cast_state(models.student, state, trainer.weights_dtype)
     if folder.main_process:
-        save_student(models.student, folder.path, trainer.weights_dtype)
+        save_student(models.student, folder.path, trainer.weights_dtype, state)
         models.tokenizer.save_pretrained(folder.path)
         flush_files(folder.path.iterdir())
         folder.update_record(saved=fingerprint(student_files(folder.path), limit=None))
     after = None
     if measure is not None and config.evaluation is not None:
         after = _or_line(console, "the student could not be measured", measure)
+    samples: list[Sample] | None = None
+    if folder.main_process or is_divided(models.student):
+        samples = _or_line(console, "there are no samples", lambda: _samples(context, models, trainer))
     trainer.accelerator.wait_for_everyone()  # until nobody reads the prepared rows
     if folder.main_process:
         shutil.rmtree(folder.path / PREPARED, ignore_errors=True)
-        samples = _or_line(console, "there are no samples", lambda: _samples(context, models, trainer)) or []
         results = write_phase_results(
-            context.phase, folder.path, models.freezing, before, after, samples, arguments.device
+            context.phase, folder.path, models.freezing, before, after, samples or [], arguments.device
         )
         print_results(console, results)
         print_line(console, f"the student is in {folder.path}")
@@ -266,7 +275,9 @@ def _samples(context: PhaseContext, models: Models, trainer: DistillationTrainer
     settings = evaluation.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
     dtype = trainer.weights_dtype  # float32 masters stand beside frozen 16-bit weights between phases
     with torch.autocast(context.arguments.trainer.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return generate_samples(models.student, models.tokenizer, evaluation.prompts, **settings)
+        return within(
+            trainer.model, lambda: generate_samples(models.student, models.tokenizer, evaluation.prompts, **settings)
+        )
 
 
 def _or_line(console: Console, what: str, work: Callable[[], Result]) -> Result | None:

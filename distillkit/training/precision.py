@@ -13,6 +13,8 @@ measured on the student as saved. Checkpoints, from which a run resumes, keep th
 """
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
 
@@ -45,11 +47,26 @@ def cast_for_training(model: PreTrainedModel, dtype: torch.dtype, trained_dtype:
     return f"precision: {trained:,} parameters {how}, {frozen:,} frozen ones are stored in {name}"
 
 
+@torch.no_grad()
 def cast_for_saving(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the whole model `dtype`, except what the architecture keeps in float32."""
+    """Give the whole model `dtype`, except what the architecture keeps in float32.
+
+    A parameter that is divided over processes keeps its own dtype, and the values of `dtype`.
+    """
     for name, parameter in model.named_parameters():
-        if not stays_float32(model, name):
+        if stays_float32(model, name):
+            continue
+        if isinstance(parameter, DTensor):
+            parameter.copy_(parameter.to(dtype))
+        else:
             parameter.data = parameter.data.to(dtype)
+
+
+def cast_state(model: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parameters in a model's state as `cast_for_saving` casts them."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    cast = {name for name in parameters & state.keys() if not stays_float32(model, name)}
+    return {name: tensor.to(dtype) if name in cast else tensor for name, tensor in state.items()}
 
 
 def stays_float32(model: PreTrainedModel, name: str) -> bool:

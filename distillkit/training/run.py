@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit.config import Phase, Run
-from distillkit.config.readiness import check_ready
+from distillkit.config.readiness import check_processes, check_ready
 from distillkit.config.resolve import AnyRun, as_run
 from distillkit.console import INTERRUPTED, print_line, sigterm_as_ctrl_c
 from distillkit.evaluation import check_prompts
@@ -56,6 +56,7 @@ def distill(
     run = as_run(run, overrides)
     console = console or Console()
     check_ready(run)
+    check_processes(run)
     _check_losses(run)
     check_token(run.config)
     remedy = "free some space, and go on with --resume"

@@ -34,10 +34,12 @@ from distillkit.student.mixers.registry import check_linear_mixer
 from distillkit.teacher import Teacher
 from distillkit.teacher.opening import captured_tokenizer, open_teacher
 from distillkit.training.arguments import Arguments
+from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_but
-from distillkit.training.parallel import main_process_first, place_model
+from distillkit.training.parallel import Mesh, divide, main_process_first, mesh_of, place_student, place_teacher, within
 from distillkit.training.precision import bfloat16_is_slow, cast_for_training, compute_dtype
+from distillkit.training.wiring import objective_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int
     """Tokens that both models know."""
+    mesh: Mesh
+    """Over which the student is still to be divided."""
     embedding_rows: int
     """Rows of the student's embeddings before these grew."""
     freezing: Freezing
@@ -63,7 +67,8 @@ def load_models(
 ) -> Models:
     """Load what a run needs. The student of a resumed run comes from its checkpoint, float32 masters and all."""
     trainer, techniques = arguments.trainer, arguments.techniques
-    model = _load_teacher(config, folder, trainer, console)
+    mesh = mesh_of(config.parallel, trainer)
+    model = _load_teacher(config, folder, trainer, console, mesh)
     tokenizer, teachers_tokenizer = _load_tokenizers(config)
     teacher = open_teacher(config, model, tokenizer)
     origin = str(folder.untrained) if config.model is None else config.model
@@ -83,15 +88,23 @@ def load_models(
         )
     if align_attention_alone(config.loss_functions):
         freezing = _freeze_all_but_attention(student, freezing, console)
-    student = place_model(student, trainer)
+    student = place_student(student, trainer, mesh)
     if config.use_flash_attention and config.model_kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(student, dtype)
-    with torch.autocast(trainer.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        check_head(student, "model")
     if techniques.gradient_checkpointing:
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     vocabulary_size = common_vocabulary(teacher.vocabulary_size, student, tokenizer, teachers_tokenizer)
-    return Models(teacher, student, tokenizer, vocabulary_size, embedding_rows, freezing)
+    return Models(teacher, student, tokenizer, vocabulary_size, mesh, embedding_rows, freezing)
+
+
+def build_distiller(config: RunConfig, models: Models, arguments: TrainingArguments) -> Distiller:
+    """The student with its objective, divided where `parallel` wants it. Raises `UserError` for a head that is none."""
+    objective = objective_of(config, models.student, models.teacher, models.vocabulary_size)
+    distiller = divide(Distiller(models.student, objective), arguments, models.mesh)
+    dtype = compute_dtype(arguments)
+    with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        within(distiller, lambda: check_head(models.student, "model"))
+    return distiller
 
 
 def _grow_embeddings(config: RunConfig, folder: PhaseFolder, student: PreTrainedModel, console: Console) -> int:
@@ -162,7 +175,7 @@ def _wants_flash_attention(config: RunConfig, arguments: TrainingArguments) -> b
 
 
 def _load_teacher(
-    config: RunConfig, folder: PhaseFolder, arguments: TrainingArguments, console: Console
+    config: RunConfig, folder: PhaseFolder, arguments: TrainingArguments, console: Console, mesh: Mesh
 ) -> PreTrainedModel | None:
     """The model of a live teacher, read once: the student is converted from it, unless that was done already."""
     teacher = config.teacher
@@ -182,7 +195,7 @@ def _load_teacher(
     if teacher.offload is not None:
         model = offload_layers(model, arguments.device)
     elif "device_map" not in options and teacher.quantization is None:
-        model = place_model(model, arguments)
+        model = place_teacher(model, arguments, mesh)
     if config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(model, model.dtype)
     check_head(model, "teacher.path")

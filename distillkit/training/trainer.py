@@ -10,14 +10,25 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from distillkit.config import UserError
 from distillkit.evaluation.divergence import Divergence
@@ -27,10 +38,12 @@ from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.optimizers import protect_updates
-from distillkit.training.parallel import divide_batch
+from distillkit.training.parallel import divide_batch, is_divided, whole_state
 from distillkit.training.saving import save_student
 
 PROJECTIONS = "projections.safetensors"
+OPTIMIZER = "optimizer"
+"""Folder of the parts of a divided optimizer, in a checkpoint."""
 
 
 class DistillationTrainer(Trainer):
@@ -59,6 +72,8 @@ class DistillationTrainer(Trainer):
         **others: Any,
     ) -> None:
         super().__init__(model=distiller, **others)
+        if is_divided(distiller):  # which reduces its own gradients, and must not be wrapped in DDP
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.remove_callback(PrinterCallback)
         self.teacher = teacher
         self.request = request
@@ -119,6 +134,10 @@ class DistillationTrainer(Trainer):
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_divided(model):
+            super()._move_model_to_device(model, device)
+
     def _prepare_inputs(self, inputs: Any) -> Any:
         """A micro-batch on this process's device, or its part of it."""
         return divide_batch(super()._prepare_inputs(inputs))
@@ -150,6 +169,7 @@ class DistillationTrainer(Trainer):
         Optimizers that round stochastically may even make zeros of NaNs, which nobody would see.
         """
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if norm is not None and not math.isfinite(norm):
             if self.teacher is not None:
                 for batch in map(self._prepare_inputs, self._step_batches):
@@ -223,6 +243,40 @@ class DistillationTrainer(Trainer):
             self.accelerator.wait_for_everyone()
         self.args.save_total_limit = limit
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`_save`, for which all processes gather a divided student."""
+        self._save(output_dir, whole_state(self.model))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer, but for the optimizer of a divided student, of which each process writes its part."""
+        if not is_divided(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = get_optimizer_state_dict(self.model, self._own_optimizer())
+        distributed_checkpoint.save(state, checkpoint_id=Path(output_dir) / OPTIMIZER)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Those of a divided student load into one that is divided otherwise, or not at all.
+
+        Raises `UserError` for one that was not divided and is now.
+        """
+        parts = None if checkpoint is None else Path(checkpoint) / OPTIMIZER
+        if parts is None or not parts.is_dir():
+            if checkpoint is not None and is_divided(self.model):
+                raise UserError("parallel", f"{checkpoint} was written without it; remove it to resume")
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = self._own_optimizer()
+        state = get_optimizer_state_dict(self.model, optimizer)
+        distributed_checkpoint.load(state, checkpoint_id=parts)
+        set_optimizer_state_dict(self.model, optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(parts.with_name(SCHEDULER_NAME), weights_only=True))
+
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """A loadable student with its tokenizer; the projections, which are no part of it, beside it."""
         if not self.args.should_save:
@@ -245,7 +299,8 @@ class DistillationTrainer(Trainer):
             return
         path = Path(resume_from_checkpoint) / PROJECTIONS
         try:
-            self.model.objective.load_state_dict(load_file(path))
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(self.model.objective, {**load_file(path)}, options=options)
         except (OSError, SafetensorError, RuntimeError) as error:
             problem = " ".join(str(error).split())
             raise UserError("output_path", f"{path} does not hold the projections of this run: {problem}") from error

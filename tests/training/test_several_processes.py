@@ -40,13 +40,13 @@ def saved(config):
     return str(path)
 
 
-def environments():
-    """What tells each of two processes of the other."""
+def environments(number=2):
+    """What tells each of so many processes of the others."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    return [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
 
 
 def two_commands(config):

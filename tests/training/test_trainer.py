@@ -19,6 +19,7 @@ from distillkit.training.arguments import build_training_arguments
 from distillkit.training.batches import Collator
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze, freeze_all_but
+from distillkit.training.parallel import divide, mesh_of, place_teacher
 from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.trainer import DistillationTrainer
 from distillkit.training.wiring import signal_request
@@ -42,7 +43,9 @@ UNEVEN = [
 SGD = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
 
 
-def make_trainer(folder, rows=UNEVEN, losses=ALL_KINDS, frozen=(), teacher_layers=2, checkpointing=False, **given):
+def make_trainer(
+    folder, rows=UNEVEN, losses=ALL_KINDS, frozen=(), teacher_layers=2, checkpointing=False, parallel=None, **given
+):
     given = {**SGD, "per_device_train_batch_size": len(rows), **given}
     arguments, _ = build_training_arguments(given, Path(folder), uses_logits=True)
     student, teacher = llama(1), llama(0, layers=teacher_layers, hidden_size=32 if teacher_layers == 2 else 48)
@@ -57,9 +60,10 @@ def make_trainer(folder, rows=UNEVEN, losses=ALL_KINDS, frozen=(), teacher_layer
     cast_for_training(student, compute_dtype(arguments))
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
+    mesh = mesh_of(parallel, arguments)
     return DistillationTrainer(
-        Distiller(student, objective),
-        LiveTeacher(teacher),
+        divide(Distiller(student, objective), arguments, mesh),
+        LiveTeacher(place_teacher(teacher, arguments, mesh)),
         signal_request(objective),
         weights_dtype=compute_dtype(arguments),
         args=arguments,

@@ -1,0 +1,34 @@
+"""`parallel`: over how many processes the models of a run are divided."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distillkit.config.errors import UserError
+from distillkit.config.section import Section
+
+DIVIDED = "parallel: {shard: auto}"
+"""What to write instead of other libraries' ways to divide models."""
+
+
+class ParallelConfig(Section):
+    """Groups of processes that hold one copy of the models together. A process has one GPU."""
+
+    shard: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="processes that share one copy of parameters, gradients and optimizer states; auto: as many as "
+        "there are, divided by replicate",
+    )
+    replicate: int = Field(1, gt=0, description="how many such copies there are")
+
+    def sizes(self, processes: int) -> tuple[int, int]:
+        """(replicate, shard) for so many processes. Raises `UserError` where they are not shard × replicate."""
+        shard = max(1, processes // self.replicate) if self.shard == "auto" else self.shard
+        wanted = self.replicate * shard
+        if wanted != processes:
+            raise UserError(
+                "parallel",
+                f"shard {self.shard} × replicate {self.replicate} needs {wanted} processes, and there are "
+                f"{processes}; start with torchrun --nproc-per-node {wanted}, or change one of the two",
+            )
+        return self.replicate, shard

@@ -1,0 +1,192 @@
+"""Models divided over processes take the step that one process takes with whole models, and make the same run."""
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from distillkit.config.parallel import ParallelConfig
+from distillkit.training import distill
+from distillkit.training.parallel import whole_state
+from tests.training.test_distill import configuration, run
+from tests.training.test_processes import ALL_KINDS, NOTHING_COUNTS_FOR_ONE, UNEVEN, loss
+from tests.training.test_several_processes import environments
+from tests.training.test_trainer import assert_same, make_trainer
+from tests.training.tiny import save_llama, save_text
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.training.test_parallel"])
+
+ATTENTION = [loss("attn_mse"), loss("attn_cosine")]
+
+
+@dataclass(frozen=True)
+class Case:
+    losses: list = field(default_factory=lambda: ALL_KINDS)
+    options: dict = field(default_factory=dict)
+    rows: list = field(default_factory=lambda: [*UNEVEN, *NOTHING_COUNTS_FOR_ONE])
+    tolerance: float = 1e-5
+
+
+CASES = {
+    "all kinds": Case(),
+    "projections": Case(options={"teacher_layers": 4}),
+    "checkpointed": Case(options={"checkpointing": True}),
+    "frozen": Case(options={"frozen": ["mlp", "embed_tokens"]}),
+    "clipped": Case(options={"max_grad_norm": 0.01}),
+    "hidden states alone": Case([loss("hs_mse")]),
+    "attention": Case(ATTENTION),
+    "attention beside others": Case([*ATTENTION, *ALL_KINDS]),
+    "bfloat16 beside masters": Case(options={"frozen": ["mlp", "embed_tokens"], "bf16": True}, tolerance=0.05),
+    "adamw": Case(options={"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 3, "adam_epsilon": 0.1}),
+}
+
+MESHES = {
+    "shard": ({}, [*CASES]),
+    "replicate": ({"replicate": 2}, ["all kinds", "projections", "attention beside others"]),
+}
+
+
+def forks(number, function, argument):
+    """Call the function in so many processes that know of each other, forked from one that has imported all."""
+    started = [processes.Process(target=run_as, args=(each, function, argument)) for each in environments(number)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0] * number
+
+
+def run_as(environment, function, argument):
+    os.environ |= environment
+    function(argument)
+
+
+def change(folder, case, **options):
+    """What steps have changed, at a rate that lifts it above the rounding of the weights."""
+    given = {"learning_rate": 64.0, **case.options, **options}
+    trainer = make_trainer(folder, rows=case.rows, losses=case.losses, **given)
+    before = {name: tensor.clone() for name, tensor in whole_state(trainer.model).items()}
+    trainer.train()
+    return {name: before[name] - tensor for name, tensor in whole_state(trainer.model).items()}
+
+
+def four_times(folder):
+    """All cases, by one of four processes."""
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    for mesh, (sizes, names) in MESHES.items():
+        for name in names:
+            found = change(folder / name, CASES[name], parallel=ParallelConfig(**sizes), **cut)
+            if os.environ["RANK"] == "0":
+                save_file({key: tensor.clone() for key, tensor in found.items()}, folder / f"{name} {mesh}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    forks(4, four_times, folder)
+    return folder
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", CASES)
+def test_divided_models_take_the_step_of_whole_ones(name, of_four, tmp_path):
+    expected = change(tmp_path, CASES[name])
+    for mesh, (_, names) in MESHES.items():
+        if name in names:
+            assert_same(load_file(of_four / f"{name} {mesh}"), expected, CASES[name].tolerance)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return {
+        "teacher": save_llama(folder / "teacher", 0, layers=4, hidden_size=48, tied=False),
+        "student": save_llama(folder / "student", 1),
+        "text": save_text(folder / "train.jsonl"),
+        "held_out": save_text(folder / "valid.jsonl", documents=10),
+    }
+
+
+def described(inputs, folder, processes, **changes):
+    """Six steps of four rows each, a checkpoint after four, and after each three a measurement."""
+    training = {
+        "max_steps": 6, "save_steps": 4, "per_device_train_batch_size": 1, "eval_strategy": "steps", "eval_steps": 3,
+        "gradient_accumulation_steps": 4 // processes, "optim": "adamw_torch", "adam_epsilon": 1e-3,
+    }  # fmt: skip
+    pairs = {"layer_mapping": [[0, 0], [1, 2], [2, 4]], "resize_embeddings_to_multiple_of": 64, "frozen_res": ["mlp"]}
+    parallel = {} if processes == 1 else {"parallel": {"shard": processes}}
+    return configuration(inputs, folder, training, **pairs, **parallel, **changes)
+
+
+def run_path(path):
+    distill(str(path), Console(file=io.StringIO()))
+
+
+def run_on(processes, inputs, folder, **changes):
+    config = described(inputs, folder, processes, **changes)
+    if processes == 1:
+        run(config)
+        return folder
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    forks(processes, run_path, path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_one(inputs, tmp_path_factory):
+    return run_on(1, inputs, tmp_path_factory.mktemp("one") / "run")
+
+
+@pytest.fixture(scope="module")
+def of_two(inputs, tmp_path_factory):
+    return run_on(2, inputs, tmp_path_factory.mktemp("two") / "run")
+
+
+def assert_same_run(folder, expected):
+    ours, theirs = (load_file(each / "model.safetensors") for each in (folder, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert (ours[name] - tensor).abs().max() <= 1e-5, name
+    ours, theirs = (json.loads((each / "results.json").read_text()) for each in (folder, expected))
+    assert ours["samples"] == theirs["samples"]
+    for name in ("before", "after"):
+        assert ours["divergence"][name] == pytest.approx(theirs["divergence"][name], rel=1e-4)
+    ours, theirs = (
+        [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()] for each in (folder, expected)
+    )
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for key in ("loss", "kl", "grad_norm", "eval_kl"):
+        found = [[line[key] for line in lines if key in line] for lines in (ours, theirs)]
+        assert found[0] == pytest.approx(found[1], rel=1e-3), key
+    assert AutoModelForCausalLM.from_pretrained(folder).config.architectures == ["LlamaForCausalLM"]
+
+
+@pytest.mark.timeout(240)
+def test_a_run_of_divided_models_is_that_of_one_process(of_one, of_two):
+    assert_same_run(of_two, of_one)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("processes", [1, 4])
+def test_resumed_on_another_number_of_processes(processes, inputs, of_one, of_two, tmp_path):
+    folder = shutil.copytree(of_two, tmp_path / "run")
+    for path in [*folder.glob("*.safetensors"), folder / "results.json"]:
+        path.unlink()
+    shutil.rmtree(folder / "checkpoint-6", ignore_errors=True)
+    run_on(processes, inputs, folder, resume=True)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["resumed"] and record["processes"] == processes
+    assert_same_run(folder, of_one)
