@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from distillkit.config import Run, RunConfig, UserError
 from distillkit.config.losses import ATTENTION_FUNCTIONS
+from distillkit.config.parallel import DIVIDED
 from distillkit.config.readiness import check_ready
 from distillkit.formatting import GIB, token_text
 from distillkit.models.decoder import head
@@ -253,6 +254,10 @@ def _about_rows(
 
 def remedies(plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU) -> list[UserError]:
     """Where a phase does not fit: the keys that would help most, with about how much each gives back."""
+    if config.parallel is not None:
+        return [
+            UserError("parallel", "divides the models; memory is estimated for whole ones on each GPU, and is less")
+        ]
     if plan.memory is None or plan.cost is None or plan.memory <= gpu.memory:
         return []
     memory = plan.cost.memory
@@ -285,6 +290,6 @@ def remedies(plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU) -
     listed = "; ".join(f"{text} (about {size / GIB:.0f} GiB)" for size, text in best)
     problem = (
         f"{plan.memory / GIB:.1f} GiB do not fit into {gpu.name}'s {gpu.memory / GIB:.1f} GiB, {missing:.1f} too many; "
-        f"what would help: {listed or 'a shorter one'}"
+        f"what would help: {listed or 'a shorter one'}; or {DIVIDED} on several GPUs"
     )
     return [UserError("sequence_length", problem)]

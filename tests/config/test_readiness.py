@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from distillkit.config import RunConfig, UserError, check_ready, resolve
+from distillkit.config.readiness import check_processes
 
 ONLINE: dict[str, Any] = {
     "model": "org/student",
@@ -48,9 +49,47 @@ def test_files_that_are_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "shown"), [("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")])
 def test_models_split_over_gpus_are_refused(name: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=rf"^training_args\.{name}: .*{shown}.* not supported yet, .*; remove it$"):
+    instead = r"write parallel: \{shard: auto\}"
+    with pytest.raises(UserError, match=rf"^training_args\.{name}: {shown}.* {instead} at the top level instead$"):
         check(training_args={name: "full_shard"})
     check(training_args={name: ""})
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(UserError, match=f"^accelerate: {shown} is not supported yet, .*launch with torchrun"):
+    with pytest.raises(UserError, match=rf"^accelerate: its {shown} .*launch with torchrun, and {instead}"):
         check()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "processes", "sizes"),
+    [
+        ({}, 1, (1, 1)),
+        ({}, 8, (1, 8)),
+        ({"replicate": 2}, 8, (2, 4)),
+        ({"shard": 4, "replicate": 2}, 8, (2, 4)),
+        ({"shard": 4}, 8, "shard 4 × replicate 1 needs 4 processes, and there are 8"),
+        ({"replicate": 3}, 8, "shard auto × replicate 3 needs 6 processes, and there are 8"),
+        ({"shard": 2}, 1, "needs 2 processes, and there are 1; start with torchrun --nproc-per-node 2"),
+    ],
+)
+def test_as_many_processes_as_parallel_says(
+    parallel: dict[str, Any], processes: int, sizes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    run = resolve(RunConfig.parse({**ONLINE, "parallel": parallel}))
+    assert run.config.parallel is not None
+    if isinstance(sizes, tuple):
+        check_processes(run)
+        assert run.config.parallel.sizes(processes) == sizes
+    else:
+        with pytest.raises(UserError, match=f"^parallel: .*{sizes}"):
+            check_processes(run)
+
+
+def test_what_parallel_cannot_divide_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^training_args\.optim: adafactor cannot be divided \(parallel\); use one of"):
+        RunConfig.parse({**ONLINE, "parallel": {}, "training_args": {"optim": "adafactor"}})
+    bf16 = {"training_args": {"bf16": True}, "trained_weights": "bfloat16"}
+    with pytest.raises(UserError, match=r"^trained_weights: parallel divides float32 weights only"):
+        RunConfig.parse({**ONLINE, "parallel": {}, **bf16})
+    for wrong in ({"shard": 0}, {"shard": "all"}, {"replicate": "2"}, {"context": 2}):
+        with pytest.raises(UserError, match=r"^parallel\."):
+            RunConfig.parse({**ONLINE, "parallel": wrong})

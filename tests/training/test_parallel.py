@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from distillkit.config.parallel import ParallelConfig
 from distillkit.training import distill
 from distillkit.training.parallel import whole_state
 from tests.training.test_distill import configuration, run
+from tests.training.test_phases import configuration as phases_of
+from tests.training.test_phases_killed import PHASES
 from tests.training.test_processes import ALL_KINDS, NOTHING_COUNTS_FOR_ONE, UNEVEN, loss
 from tests.training.test_several_processes import environments
 from tests.training.test_trainer import assert_same, make_trainer
@@ -75,9 +78,11 @@ def change(folder, case, **options):
     """What steps have changed, at a rate that lifts it above the rounding of the weights."""
     given = {"learning_rate": 64.0, **case.options, **options}
     trainer = make_trainer(folder, rows=case.rows, losses=case.losses, **given)
+    names = [name for name, _ in trainer.model.named_parameters()]
     before = {name: tensor.clone() for name, tensor in whole_state(trainer.model).items()}
     trainer.train()
-    return {name: before[name] - tensor for name, tensor in whole_state(trainer.model).items()}
+    after = whole_state(trainer.model)
+    return {name: before[name] - after[name] for name in names if name in after}
 
 
 def four_times(folder):
@@ -133,33 +138,36 @@ def run_path(path):
     distill(str(path), Console(file=io.StringIO()))
 
 
-def run_on(processes, inputs, folder, **changes):
-    config = described(inputs, folder, processes, **changes)
+def run_on(processes, config):
     if processes == 1:
         run(config)
-        return folder
-    path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    forks(processes, run_path, path)
-    return folder
+    else:
+        path = Path(f"{config.output_path}.yaml")
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        forks(processes, run_path, path)
+    return Path(config.output_path)
 
 
 @pytest.fixture(scope="module")
 def of_one(inputs, tmp_path_factory):
-    return run_on(1, inputs, tmp_path_factory.mktemp("one") / "run")
+    return run_on(1, described(inputs, tmp_path_factory.mktemp("one") / "run", 1))
 
 
 @pytest.fixture(scope="module")
 def of_two(inputs, tmp_path_factory):
-    return run_on(2, inputs, tmp_path_factory.mktemp("two") / "run")
+    return run_on(2, described(inputs, tmp_path_factory.mktemp("two") / "run", 2))
 
 
-def assert_same_run(folder, expected):
+def assert_same_weights(folder, expected):
     ours, theirs = (load_file(each / "model.safetensors") for each in (folder, expected))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype
         assert (ours[name] - tensor).abs().max() <= 1e-5, name
+
+
+def assert_same_run(folder, expected):
+    assert_same_weights(folder, expected)
     ours, theirs = (json.loads((each / "results.json").read_text()) for each in (folder, expected))
     assert ours["samples"] == theirs["samples"]
     for name in ("before", "after"):
@@ -186,7 +194,23 @@ def test_resumed_on_another_number_of_processes(processes, inputs, of_one, of_tw
     for path in [*folder.glob("*.safetensors"), folder / "results.json"]:
         path.unlink()
     shutil.rmtree(folder / "checkpoint-6", ignore_errors=True)
-    run_on(processes, inputs, folder, resume=True)
+    run_on(processes, described(inputs, folder, processes, resume=True))
     record = json.loads((folder / "run.json").read_text())
     assert record["resumed"] and record["processes"] == processes
     assert_same_run(folder, of_one)
+
+
+@pytest.mark.timeout(240)
+def test_phases_of_a_student_that_is_converted(inputs, tmp_path):
+    """Attention alignment, distillation and long rows, as in recipes/miniature/radlads.yaml."""
+    phases = [
+        {name: value for name, value in phase.items() if name not in ("tokens", "training_args")} for phase in PHASES
+    ]
+    folders = []
+    for number in (1, 2):
+        training = {"max_steps": 3, "gradient_accumulation_steps": 2 // number, "adam_epsilon": 1e-3}
+        divided = {"parallel": {"shard": number}} if number > 1 else {}
+        config = phases_of(inputs, tmp_path / str(number), training, phases, **divided)
+        folders.append(run_on(number, config))
+    assert_same_weights(*folders)
+    assert_same_weights(*(folder / "phases/1-alignment" for folder in folders))
