@@ -50,7 +50,7 @@ def place_teacher(model: PreTrainedModel, arguments: TrainingArguments, mesh: Me
     decoder, whole = model.get_decoder(), {*model.get_output_embeddings().parameters()}
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(decoder, mesh=mesh, ignored_params=whole)
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for parameter in whole:
         parameter.data = parameter.data.to(arguments.device)
     return model

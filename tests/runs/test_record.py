@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from distillkit.config import RunConfig
 from distillkit.runs.folder import changed_keys
 from distillkit.runs.record import kept_config, new_record
@@ -34,3 +36,30 @@ def test_secrets_are_not_kept_and_change_nothing(tmp_path: Path, monkeypatch) ->
     assert record["command"].endswith("tokens=1k")
     assert config.phases[1].teacher["kwargs"]["token"] == "hidden-1"
     assert list(changed_keys(described("hidden-2"), kept_config(config))) == []
+
+
+def test_another_number_of_processes_reads_the_same_rows_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def described(batch: int, accumulation: int) -> RunConfig:
+        training = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        return RunConfig.parse(
+            {
+                "model": "org/student",
+                "teacher": {"kind": "hf", "path": "org/teacher"},
+                "output_path": "out",
+                "sequence_length": 64,
+                "dataset": {"train_dataset": {"disk_path": "text"}},
+                "training_args": training,
+            }
+        )
+
+    def changed(config: RunConfig, processes: int | None) -> list[str]:
+        return [key for key, _, _ in changed_keys(config, kept_config(described(2, 1)), processes)]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert changed(described(2, 2), 4) == changed(described(1, 4), 4) == changed(described(1, 1), 1) == []
+    assert changed(described(2, 1), 4) == ["training_args.gradient_accumulation_steps"]
+    assert changed(described(1, 2), 2) == [
+        "training_args.per_device_train_batch_size",
+        "training_args.gradient_accumulation_steps",
+    ]
+    assert changed(described(2, 1), None) == []  # of a run of before, which did not note how many there were

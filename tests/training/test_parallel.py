@@ -53,10 +53,9 @@ CASES = {
     "adamw": Case(options={"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 3, "adam_epsilon": 0.1}),
 }
 
-MESHES = {
-    "shard": ({}, [*CASES]),
-    "replicate": ({"replicate": 2}, ["all kinds", "projections", "attention beside others"]),
-}
+FEW = ("projections", "attention beside others")
+MESHES = [(2, 1, [*CASES]), (4, 1, FEW), (4, 2, FEW)]
+"""Processes, copies of the models among them, and cases."""
 
 
 def forks(number, function, argument):
@@ -64,8 +63,12 @@ def forks(number, function, argument):
     started = [processes.Process(target=run_as, args=(each, function, argument)) for each in environments(number)]
     for process in started:
         process.start()
-    for process in started:
-        process.join()
+    try:
+        for process in started:
+            process.join(150)
+    finally:
+        for process in started:
+            process.kill()
     assert [process.exitcode for process in started] == [0] * number
 
 
@@ -85,31 +88,36 @@ def change(folder, case, **options):
     return {name: before[name] - after[name] for name in names if name in after}
 
 
-def four_times(folder):
-    """All cases, by one of four processes."""
-    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    for mesh, (sizes, names) in MESHES.items():
-        for name in names:
-            found = change(folder / name, CASES[name], parallel=ParallelConfig(**sizes), **cut)
-            if os.environ["RANK"] == "0":
-                save_file({key: tensor.clone() for key, tensor in found.items()}, folder / f"{name} {mesh}")
+def changes(folder):
+    """Of all cases, by one of several processes."""
+    for number, replicate, names in MESHES:
+        if number == int(os.environ["WORLD_SIZE"]):
+            cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8 // number}
+            for name in names:
+                found = change(folder / name, CASES[name], parallel=ParallelConfig(replicate=replicate), **cut)
+                if os.environ["RANK"] == "0":
+                    save_file(
+                        {key: each.clone() for key, each in found.items()}, folder / f"{name} {number} {replicate}"
+                    )
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def of_four(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("four")
-    forks(4, four_times, folder)
+def divided(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("divided")
+    for number in (2, 4):
+        forks(number, changes, folder)
     return folder
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", CASES)
-def test_divided_models_take_the_step_of_whole_ones(name, of_four, tmp_path):
+def test_divided_models_take_the_step_of_whole_ones(name, divided, tmp_path):
     expected = change(tmp_path, CASES[name])
-    for mesh, (_, names) in MESHES.items():
+    for number, replicate, names in MESHES:
         if name in names:
-            assert_same(load_file(of_four / f"{name} {mesh}"), expected, CASES[name].tolerance)
+            found = load_file(divided / f"{name} {number} {replicate}")
+            assert_same(found, expected, CASES[name].tolerance)
 
 
 @pytest.fixture(scope="module")
