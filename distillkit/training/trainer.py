@@ -295,12 +295,15 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The projections. The student was loaded from the checkpoint as any model is, before the trainer was made."""
-        if not self.model.objective.state_dict():
+        wanted = self.model.objective.state_dict()
+        if not wanted:
             return
         path = Path(resume_from_checkpoint) / PROJECTIONS
         try:
-            options = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(self.model.objective, {**load_file(path)}, options=options)
+            found = load_file(path)
+            if found.keys() != wanted.keys():
+                raise RuntimeError(f"it has {', '.join(found)}")
+            set_model_state_dict(self.model.objective, {**found}, options=StateDictOptions(full_state_dict=True))
         except (OSError, SafetensorError, RuntimeError) as error:
             problem = " ".join(str(error).split())
             raise UserError("output_path", f"{path} does not hold the projections of this run: {problem}") from error
