@@ -119,7 +119,8 @@ class ServedTeacher(Teacher):
             for named in (self.served.tokenizer.get_vocab(), self.served.tokenizer.get_added_vocab())
         )
         spread = [vocabulary[index * (len(vocabulary) - 1) // (_PROBED - 1)] for index in range(_PROBED)]
-        probed, step = list(dict.fromkeys([*spread, *added])), min(_PROBED, sequence_length)
+        probed = list(dict.fromkeys([*spread, *added]))
+        step = max(1, min(_PROBED, sequence_length - 1))  # and one before them
         for start in range(0, len(probed), step):
             self._check_texts(probed[start : start + step])
         try:

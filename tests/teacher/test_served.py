@@ -254,6 +254,11 @@ def test_another_model_at_the_address_ends_a_resumed_run(inputs, model, tmp_path
             run(described(inputs, url, tmp_path / "out", training=training, resume=True))
 
 
+def test_a_server_that_takes_one_token_more_than_a_row_has_is_long_enough(inputs, model):
+    with serving(answers(inputs, model, max_length=65)) as url:
+        assert opened(url, sequence_length=64).vocabulary_size == BYTES
+
+
 def test_a_key_stays_out_of_a_servers_words(monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", "open-sesame-1")
     server = Server("teacher", ServerConfig.parse({"url": "http://localhost:1/v1", "api_key_env": "TEACHER_KEY"}))
