@@ -106,7 +106,7 @@ class Server:
                 raise UserError(
                     f"{self.key}.api_key_env", f"{problem}; name the environment variable that holds it"
                 ) from error
-            said = self.hide(error.read(300).decode(errors="replace"))
+            said = self.hide(_words(error))
             kind = _NoAnswer if error.code >= 500 or error.code in (408, 429) else Refused
             raise kind(f"{self.key}.url", f"{url} answers {error.code} {error.reason}: {said}") from error
         except (OSError, ValueError, HTTPException) as error:
@@ -115,6 +115,14 @@ class Server:
                 f"{self.key}.url",
                 f"{problem}; start the server, or write its address, such as http://localhost:8000/v1",
             ) from error
+
+
+def _words(error: HTTPError) -> str:
+    """How a server's answer begins that is an error; a server that is ending may break off."""
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, HTTPException) as broken:
+        return reason(broken)
 
 
 @functools.lru_cache(maxsize=16)

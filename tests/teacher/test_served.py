@@ -1,6 +1,8 @@
 """A teacher behind a server is the live teacher cut to its k likeliest tokens; a server that cannot be one is told."""
 
 import json
+import socket
+import threading
 import time
 
 import pytest
@@ -257,6 +259,19 @@ def test_another_model_at_the_address_ends_a_resumed_run(inputs, model, tmp_path
 def test_a_server_that_takes_one_token_more_than_a_row_has_is_long_enough(inputs, model):
     with serving(answers(inputs, model, max_length=65)) as url:
         assert opened(url, sequence_length=64).vocabulary_size == BYTES
+
+
+def test_an_error_whose_words_break_off_is_an_error_like_others():
+    def answer():
+        with listener.accept()[0] as connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nend")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, daemon=True).start()
+        server = Server("teacher", ServerConfig.parse({"url": f"http://127.0.0.1:{listener.getsockname()[1]}/v1"}))
+        with pytest.raises(UserError, match=r"^teacher\.url: [^\n]* answers 503 Service Unavailable: "):
+            server.ask(f"{server.settings.url}/models")
 
 
 def test_a_key_stays_out_of_a_servers_words(monkeypatch):
