@@ -78,6 +78,14 @@ def test_scaled_rotary_embeddings_and_16_bits(folder, rope):
     assert converted(folder, {"keep_rope": True}, dtype="float32") == ""
 
 
+def test_weights_in_8_bits_without_scales(folder):
+    teacher_of("llama", max_position_embeddings=64).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    small = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items() if "_proj" in name}
+    save_file({**weights, **small}, folder / "model.safetensors", {"format": "pt"})
+    assert converted(folder, {}, dtype="float32") == ""
+
+
 @pytest.mark.parametrize("head", ["equal", "another", "alone"])
 def test_a_head_that_should_be_tied_is_the_one_of_the_files(folder, head):
     teacher_of("llama", tie_word_embeddings=True, max_position_embeddings=64).save_pretrained(folder)
