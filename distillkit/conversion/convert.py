@@ -30,7 +30,7 @@ from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.recorder import Call, recorded
 from distillkit.models.streaming import StoredModel, open_streamed
 from distillkit.progress import ProgressReporter
-from distillkit.runs.writing import full_disk_errors
+from distillkit.runs.writing import flush, full_disk_errors
 from distillkit.student.mixers.calibration import calibration_tokens, mean_attention_distance, repeated_tokens
 from distillkit.student.mixers.mixer import Mixer, Start
 from distillkit.student.mixers.registry import MIXERS, check_linear_mixer, mixers_of
@@ -371,6 +371,8 @@ def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        for path in (*partial.rglob("*"), partial):  # a file of weights is full of zeros until they reach the disk
+            flush(path)
         partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
