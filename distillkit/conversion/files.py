@@ -35,6 +35,7 @@ class ModelFiles:
         )
         self.of = {name: folder / file for name, file in split.tensor_to_filename.items()}
         """The file of each tensor."""
+        self._laid_out = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         self._offsets: dict[str, int] = {}
         for file, names in split.filename_to_tensors.items():
             self._offsets |= _lay_out(folder / file, {name: tensors[name] for name in names})
@@ -45,6 +46,8 @@ class ModelFiles:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of the dtype and shape that were laid out."""
+        if (tensor.dtype, tensor.shape) != self._laid_out[name]:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what was laid out")
         with self.of[name].open("r+b") as file:
             file.seek(self._offsets[name])
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

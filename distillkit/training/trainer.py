@@ -85,6 +85,7 @@ class DistillationTrainer(Trainer):
         self._kept_signal: TeacherSignal | None = None
         self._step_batches: list[Any] = []
         self._coming: list[Any] = []
+        self._coming_from: Iterator[Any] | None = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -105,6 +106,8 @@ class DistillationTrainer(Trainer):
     def _next_batches(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:
         """The micro-batches of the next step; the teacher hears of them, and of those of as many steps as it wants."""
         steps_ahead = 0 if self.teacher is None else self.teacher.steps_ahead
+        if epoch_iterator is not self._coming_from:  # an epoch, or one that begins again with smaller batches
+            self._coming, self._coming_from = [], epoch_iterator
         missing = num_batches * (1 + steps_ahead) - len(self._coming)
         self._coming += [batch for _, batch in zip(range(missing), epoch_iterator, strict=False)]
         if self.teacher is not None:

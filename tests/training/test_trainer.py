@@ -242,3 +242,12 @@ def test_projections_that_a_checkpoint_lacks_are_not_begun_anew(tmp_path, damage
         save_file(dict(list(projections.items())[1:]), path)
     with pytest.raises(UserError, match=r"output_path: .*projections\.safetensors does not hold the projections of"):
         trainer._load_from_checkpoint(str(tmp_path))
+
+
+def test_batches_sent_ahead_belong_to_their_pass_over_the_data(tmp_path):
+    """A pass that begins again with smaller batches, as after a full memory, trains none of the larger ones."""
+    trainer = make_trainer(tmp_path)
+    trainer.teacher.steps_ahead = 2
+    assert trainer._next_batches(iter(range(9)), 1) == [0]
+    assert trainer._next_batches(again := iter(range(50, 59)), 2) == [50, 51]
+    assert trainer._next_batches(again, 2) == [52, 53]
