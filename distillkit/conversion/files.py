@@ -10,7 +10,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from distillkit.models.loading import DTYPES
+from distillkit.models.safetensors_files import DTYPES
 
 MAX_SHARD_SIZE = "5GB"
 """As on the hub: to load a file, much of the software maps it into memory whole."""

@@ -33,6 +33,6 @@ def weights_problem(model: PreTrainedModel) -> str | None:
 
 
 def not_finite(names: list[str], dtype: torch.dtype) -> str:
-    """What is told of tensors that are not finite."""
+    """The message about tensors that are not finite."""
     hint = f"; {HALF}" if dtype == torch.float16 else ""
     return f"{len(names)} of its tensors hold NaN or infinity ({first_names(names)}){hint}"

@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -28,6 +27,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from distillkit.config.errors import UserError
 from distillkit.models.finite import first_names, weights_problem
 from distillkit.models.gguf_files import HUB, configuration_changes, gguf_parsed_once, gguf_path, unread_tensors
+from distillkit.models.safetensors_files import INDEX, damaged, header, safetensors_files
 from distillkit.runs.writing import sha256
 
 logger = logging.getLogger(__name__)
@@ -38,25 +38,8 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 WHERE = ("gguf_file", "revision", "subfolder")
 """Keyword arguments of from_pretrained that locate a model; they locate its configuration and tokenizer, too."""
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""What safetensors files call them."""
-
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_INDEX = "model.safetensors.index.json"
-_MODEL_JSON = ("config.json", "generation_config.json", _INDEX)
+_MODEL_JSON = ("config.json", "generation_config.json", INDEX)
 _TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -94,8 +77,8 @@ def load_model(
         _require_safetensors(location, key)
         _refuse_damaged(location, _MODEL_JSON, key)
         kwargs["use_safetensors"] = True
-        for file in _safetensors_files(Path(location), key):
-            _header(file, key)
+        for file in safetensors_files(Path(location), key):
+            header(file, key)
     with as_user_error(location, key), gguf_parsed_once(), _without_load_report():
         if gguf_file is not None:
             gguf_file = gguf_path(location, gguf_file, kwargs, key)
@@ -120,7 +103,7 @@ def check_headers(model: PreTrainedModel, path: str, key: str) -> None:
     folder = Path(path).expanduser()
     refuse_adapter(str(folder), {}, key)
     _refuse_damaged(str(folder), _MODEL_JSON, key)
-    headers = {name: tensor for file in _safetensors_files(folder, key) for name, tensor in _header(file, key).items()}
+    headers = {name: tensor for file in safetensors_files(folder, key) for name, tensor in header(file, key).items()}
     if not headers:
         return
     with as_user_error(str(folder), key, "the weights of "), _without_load_report():
@@ -248,22 +231,7 @@ def _refuse_damaged(location: str, names: Sequence[str], key: str) -> None:
             if file.suffix == ".json" and not isinstance(json.loads(content), dict):
                 raise ValueError("it holds no JSON object")
         except (OSError, ValueError, RecursionError) as error:
-            raise _damaged(file, error, key) from error
-
-
-def _damaged(file: Path, why: object, key: str) -> UserError:
-    return UserError(key, f"{str(file)!r} is damaged ({why}); download or save it again")
-
-
-def _safetensors_files(folder: Path, key: str) -> list[Path]:
-    """Those that transformers reads: the one file, or the parts in the index, which is a JSON object."""
-    one, index = folder / "model.safetensors", folder / _INDEX
-    if one.exists() or not index.exists():
-        return [one] if one.exists() else []
-    parts = json.loads(index.read_text("utf-8")).get("weight_map")
-    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
-        raise _damaged(index, "it has no weight_map", key)
-    return [folder / name for name in sorted(set(parts.values()))]
+            raise damaged(file, error, key) from error
 
 
 def stored_tensors(path: str | os.PathLike[str], places: Mapping[str, Any], key: str) -> dict[str, Path]:
@@ -275,28 +243,7 @@ def stored_tensors(path: str | os.PathLike[str], places: Mapping[str, Any], key:
     if not folder.is_dir():
         with as_user_error(os.fspath(path), key):
             folder = Path(str(cached_file(os.fspath(path), "config.json", **places))).parent
-    return {name: file for file in _safetensors_files(folder, key) for name in _header(file, key)}
-
-
-def _header(file: Path, key: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file without their data, which is not read."""
-    try:
-        with safe_open(file, "np") as opened:  # "pt" would ask for as much memory as the file has bytes
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise _damaged(file, error, key) from error
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
-def read_tensor(file: Path, name: str) -> torch.Tensor:
-    """One tensor of a safetensors file, of which nothing else is mapped or read."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        described = json.loads(opened.read(length))[name]
-        start, end = described["data_offsets"]
-        opened.seek(8 + length + start)
-        data = numpy.fromfile(opened, numpy.uint8, end - start)
-    return torch.from_numpy(data).view(DTYPES[described["dtype"]]).reshape(described["shape"])
+    return {name: file for file in safetensors_files(folder, key) for name in header(file, key)}
 
 
 def _refuse_differences(report: Mapping[str, Any], location: str, key: str) -> None:

@@ -21,9 +21,9 @@ from distillkit.models.loading import (
     follow_untied_head,
     load_model,
     load_pretrained_config,
-    read_tensor,
     stored_tensors,
 )
+from distillkit.models.safetensors_files import read_tensor
 
 
 class StoredModel:

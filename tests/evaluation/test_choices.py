@@ -1,4 +1,4 @@
-"""A model that knows answers but has lost their format is told from one that does not know them."""
+"""A model that knows answers but has lost their format is distinguished from one that does not know them."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server has the scores that it has in memory; a server that cannot is told."""
+"""A model behind an OpenAI-compatible server has the scores that it has in memory; one that has none says so."""
 
 import io
 import json

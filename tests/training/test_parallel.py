@@ -17,12 +17,11 @@ from transformers import AutoModelForCausalLM
 from distillkit.config.parallel import ParallelConfig
 from distillkit.training import distill
 from distillkit.training.parallel import whole_state
-from tests.forks import processes
+from tests.forks import environments, exit_codes, started
 from tests.training.test_distill import configuration, run
 from tests.training.test_phases import configuration as phases_of
 from tests.training.test_phases_killed import PHASES
 from tests.training.test_processes import ALL_KINDS, NOTHING_COUNTS_FOR_ONE, UNEVEN, loss
-from tests.training.test_several_processes import environments
 from tests.training.test_trainer import assert_same, make_trainer
 from tests.training.tiny import save_llama, save_text
 
@@ -57,16 +56,8 @@ MESHES = [(2, 1, [*CASES]), (4, 1, FEW), (4, 2, FEW)]
 
 def forks(number, function, argument):
     """Call the function in so many processes that know of each other, forked from one that has imported all."""
-    started = [processes.Process(target=run_as, args=(each, function, argument)) for each in environments(number)]
-    for process in started:
-        process.start()
-    try:
-        for process in started:
-            process.join(150)
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.exitcode for process in started] == [0] * number
+    given = [(each, function, argument) for each in environments(number)]
+    assert exit_codes(started(run_as, given), 150) == [0] * number
 
 
 def run_as(environment, function, argument):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from distillkit.cli import main
 from distillkit.config import RunConfig
 from distillkit.data import dataset
 from distillkit.training import distill
-from tests.forks import processes
+from tests.forks import environments, exit_codes, started
 from tests.training.captures import captured, configuration
 from tests.training.tiny import BYTES, save_llama, save_text
 
@@ -38,15 +37,6 @@ def saved(config):
     path = Path(f"{config.output_path}.yaml")
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return str(path)
-
-
-def environments(number=2):
-    """What tells each of so many processes of the others."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
 
 
 def two_commands(config):
@@ -79,19 +69,9 @@ def run_as(environment, function, path, said):
 def two_forks(config, function, folder):
     """Exit code and standard error of each, of processes that call the function with the configuration's path."""
     path, said = saved(config), [folder / f"said by {rank}" for rank in ("0", "1")]
-    started = [
-        processes.Process(target=run_as, args=(environment, function, path, file))
-        for environment, file in zip(environments(), said, strict=True)
-    ]
-    for process in started:
-        process.start()
-    try:
-        for process in started:
-            process.join(60)
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.exitcode, file.read_text()) for process, file in zip(started, said, strict=True)]
+    given = [(environment, function, path, file) for environment, file in zip(environments(), said, strict=True)]
+    codes = exit_codes(started(run_as, given), 60)
+    return [(code, file.read_text()) for code, file in zip(codes, said, strict=True)]
 
 
 def command(path):
