@@ -20,9 +20,17 @@ class ParallelConfig(Section):
         "there are, divided by replicate",
     )
     replicate: int = Field(1, gt=0, description="how many such copies there are")
+    context: int = Field(
+        1,
+        gt=0,
+        description="processes that share the tokens of each row, for long ones; it divides the number of processes",
+    )
 
     def sizes(self, processes: int) -> tuple[int, int]:
-        """(replicate, shard) for so many processes. Raises `UserError` where they are not shard × replicate."""
+        """(replicate, shard) for so many processes. Raises `UserError` where they are not shard × replicate.
+
+        And where `context` does not divide them.
+        """
         shard = max(1, processes // self.replicate) if self.shard == "auto" else self.shard
         wanted = self.replicate * shard
         if wanted != processes:
@@ -30,5 +38,11 @@ class ParallelConfig(Section):
                 "parallel",
                 f"shard {self.shard} × replicate {self.replicate} needs {wanted} processes, and there are "
                 f"{processes}; start with torchrun --nproc-per-node {wanted}, or change one of the two",
+            )
+        if processes % self.context:
+            raise UserError(
+                "parallel.context",
+                f"{self.context} does not divide the {processes} processes; start as many as shard × replicate, or "
+                "lower it",
             )
         return self.replicate, shard

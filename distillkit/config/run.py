@@ -207,6 +207,27 @@ class RunConfig(WholeFile):
         return self
 
     @model_validator(mode="after")
+    def check_context(self) -> Self:
+        context = 1 if self.parallel is None else self.parallel.context
+        if context == 1:
+            return self
+        if self.sequence_length % context:
+            raise KeyProblem(
+                "sequence_length", f"{self.sequence_length} tokens have no {context} equal parts (parallel.context)"
+            )
+        if self.teacher.kind == "server":
+            raise KeyProblem("parallel.context", "a server reads whole rows; use a live or captured teacher, or 1")
+        kwargs = {"model_kwargs": self.model_kwargs}
+        if self.teacher.kind == "hf":
+            kwargs["teacher.kwargs"] = self.teacher.kwargs
+        for key, values in kwargs.items():
+            if values.get("attn_implementation", "sdpa") != "sdpa":
+                raise KeyProblem(
+                    f"{key}.attn_implementation", "must be sdpa where rows are divided (parallel.context); remove it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def check_student(self) -> Self:
         if self.model is None and self.student is None:
             raise KeyProblem("model", "is missing: name a student, or give student (how to convert the teacher)")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.losses.labels import IGNORED_LABEL, shifted_labels
 
 
 def collate(
@@ -21,7 +21,9 @@ def collate(
     sequence_length: int | None = None,
     signal_columns: Sequence[str] = (),
 ) -> dict[str, Shaped[Tensor, "batch tokens *width"]]:
-    """`input_ids`, `labels` and `position_ids` [batch, tokens] of rows as `build_dataset` makes them.
+    """`input_ids`, `targets` and `position_ids` [batch, tokens] of rows as `build_dataset` makes them.
+
+    A target is what a position predicts: the label of the next token, or -100.
 
     sequence_length: tokens per row of the batch; by default those of its longest row.
     signal_columns: columns with a list of numbers per token, which become [batch, tokens, width], with 0 as padding.
@@ -29,16 +31,16 @@ def collate(
     tokens = sequence_length or max(len(row["input_ids"]) for row in rows)
     shape = (len(rows), tokens)
     input_ids = torch.full(shape, pad_token_id)
-    labels = torch.full(shape, IGNORED_LABEL)
+    targets = torch.full(shape, IGNORED_LABEL)
     position_ids = torch.empty(shape, dtype=torch.long)
     for index, row in enumerate(rows):
         length = len(row["input_ids"])
         input_ids[index, :length] = torch.as_tensor(row["input_ids"])
-        labels[index, :length] = torch.as_tensor(row["labels"])
+        targets[index, :length] = shifted_labels(torch.as_tensor(row["labels"]))
         documents = [*row["seq_lengths"], tokens - length]
         position_ids[index] = torch.cat([torch.arange(length) for length in documents])
     signals = {name: _padded([torch.as_tensor(row[name]) for row in rows], tokens) for name in signal_columns}
-    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, **signals}
+    return {"input_ids": input_ids, "targets": targets, "position_ids": position_ids, **signals}
 
 
 def _padded(signals: Sequence[Shaped[Tensor, "_ width"]], tokens: int) -> Shaped[Tensor, "batch tokens width"]:

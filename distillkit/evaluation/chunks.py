@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distillkit.distribution import Distribution, at_least_float32
-from distillkit.losses.labels import counted_rows, shifted_labels
+from distillkit.losses.labels import counted_rows
 from distillkit.models.chunked_logits import ChunkedHead, chunk_tokens_within
 from distillkit.models.decoder import decode, head
 from distillkit.teacher import SignalRequest, Teacher
@@ -71,7 +71,7 @@ class ModelPair:
         return PairOutputs(
             self._chunks(
                 hidden.flatten(0, 1)[rows],
-                shifted_labels(batch["labels"]).flatten()[rows],
+                batch["targets"].flatten()[rows],
                 None if signal is None else signal.distribution(rows),
             ),
             ((student.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows]) for student, teacher in pairs),
@@ -114,7 +114,7 @@ def counted_batches(
     """Batches on the device with the indices of their counted rows, until there are `num_tokens` of these."""
     left = num_tokens
     for batch in batches:
-        rows = counted_rows(batch["labels"])[:left]
+        rows = counted_rows(batch["targets"])[:left]
         yield {name: tensor.to(device) for name, tensor in batch.items()}, rows.to(device)
         left -= len(rows)
         if left <= 0:

@@ -64,8 +64,8 @@ def measure_divergence(
     Args:
         teacher: for a captured one, batches have its columns; None: only the student's perplexity is measured.
         student: a causal language model of any dtype.
-        batches: with `input_ids`, `position_ids` (starting again at each document) and `labels` (-100: not counted,
-            among them each document's first token), each [batch, tokens].
+        batches: with `input_ids`, `position_ids` (starting again at each document) and `targets` (-100: not counted,
+            among them each document's last token), each [batch, tokens].
         vocabulary_size: columns to which both models' logits are cut, where the heads are padded differently.
         student_autocast: dtype of the student's matrix products, where its parameters are float32 masters.
         chunk_tokens: tokens whose logits exist at once; by default as many as fit in 256 MiB.

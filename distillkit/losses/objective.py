@@ -1,6 +1,6 @@
 """The objective of training: the weighted mean of `loss_functions`, over one batch at a time.
 
-All losses use one mask. Position t predicts token t + 1, so the labels are shifted once, and the counted rows
+All losses use one mask: targets say what each position predicts, and whether it counts. The counted rows
 (positions of the flattened batch) are computed once; losses of logits, hidden states and attention outputs count only
 these. Sums are divided by the count of the whole optimizer step, which the caller passes: then the gradients of the
 micro-batches of a step add up to those of the undivided batch.
@@ -31,7 +31,7 @@ from distillkit.losses.functions import (
     RANKING_LOSSES,
     masked_totals,
 )
-from distillkit.losses.labels import counted_mask, counted_rows, shifted_labels
+from distillkit.losses.labels import IGNORED_LABEL, counted_rows
 from distillkit.losses.layers import ModelShape, check_attention, layer_pairs
 from distillkit.losses.ranking import preference_pair_counts
 from distillkit.losses.vocabulary_head import (
@@ -132,11 +132,11 @@ class Objective(nn.Module):
         return bool(self.terms or self.hidden_terms)
 
     def preference_pairs(
-        self, labels: Int[Tensor, "batch tokens"], teacher_distribution: DistributionOfRows, chunk_tokens: int = 1024
+        self, targets: Int[Tensor, "batch tokens"], teacher_distribution: DistributionOfRows, chunk_tokens: int = 1024
     ) -> dict[str, Float[Tensor, ""]]:
         """The preference pairs of this batch, per ranking loss; summed over a step's batches, `forward` takes them."""
-        rows = counted_rows(labels)
-        totals = {term.name: torch.zeros((), device=labels.device) for term in self.ranking_terms}
+        rows = counted_rows(targets)
+        totals = {term.name: torch.zeros((), device=targets.device) for term in self.ranking_terms}
         if totals:
             chunks = teacher_distribution(rows)
             for start in range(0, len(rows), chunk_tokens):
@@ -152,7 +152,7 @@ class Objective(nn.Module):
         final_hidden_states: Float[Tensor, "batch tokens width"] | None,
         head_weight: Float[Tensor, "vocab width"],
         head_bias: Float[Tensor, " vocab"] | None,
-        labels: Int[Tensor, "batch tokens"],
+        targets: Int[Tensor, "batch tokens"],
         teacher_distribution: DistributionOfRows | None,
         student_hidden_states: Mapping[int, Float[Tensor, "batch tokens width"]],
         teacher_hidden_states: Mapping[int, Float[Tensor, "batch tokens teacher_width"]],
@@ -162,16 +162,16 @@ class Objective(nn.Module):
     ) -> ObjectiveResult:
         """The loss of one (micro-)batch: Σ over losses of weight · sum / count of the whole optimizer step.
 
-        `labels` are not shifted; -100 where the loss must not count. `teacher_distribution(rows)` gives the teacher
-        distributions of rows of the flattened batch. `normalizer` is the number of counted tokens in the step.
+        `targets`: what each position predicts; -100 where the loss must not count. `teacher_distribution(rows)` gives
+        the teacher distributions of rows of the flattened batch. `normalizer`: the counted tokens of the step.
         Ranking losses are divided by `preference_pairs`, the number of pairs, instead (ValueError without it).
         `aligned_layers` are those of `attention_layers`. Losses of attention outputs need no other states.
         """
         if self.ranking_terms and preference_pairs is None:
             raise ValueError("ranking losses need preference_pairs, the pairs in the whole optimizer step")
-        counted = counted_mask(labels)
+        counted = targets.flatten() != IGNORED_LABEL
         rows = counted.nonzero().squeeze(-1)
-        loss = torch.zeros((), device=labels.device)
+        loss = torch.zeros((), device=targets.device)
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
         if self.terms:
@@ -181,7 +181,7 @@ class Objective(nn.Module):
                 final_hidden_states.flatten(0, 1).index_select(0, rows),
                 head_weight,
                 head_bias,
-                shifted_labels(labels).flatten()[rows],
+                targets.flatten()[rows],
                 teacher_distribution(rows) if teacher_distribution is not None else None,
                 self.terms,
                 normalizers,

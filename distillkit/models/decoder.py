@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distillkit.config.errors import UserError
+from distillkit.models.divided_rows import DIVIDED, divided_rows
 from distillkit.models.finite import HALF, is_finite
 from distillkit.models.hidden_states import HiddenStateTaps
 from distillkit.models.recorder import Call, recorded
@@ -46,10 +47,11 @@ def decoder_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments of `model.get_decoder()` for packed documents: rows as they are, or laid end to end in one."""
     implementation, boundaries = model.config._attn_implementation or "", {}
-    if "flash" in implementation or implementation == VARLEN:
+    varlen = implementation == VARLEN or (implementation == DIVIDED and divided_rows() is None)
+    if "flash" in implementation or varlen:
         # Both look for documents in a single row only, and a row is as good as a document.
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-    if implementation == VARLEN:
+    if varlen:
         cu_seqlens, longest = document_boundaries(position_ids)
         boundaries = {"cu_seq_lens_q": cu_seqlens, "max_length_q": longest}
     return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **boundaries}

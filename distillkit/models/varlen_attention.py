@@ -145,7 +145,7 @@ def _by_document(
     return torch.cat(outputs)
 
 
-def _varlen_mask(
+def varlen_mask(
     batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
     """The mask that SDPA would get; none for one row without padding, where boundaries do its work."""
@@ -155,4 +155,4 @@ def _varlen_mask(
 
 
 AttentionInterface.register(VARLEN, varlen_attention)
-AttentionMaskInterface.register(VARLEN, _varlen_mask)
+AttentionMaskInterface.register(VARLEN, varlen_mask)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from distillkit.config import LossConfig, RunConfig
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
 from distillkit.distribution import Distribution, SparseDistribution
+from distillkit.losses.labels import shifted_labels
 from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from distillkit.models.attention import trained_attention
 from distillkit.models.chunked_logits import chunk_tokens_within
@@ -232,7 +233,7 @@ def _batch(rows: int, tokens: int) -> dict[str, Tensor]:
     """Every row is one document and every token counts: the micro-batch of this size that costs most."""
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
     position_ids = torch.arange(tokens).repeat(rows, 1)
-    return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}
+    return {"input_ids": input_ids, "position_ids": position_ids, "targets": shifted_labels(input_ids)}
 
 
 def _padding(model: PreTrainedModel, ledger: Ledger, kind: str, cuda: bool) -> list[Tensor]:

@@ -63,6 +63,7 @@ FREE_TO_CHANGE = (
 """Beginnings of the keys that do not matter to the weights."""
 
 _MICRO_BATCHES = ("training_args.per_device_train_batch_size", "training_args.gradient_accumulation_steps")
+_CONTEXT = "parallel.context"
 
 
 @dataclass(frozen=True)
@@ -242,11 +243,12 @@ def changed_keys(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Keys that matter to the weights and are not as they were: each with its value now and then.
 
-    former_processes: where they are known, and another number of them reads as many rows in a step, it may do so in
-    other micro-batches: these are the same rows in the same order.
+    former_processes: where they are known, and another number of them, or of groups that share rows, reads as many rows
+    in a step, it may do so in other micro-batches: these are the same rows in the same order.
     """
     now, then = dict(_flat(kept_config(config))), dict(_flat(_completed(former)))
-    if former_processes is not None and former_processes != processes():
+    readers = processes() // now.get(_CONTEXT, 1)
+    if former_processes is not None and former_processes // then.get(_CONTEXT, 1) != readers:
         step_now, step_then = _rows_of_step(now, processes()), _rows_of_step(then, former_processes)
         if step_now != step_then:
             yield _MICRO_BATCHES[1], f"{step_now} rows in a step", f"{step_then} rows in a step"
@@ -262,7 +264,7 @@ def changed_keys(
 def _rows_of_step(flat: dict[str, Any], processes: int) -> int:
     """Rows that all processes together read for a step of the optimizer. Trainer's defaults are 8 and 1."""
     size, accumulated = (flat.get(key, default) for key, default in zip(_MICRO_BATCHES, (8, 1), strict=True))
-    return int(size * accumulated * processes)
+    return int(size * accumulated * processes // flat.get(_CONTEXT, 1))
 
 
 def _completed(former: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class ServedTeacher(Teacher):
 
     @torch.no_grad()
     def signal(self, batch: Mapping[str, Tensor], request: SignalRequest = DISTRIBUTION) -> TeacherSignal:
-        """From the batch's `input_ids`, `position_ids` and `labels`. Raises ValueError for all but distributions.
+        """From the batch's `input_ids`, `position_ids` and `targets`. Raises ValueError for all but distributions.
 
         Raises UserError, once a distribution is read, where the server has not answered in time, or not as asked.
         """
@@ -215,16 +215,16 @@ def _ranked(entry: tuple[str, dict[str, Any]]) -> tuple[int, int, float]:
 
 def _documents(batch: Mapping[str, Tensor]) -> Iterator[_Document]:
     """Documents in which a token counts that has others before it."""
-    rows = zip(*(batch[name].tolist() for name in ("input_ids", "position_ids", "labels")), strict=True)
+    rows = zip(*(batch[name].tolist() for name in ("input_ids", "position_ids", "targets")), strict=True)
     width = batch["input_ids"].shape[1]
-    for index, (ids, positions, labels) in enumerate(rows):
+    for index, (ids, positions, targets) in enumerate(rows):
         if positions and positions[0] != 0:
             raise ValueError("a row begins within a document, which a served teacher cannot read")
         starts = [place for place, position in enumerate(positions) if position == 0]
         for start, end in zip(starts, [*starts[1:], width], strict=True):
-            counted = [place for place in range(start + 1, end) if labels[place] != IGNORED_LABEL]
+            counted = [place for place in range(start, end) if targets[place] != IGNORED_LABEL]
             if counted:
-                yield _Document(index * width + start, tuple(ids[start : counted[-1] + 1]))
+                yield _Document(index * width + start, tuple(ids[start : counted[-1] + 2]))
 
 
 def open_served(

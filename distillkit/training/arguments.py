@@ -86,7 +86,7 @@ def build_training_arguments(
         "output_dir": str(output_path),
         "project": project_name,
         "remove_unused_columns": False,
-        "label_names": ["labels"],
+        "label_names": ["targets"],
         "include_num_input_tokens_seen": "no",  # the trainer counts real tokens itself
         "disable_tqdm": True,
         "push_to_hub": False,  # `training.hub` uploads the folder when everything in it is written

@@ -15,7 +15,6 @@ import torch
 import xxhash
 from datasets import Dataset
 from rich.console import Console
-from transformers import Trainer
 
 from distillkit.config.errors import UserError
 from distillkit.console import print_line
@@ -24,6 +23,7 @@ from distillkit.formatting import token_text
 from distillkit.runs.folder import PhaseFolder
 from distillkit.training.origins import settle
 from distillkit.training.parallel import main_process_first
+from distillkit.training.trainer import DistillationTrainer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Schedule:
         return f"{self.steps:,} steps, {token_text(self.tokens)} tokens, {self.times:.3g} times through the data"
 
 
-def set_steps(trainer: Trainer, rows: Dataset, budget: int | None, folder: PhaseFolder, console: Console) -> Schedule:
+def set_steps(
+    trainer: DistillationTrainer, rows: Dataset, budget: int | None, folder: PhaseFolder, console: Console
+) -> Schedule:
     """Give the trainer the steps of a budget in tokens, or take those that it has; kept in `run.json`.
 
     Raises `UserError` where there are fewer rows than a batch has, and incomplete batches are dropped.
@@ -80,13 +82,13 @@ def steps_of_budget(tokens_of_steps: Iterator[int], budget: int) -> tuple[int, i
     return max(steps, 1), tokens
 
 
-def tokens_of_steps(trainer: Trainer, lengths: np.ndarray) -> Iterator[int]:
+def tokens_of_steps(trainer: DistillationTrainer, lengths: np.ndarray) -> Iterator[int]:
     """Real tokens of one step after the other, without end, from the first that the trainer makes; over all ranks."""
     loader, accumulated = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
     for epoch in itertools.count():
         loader.set_epoch(epoch)
         ours = torch.tensor([int(lengths[indices].sum()) for indices in loader.batch_sampler])
-        batches = trainer.accelerator.reduce(ours.to(trainer.args.device), "sum").tolist()
+        batches = trainer.of_all_rows(ours.to(trainer.args.device)).tolist()
         if not batches:
             return
         for start in range(0, len(batches), accumulated):

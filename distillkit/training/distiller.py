@@ -48,7 +48,7 @@ class Distiller(nn.Module):
         self,
         input_ids: Int[Tensor, "batch tokens"],
         position_ids: Int[Tensor, "batch tokens"],
-        labels: Int[Tensor, "batch tokens"],
+        targets: Int[Tensor, "batch tokens"],
         normalizer: Tensor,
         preference_pairs: dict[str, Tensor] | None = None,
         signal: TeacherSignal | None = None,
@@ -56,7 +56,7 @@ class Distiller(nn.Module):
         """The losses of a batch.
 
         Args:
-            input_ids, position_ids, labels: as `distillkit.data` collates them.
+            input_ids, position_ids, targets: as `distillkit.data` collates them.
             normalizer: counted tokens of the whole optimizer step.
             preference_pairs: preference pairs of the whole optimizer step, per ranking loss.
             signal: the teacher's outputs for this batch; None where no loss needs them.
@@ -76,7 +76,7 @@ class Distiller(nn.Module):
             final,
             weight,
             bias,
-            labels,
+            targets,
             None if signal is None else signal.distribution,
             states,
             {} if signal is None else signal.hidden_states,

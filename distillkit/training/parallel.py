@@ -9,7 +9,7 @@ processes must do the same forward passes.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from distillkit.config import UserError
 from distillkit.config.parallel import ParallelConfig
 from distillkit.console import FAILED, USAGE_ERROR
+from distillkit.models.divided_rows import whole_rows
 from distillkit.training.distiller import Distiller
 
 Result = TypeVar("Result")
@@ -87,7 +88,8 @@ def _parts(distiller: Distiller) -> Iterable[nn.Module]:
 
 def within(distiller: Distiller, work: Callable[[], Result]) -> Result:
     """What `work` returns, which uses the student outside of a training step. All processes do it."""
-    result: Result = distiller.within(work)
+    with whole_rows():
+        result: Result = distiller.within(work)
     if isinstance(distiller, FSDPModule):
         distiller.reshard()
     return result
@@ -108,11 +110,6 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     others = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     return {name: tensor for name, tensor in state.items() if name not in others and isinstance(tensor, Tensor)}
-
-
-def divide_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """This process's part of a batch that it has read: all of it."""
-    return batch
 
 
 def main_process_first(arguments: TrainingArguments, work: Callable[[], Result]) -> Result:

@@ -191,6 +191,7 @@ def _trainer(
         signal_request(objective, top_k=top_k, vocabulary_size=models.vocabulary_size),
         weights_dtype=compute_dtype(context.arguments.trainer),
         divergence=measure,
+        context=models.context,
         args=context.arguments.trainer,
         train_dataset=TensorRows(train_rows, teacher.columns),
         eval_dataset=None if held_out is None else held_out.rows,

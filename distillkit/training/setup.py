@@ -34,6 +34,7 @@ from distillkit.student.mixers.registry import check_linear_mixer
 from distillkit.teacher import Teacher
 from distillkit.teacher.opening import captured_tokenizer, open_teacher
 from distillkit.training.arguments import Arguments
+from distillkit.training.context import Context, context_of, divide_rows_of
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_but
@@ -53,6 +54,8 @@ class Models:
     """Tokens that both models know."""
     mesh: Mesh
     """Over which the student is still to be divided."""
+    context: Context | None
+    """The processes that share rows."""
     embedding_rows: int
     """Rows of the student's embeddings before these grew."""
     freezing: Freezing
@@ -67,7 +70,7 @@ def load_models(
 ) -> Models:
     """Load what a run needs. The student of a resumed run comes from its checkpoint, float32 masters and all."""
     trainer, techniques = arguments.trainer, arguments.techniques
-    mesh = mesh_of(config.parallel, trainer)
+    mesh, context = mesh_of(config.parallel, trainer), context_of(config.parallel, trainer)
     model = _load_teacher(config, folder, trainer, console, mesh)
     tokenizer, teachers_tokenizer = _load_tokenizers(config)
     teacher = open_teacher(config, model, tokenizer)
@@ -89,12 +92,14 @@ def load_models(
     if align_attention_alone(config.loss_functions):
         freezing = _freeze_all_but_attention(student, freezing, console)
     student = place_student(student, trainer, mesh)
-    if config.use_flash_attention and config.model_kwargs.get("attn_implementation") != "sdpa":
+    if context is not None:
+        divide_rows_of(student, "model")
+    elif config.use_flash_attention and config.model_kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(student, dtype)
     if techniques.gradient_checkpointing:
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     vocabulary_size = common_vocabulary(teacher.vocabulary_size, student, tokenizer, teachers_tokenizer)
-    return Models(teacher, student, tokenizer, vocabulary_size, mesh, embedding_rows, freezing)
+    return Models(teacher, student, tokenizer, vocabulary_size, mesh, context, embedding_rows, freezing)
 
 
 def build_distiller(config: RunConfig, models: Models, arguments: TrainingArguments) -> Distiller:
@@ -155,7 +160,7 @@ def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArgume
     # A checkpoint of the student lies elsewhere than the student itself.
     unused = ("torch_dtype", "dtype", *(() if str(path) == config.model else ORIGIN_KWARGS))
     kwargs: dict[str, Any] = {name: value for name, value in config.model_kwargs.items() if name not in unused}
-    if _wants_flash_attention(config, arguments):
+    if _wants_flash_attention(config, arguments) and (config.parallel is None or config.parallel.context == 1):
         kwargs.setdefault("attn_implementation", "flash_attention_2")
     return load_model(
         path,
@@ -196,7 +201,9 @@ def _load_teacher(
         model = offload_layers(model, arguments.device)
     elif "device_map" not in options and teacher.quantization is None:
         model = place_teacher(model, arguments, mesh)
-    if config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":
+    if config.parallel is not None and config.parallel.context > 1:
+        divide_rows_of(model, "teacher.path")
+    elif config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(model, model.dtype)
     check_head(model, "teacher.path")
     return model

@@ -32,13 +32,14 @@ from transformers.trainer import SCHEDULER_NAME
 
 from distillkit.config import UserError
 from distillkit.evaluation.divergence import Divergence
-from distillkit.losses.labels import IGNORED_LABEL, shifted_labels
+from distillkit.losses.labels import IGNORED_LABEL
 from distillkit.runs import checkpoints
 from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
+from distillkit.training.context import Context
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.optimizers import protect_updates
-from distillkit.training.parallel import divide_batch, is_divided, whole_state
+from distillkit.training.parallel import is_divided, whole_state
 from distillkit.training.saving import save_student
 
 PROJECTIONS = "projections.safetensors"
@@ -55,6 +56,7 @@ class DistillationTrainer(Trainer):
         request: what the teacher gives for each batch.
         weights_dtype: the dtype that saved students declare.
         divergence: measures the student, for `eval_strategy`; None without held-out text.
+        context: the processes that share rows; None where each reads rows of its own.
         others: as for Trainer. Batches are those of `training.batches.Collator`.
     """
 
@@ -69,6 +71,7 @@ class DistillationTrainer(Trainer):
         *,
         weights_dtype: torch.dtype,
         divergence: Callable[[], Divergence] | None = None,
+        context: Context | None = None,
         **others: Any,
     ) -> None:
         super().__init__(model=distiller, **others)
@@ -79,6 +82,8 @@ class DistillationTrainer(Trainer):
         self.request = request
         self.weights_dtype = weights_dtype
         self.divergence = divergence
+        self.context = context
+        self.accelerator.state.device_mesh = None if context is None else context.mesh  # the data loader's
         self._window = _LogWindow()
         self._unread_tokens = torch.zeros((), dtype=torch.long)
         self._preference_pairs: dict[str, Tensor] = {}
@@ -92,12 +97,9 @@ class DistillationTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and the counted tokens of all of them on all ranks."""
         batches = self._next_batches(epoch_iterator, num_batches)
-        counts = [
-            torch.stack([(shifted_labels(batch["labels"]) != IGNORED_LABEL).sum(), batch["lengths"].sum()])
-            for batch in batches
-        ]
+        counts = [torch.stack([(batch["targets"] != IGNORED_LABEL).sum(), batch["lengths"].sum()]) for batch in batches]
         self._step_batches = batches
-        counted, tokens = self._over_ranks((torch.stack(counts).sum(0) if counts else torch.zeros(2)).to(device))
+        counted, tokens = self.of_all_rows((torch.stack(counts).sum(0) if counts else torch.zeros(2)).to(device))
         self._preference_pairs = self._count_preference_pairs(batches)
         self._window.begin(self.state.num_input_tokens_seen)
         self._unread_tokens = self._unread_tokens + tokens
@@ -127,7 +129,7 @@ class DistillationTrainer(Trainer):
         if signal is None and self.teacher is not None:
             signal = self.teacher.signal(inputs, self.request)
         output: DistillerOutput = model(
-            **{name: inputs[name] for name in ("input_ids", "position_ids", "labels")},
+            **{name: inputs[name] for name in ("input_ids", "position_ids", "targets")},
             normalizer=num_items_in_batch,
             preference_pairs=self._preference_pairs,
             signal=signal,
@@ -143,7 +145,8 @@ class DistillationTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """A micro-batch on this process's device, or its part of it."""
-        return divide_batch(super()._prepare_inputs(inputs))
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.context is None else self.context.part_of(inputs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer by name. Raises UserError where it needs a package that is not there."""
@@ -210,6 +213,10 @@ class DistillationTrainer(Trainer):
     def _over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
 
+    def of_all_rows(self, counts: Tensor) -> Tensor:
+        """The sum of what each process counted in the rows that it has read, those that several read once."""
+        return self._over_ranks(counts) // (1 if self.context is None else self.context.size)
+
     def _count_preference_pairs(self, batches: list[Any]) -> dict[str, Tensor]:
         """Ranking losses are divided by the preference pairs of the whole step, which depend on the teacher alone.
 
@@ -222,7 +229,7 @@ class DistillationTrainer(Trainer):
         for batch in map(self._prepare_inputs, batches):
             signal = self.teacher.signal(batch, self.request)
             self._kept_signal = signal if len(batches) == 1 else None
-            for name, pairs in objective.preference_pairs(batch["labels"], signal.distribution).items():
+            for name, pairs in objective.preference_pairs(batch["targets"], signal.distribution).items():
                 totals[name] = totals.get(name, torch.zeros_like(pairs)) + pairs
         return {name: self._over_ranks(pairs) for name, pairs in totals.items()}
 

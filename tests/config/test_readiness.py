@@ -1,5 +1,6 @@
 """What is refused before a run starts: things that are not built, files that are not there."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def test_models_split_over_gpus_are_refused(name: str, shown: str, monkeypatch: 
         ({"shard": 4, "replicate": 2}, 8, (2, 4)),
         ({"shard": 4}, 8, "shard 4 × replicate 1 needs 4 processes, and there are 8"),
         ({"replicate": 3}, 8, "shard auto × replicate 3 needs 6 processes, and there are 8"),
+        ({"context": 4}, 8, (1, 8)),
+        ({"context": 16}, 8, "16 does not divide the 8 processes"),
         ({"shard": 2}, 1, "needs 2 processes, and there are 1; start with torchrun --nproc-per-node 2"),
     ],
 )
@@ -80,7 +83,7 @@ def test_as_many_processes_as_parallel_says(
         check_processes(run)
         assert run.config.parallel.sizes(processes) == sizes
     else:
-        with pytest.raises(UserError, match=f"^parallel: .*{sizes}"):
+        with pytest.raises(UserError, match=rf"^parallel(\.context)?: .*{sizes}"):
             check_processes(run)
 
 
@@ -90,6 +93,24 @@ def test_what_parallel_cannot_divide_is_refused() -> None:
     bf16 = {"training_args": {"bf16": True}, "trained_weights": "bfloat16"}
     with pytest.raises(UserError, match=r"^trained_weights: parallel divides float32 weights only"):
         RunConfig.parse({**ONLINE, "parallel": {}, **bf16})
-    for wrong in ({"shard": 0}, {"shard": "all"}, {"replicate": "2"}, {"context": 2}):
+    for wrong in ({"shard": 0}, {"shard": "all"}, {"replicate": "2"}, {"context": 0}):
         with pytest.raises(UserError, match=r"^parallel\."):
             RunConfig.parse({**ONLINE, "parallel": wrong})
+
+
+FLASH = {"kwargs": {"attn_implementation": "flash_attention_2"}}
+SERVER = {"kind": "server", "url": "http://localhost:1/v1", "top_k": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"sequence_length": 510}, "sequence_length: 510 tokens have no 4 equal parts"),
+        ({"model_kwargs": FLASH["kwargs"]}, "model_kwargs.attn_implementation: must be sdpa"),
+        ({"teacher": ONLINE["teacher"] | FLASH}, "teacher.kwargs.attn_implementation: must be sdpa"),
+        ({"teacher": SERVER}, "parallel.context: a server reads whole rows"),
+    ],
+)
+def test_rows_that_cannot_be_divided_are_refused(changes: dict[str, Any], error: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(error)}"):
+        RunConfig.parse({**ONLINE, "parallel": {"context": 4}, **changes})

@@ -12,7 +12,7 @@ ROWS = [
 def test_positions_restart_at_each_document_and_at_the_padding():
     batch = collate(ROWS, pad_token_id=1, sequence_length=7)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 1], [4, 3, 1, 1, 1, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9, -100, -100], [-100] * 7]
+    assert batch["targets"].tolist() == [[6, 7, -100, 9, -100, -100, -100], [-100] * 7]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 1, 2, 3, 4]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 

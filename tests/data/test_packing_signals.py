@@ -133,7 +133,7 @@ def test_batches_hold_the_word_beside_each_token_and_zeros_in_the_padding():
         assert list(zip(first[:length], second[:length], strict=True)) == [word(token) for token in ids[:length]]
         assert not any(map(any, first[length:]))
     from_lists = collate(list(rows.rows.with_format(None)), pad_token_id=0, sequence_length=7, signal_columns=COLUMNS)
-    assert all(torch.equal(batch[name], from_lists[name]) for name in ("input_ids", "labels", "position_ids", "first"))
+    assert all(torch.equal(batch[name], from_lists[name]) for name in ("input_ids", "targets", "position_ids", "first"))
 
 
 def test_a_batch_of_16_rows_of_2048_tokens_is_read_in_a_fifth_of_a_second():

@@ -50,14 +50,14 @@ def batch(rows=4, tokens=6):
     labels[:, 0] = -100
     labels[0, 3:] = -100
     labels[2, 2] = -100
-    return ids, labels
+    return ids, shifted_labels(labels)
 
 
 def shape(model):
     return ModelShape(model.config.hidden_size, model.config.num_hidden_layers)
 
 
-def run(objective, student, teacher, ids, labels, normalizer, preference_pairs=None):
+def run(objective, student, teacher, ids, targets, normalizer, preference_pairs=None):
     """One pass of student and teacher, in eager words of what a trainer does."""
     final_norm = objective.taps_final_norm
     with (
@@ -72,12 +72,12 @@ def run(objective, student, teacher, ids, labels, normalizer, preference_pairs=N
     with HiddenStateTaps(student.model, objective.student_layers, final_norm=final_norm) as taps:
         hidden = student.model(ids).last_hidden_state
     if preference_pairs is None and objective.ranking_terms:
-        preference_pairs = objective.preference_pairs(labels, distribution)
+        preference_pairs = objective.preference_pairs(targets, distribution)
     return objective(
         hidden,
         student.lm_head.weight,
         None,
-        labels,
+        targets,
         distribution,
         taps.states,
         teacher_taps.states,
@@ -87,22 +87,22 @@ def run(objective, student, teacher, ids, labels, normalizer, preference_pairs=N
 
 
 def test_labels_are_shifted_and_the_last_position_predicts_nothing():
-    labels = torch.tensor([[-100, 4, 5, -100, 7]])
-    assert shifted_labels(labels).tolist() == [[4, 5, -100, 7, -100]]
-    assert counted_rows(labels).tolist() == [0, 1, 3]
+    targets = shifted_labels(torch.tensor([[-100, 4, 5, -100, 7]]))
+    assert targets.tolist() == [[4, 5, -100, 7, -100]]
+    assert counted_rows(targets).tolist() == [0, 1, 3]
 
 
 def test_equals_the_weighted_mean_written_out():
     student, teacher = llama(seed=0), llama(seed=1)
-    ids, labels = batch()
+    ids, targets = batch()
     objective = Objective(FLAGSHIP, "all", shape(student), shape(teacher), chunk_tokens=3)
-    tokens = len(counted_rows(labels))
-    result = run(objective, student, teacher, ids, labels, tokens)
+    tokens = len(counted_rows(targets))
+    result = run(objective, student, teacher, ids, targets, tokens)
 
-    mask = labels[:, 1:].flatten() != -100
+    mask = targets[:, :-1].flatten() != -100
     outputs, teacher_outputs = (model(ids, output_hidden_states=True) for model in (student, teacher))
     logits, teacher_logits = (x.logits[:, :-1].flatten(0, 1) for x in (outputs, teacher_outputs))
-    cross_entropy = F.cross_entropy(logits[mask], labels[:, 1:].flatten()[mask])
+    cross_entropy = F.cross_entropy(logits[mask], targets[:, :-1].flatten()[mask])
     said = DenseDistribution(teacher_logits.detach())
     kl = reduce(*DISTRIBUTION_LOSSES["kl"](logits, said, None, temperature=2.0), mask)
     with HiddenStateTaps(student.model, [1, 2, 3], final_norm=False) as taps:
@@ -129,19 +129,19 @@ def test_equals_the_weighted_mean_written_out():
 @pytest.mark.parametrize("mapping", ["all", [(0, 0), (1, 2), (3, 3)]], ids=["all", "pairs"])
 def test_a_step_does_not_depend_on_its_micro_batches(mapping, cuts):
     student, teacher = llama(seed=0), llama(seed=1)
-    ids, labels = batch()
+    ids, targets = batch()
     objective = Objective(EVERYTHING, mapping, shape(student), shape(teacher), chunk_tokens=3)
-    tokens = len(counted_rows(labels))
+    tokens = len(counted_rows(targets))
     with torch.no_grad():
         logits = teacher(ids).logits.flatten(0, 1)
-    pairs = objective.preference_pairs(labels, lambda rows: lambda chunk: DenseDistribution(logits[rows[chunk]]), 2)
-    whole = run(objective, student, teacher, ids, labels, tokens, pairs)
+    pairs = objective.preference_pairs(targets, lambda rows: lambda chunk: DenseDistribution(logits[rows[chunk]]), 2)
+    whole = run(objective, student, teacher, ids, targets, tokens, pairs)
     whole.loss.backward()
     expected = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
     loss, sums, counts = 0.0, 0.0, 0.0
-    for some_ids, some_labels in zip(ids.chunk(cuts), labels.chunk(cuts), strict=True):
-        part = run(objective, student, teacher, some_ids, some_labels, tokens, pairs)
+    for some_ids, some_targets in zip(ids.chunk(cuts), targets.chunk(cuts), strict=True):
+        part = run(objective, student, teacher, some_ids, some_targets, tokens, pairs)
         part.loss.backward()
         loss += part.loss.detach()
         sums += part.sums["hinge"]
@@ -155,9 +155,9 @@ def test_a_step_does_not_depend_on_its_micro_batches(mapping, cuts):
 
 def test_a_batch_in_which_nothing_counts_gives_zero_and_zero_gradients():
     student, teacher = llama(seed=0), llama(seed=1)
-    ids, labels = batch()
+    ids, targets = batch()
     objective = Objective(EVERYTHING, "all", shape(student), shape(teacher))
-    result = run(objective, student, teacher, ids, torch.full_like(labels, -100), 0)
+    result = run(objective, student, teacher, ids, torch.full_like(targets, -100), 0)
     result.loss.backward()
     assert result.loss == 0
     assert all(torch.all(p.grad == 0) for p in student.parameters())
@@ -165,9 +165,9 @@ def test_a_batch_in_which_nothing_counts_gives_zero_and_zero_gradients():
 
 def test_the_teachers_word_on_an_uncounted_position_counts_nowhere():
     student, teacher = llama(seed=0), llama(seed=1)
-    ids, labels = batch()
+    ids, targets = batch()
     objective = Objective(EVERYTHING, [(1, 1)], shape(student), shape(teacher))
-    counted = torch.zeros(ids.numel(), dtype=torch.bool).index_fill(0, counted_rows(labels), True)
+    counted = torch.zeros(ids.numel(), dtype=torch.bool).index_fill(0, counted_rows(targets), True)
     with torch.no_grad():
         hidden = student.model(ids).last_hidden_state
         logits = teacher(ids).logits.flatten(0, 1)
@@ -186,12 +186,12 @@ def test_the_teachers_word_on_an_uncounted_position_counts_nowhere():
             spoiled(hidden),
             student.lm_head.weight,
             None,
-            labels,
+            targets,
             distribution,
             {1: spoiled(states)},
             {1: spoiled(states.flip(0))},
             7,
-            objective.preference_pairs(labels, distribution),
+            objective.preference_pairs(targets, distribution),
         ).loss
 
     assert torch.equal(loss(noise=0.0), loss(noise=10.0))
@@ -199,16 +199,16 @@ def test_the_teachers_word_on_an_uncounted_position_counts_nowhere():
 
 def test_another_width_and_depth_learn_projections():
     student, teacher = llama(hidden_size=12, layers=2), llama(hidden_size=16, layers=4, seed=1)
-    ids, labels = batch()
+    ids, targets = batch()
     pairs = [(0, 0), (1, 2), (2, 4)]
     objective = Objective(FLAGSHIP, pairs, shape(student), shape(teacher)).double()
     assert [tuple(p.weight.shape) for p in objective.projections] == [(16, 12)] * 3
     assert objective.student_layers == [0, 1, 2] and objective.teacher_layers == [0, 2, 4]
-    result = run(objective, student, teacher, ids, labels, 7)
+    result = run(objective, student, teacher, ids, targets, 7)
     result.loss.backward()
     assert all(p.grad.norm() > 0 for p in objective.parameters())
 
-    mask = shifted_labels(labels) != -100
+    mask = targets != -100
     outputs, teacher_outputs = (model(ids, output_hidden_states=True) for model in (student, teacher))
     expected = [
         HIDDEN_STATE_LOSSES["hs_cosine"](
@@ -239,17 +239,17 @@ def test_hidden_state_losses_keep_nothing_but_their_inputs():
 
 def test_works_in_bfloat16_under_autocast_and_without_gradients():
     student, teacher = llama(hidden_size=12).float(), llama(seed=1).float()
-    ids, labels = batch()
+    ids, targets = batch()
     objective = Objective(EVERYTHING, "all", shape(student), shape(teacher))
-    exact = run(objective, student, teacher, ids, labels, 7)
+    exact = run(objective, student, teacher, ids, targets, 7)
     with torch.autocast("cpu", torch.bfloat16):
-        result = run(objective, student, teacher, ids, labels, 7)
+        result = run(objective, student, teacher, ids, targets, 7)
     result.loss.backward()
     assert result.loss.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in [*student.parameters(), *objective.parameters()])
     torch.testing.assert_close(result.loss, exact.loss, rtol=2e-2, atol=2e-2)
     with torch.no_grad():
-        evaluated = run(objective, student, teacher, ids, labels, 7)
+        evaluated = run(objective, student, teacher, ids, targets, 7)
     torch.testing.assert_close(evaluated.loss, exact.loss.detach())
 
 
@@ -257,10 +257,12 @@ def test_cross_entropy_alone_needs_no_teacher():
     objective = Objective(FLAGSHIP[:1])
     assert not objective.needs_teacher and Objective(FLAGSHIP[:2]).needs_teacher
     student = llama()
-    ids, labels = batch()
+    ids, targets = batch()
     hidden = student.model(ids).last_hidden_state
-    result = objective(hidden, student.lm_head.weight, None, labels, None, {}, {}, len(counted_rows(labels)))
-    torch.testing.assert_close(result.loss.float(), student(ids, labels=labels).loss)
+    result = objective(hidden, student.lm_head.weight, None, targets, None, {}, {}, len(counted_rows(targets)))
+    torch.testing.assert_close(
+        result.loss.float(), student(ids, labels=F.pad(targets[:, :-1], (1, 0), value=-100)).loss
+    )
 
 
 def test_weights_are_shares_and_a_repeated_function_has_a_number():
@@ -277,9 +279,9 @@ def test_weights_are_shares_and_a_repeated_function_has_a_number():
 def test_ranking_losses_ask_for_the_pairs_of_the_step():
     student = llama()
     objective = Objective([LossConfig(function="hinge", weight=1)])
-    ids, labels = batch()
+    ids, targets = batch()
     with pytest.raises(ValueError, match="preference_pairs"):
-        objective(student.model(ids).last_hidden_state, student.lm_head.weight, None, labels, None, {}, {}, 7)
+        objective(student.model(ids).last_hidden_state, student.lm_head.weight, None, targets, None, {}, {}, 7)
 
 
 @pytest.mark.parametrize(

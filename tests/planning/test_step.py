@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from distillkit.conversion.convert import student_on_meta
-from distillkit.losses import Objective
+from distillkit.losses import Objective, shifted_labels
 from distillkit.planning.meta_models import student_config, student_model, teacher_on_meta
 from distillkit.planning.settings import Settings
 from distillkit.planning.step import COMPILED, chunk_tokens, simulate_step
@@ -77,7 +77,7 @@ def real_step(config, family):
     distiller = Distiller(student, objective).train()
     ids = torch.randint(512, (settings.batch_size, config.sequence_length))
     positions = torch.arange(config.sequence_length).repeat(settings.batch_size, 1)
-    batch = {"input_ids": ids, "position_ids": positions, "labels": ids}
+    batch = {"input_ids": ids, "position_ids": positions, "targets": shifted_labels(ids)}
     dtype = settings.compute_dtype
     with LiveBytes() as live:
         signal = teacher.signal(batch, request)
@@ -133,7 +133,7 @@ def test_what_autograd_saves_is_what_is_kept():
         return tensor
 
     ids = torch.randint(512, (2, 256))
-    batch = {"input_ids": ids, "position_ids": torch.arange(256).repeat(2, 1), "labels": ids}
+    batch = {"input_ids": ids, "position_ids": torch.arange(256).repeat(2, 1), "targets": shifted_labels(ids)}
     distiller = Distiller(student, Objective(config.loss_functions, None)).train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         output = distiller(**batch, normalizer=torch.ones(()))

@@ -141,12 +141,12 @@ def test_kernels_equal_the_equation(head_dim, gate_lower_bound, dtype, tolerance
         *sequence, state = leaves.values()
         documents = Documents.from_boundaries(boundaries, state.device)
         found = with_gradients(
-            *layer._attend_with_kernels(sequence, state, documents, True),
+            *layer._attend_with_kernels(sequence, [layer.A_log, layer.dt_bias], state, documents, True),
             leaves | {"A_log": layer.A_log, "dt_bias": layer.dt_bias},
         )
         assert_near(found, expected, tolerance)
         with torch.no_grad():
-            output, state = layer._attend_with_kernels(sequence, state, documents, True)
+            output, state = layer._attend_with_kernels(sequence, [layer.A_log, layer.dt_bias], state, documents, True)
         assert_near(
             {"output": output, "state": state}, {name: expected[name] for name in ("output", "state")}, tolerance
         )

@@ -82,13 +82,13 @@ def test_the_divergence_from_it_is_over_what_was_stored_and_the_rest(teacher_mod
         )
     kl = agreement = nll = 0.0
     tokens = 0
-    for index, position in (stored["labels"][:, 1:] != -100).nonzero().tolist():
+    for index, position in (stored["targets"] != -100).nonzero().tolist():
         top = p[index, position].topk(K)
         theirs, ours = top.values.exp(), q[index, position][top.indices].exp()
         kl += float((theirs * (theirs / ours).log()).sum())
         kl += (1 - float(theirs.sum())) * math.log((1 - float(theirs.sum())) / (1 - float(ours.sum())))
         agreement += float(top.indices[0] == q[index, position].argmax())
-        nll -= float(q[index, position, stored["labels"][index, position + 1]])
+        nll -= float(q[index, position, stored["targets"][index, position]])
         tokens += 1
     measured = measure_divergence(CapturedTeacher(codec), student, [stored], num_tokens=100, chunk_tokens=5)
     assert measured.tokens == tokens
@@ -134,8 +134,8 @@ def test_a_strange_row_is_told_before_the_run_or_when_it_is_read(codec, stored, 
     assert read.ids.min() >= 0 and read.ids.max() < VOCAB
     with pytest.raises(UserError, match=r"a row that was read holds a token outside the vocabulary"):
         teacher.signal(stored)
-    columns = {name: damaged[name].tolist() for name in ("input_ids", "labels", *codec.columns)}
-    rows = Dataset.from_dict({**columns, "seq_lengths": [[12], [12]]})
+    columns = {name: damaged[name].tolist() for name in ("input_ids", *codec.columns)}
+    rows = Dataset.from_dict({**columns, "labels": columns["input_ids"], "seq_lengths": [[12], [12]]})
     with pytest.raises(UserError, match="rows: decoded as plain, row 1 holds "):
         CapturedTeacher(codec).check_rows(rows, "rows")
     CapturedTeacher(codec).check_rows(rows.select([0]), "rows")

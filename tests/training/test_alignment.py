@@ -61,7 +61,7 @@ def slow_reference(model, packed, normalizer=100.0):
         )
     mse, cosine = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for document in documents(packed):
-        labels, length = document["labels"][0], document["labels"].shape[1]
+        targets, length = document["targets"][0], document["targets"].shape[1]
         with torch.no_grad():
             teacher(document["input_ids"])
         positions = torch.arange(length).unsqueeze(0)
@@ -70,7 +70,7 @@ def slow_reference(model, packed, normalizer=100.0):
             given, wanted = seen[index]
             output = layer.self_attn(hidden_states=given, position_embeddings=rotation, attention_mask=None)[0]
             for token in range(length - 1):
-                if labels[token + 1] == -100:
+                if targets[token] == -100:
                     continue
                 ours, theirs = output[0, token], wanted[0, token]
                 mse = mse + ((ours - theirs) ** 2).mean() / 4
@@ -202,7 +202,7 @@ def test_without_gradients_the_loss_is_the_same():
 
 
 def test_where_nothing_counts_loss_and_gradients_are_zero():
-    silent = {**batch(row(LENGTHS)), "labels": torch.full((1, sum(LENGTHS)), -100)}
+    silent = {**batch(row(LENGTHS)), "targets": torch.full((1, sum(LENGTHS)), -100)}
     loss, _, gradients = differentiated(STUDENTS["hybrid"](), batches=[silent], normalizer=0.0)
     assert loss == 0
     assert all((gradient == 0).all() for gradient in gradients.values() if gradient is not None)

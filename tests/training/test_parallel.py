@@ -18,14 +18,24 @@ from distillkit.config.parallel import ParallelConfig
 from distillkit.training import distill
 from distillkit.training.parallel import whole_state
 from tests.forks import environments, exit_codes, started
+from tests.student.students import student
+from tests.training.test_alignment import SHAPE, STUDENTS
 from tests.training.test_distill import configuration, run
 from tests.training.test_phases import configuration as phases_of
 from tests.training.test_phases_killed import PHASES
 from tests.training.test_processes import ALL_KINDS, NOTHING_COUNTS_FOR_ONE, UNEVEN, loss
 from tests.training.test_trainer import assert_same, make_trainer
-from tests.training.tiny import save_llama, save_text
+from tests.training.tiny import row, save_llama, save_text
 
 ATTENTION = [loss("attn_mse"), loss("attn_cosine")]
+
+
+LONG_ROWS = [row(lengths, seed) for seed, lengths in enumerate([[5, 70, 3, 50], [128], [1, 1, 60], [90, 2, 30]])]
+"""Documents cross the boundaries between two and four processes, and some rows are padded."""
+
+
+WIDE = SHAPE | {"hidden_size": 48}
+THREE_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 3}
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,10 @@ class Case:
     options: dict = field(default_factory=dict)
     rows: list = field(default_factory=lambda: [*UNEVEN, *NOTHING_COUNTS_FOR_ONE])
     tolerance: float = 1e-5
+
+
+def long_case(student, losses=ALL_KINDS, **options):
+    return Case(losses, {"student": student, "teacher_layers": 4, "sequence_length": 128, **options}, LONG_ROWS)
 
 
 CASES = {
@@ -46,12 +60,25 @@ CASES = {
     "attention": Case(ATTENTION),
     "attention beside others": Case([*ATTENTION, *ALL_KINDS]),
     "bfloat16 beside masters": Case(options={"frozen": ["mlp", "embed_tokens"], "bf16": True}, tolerance=0.05),
+    "long rows, hybrid": long_case(STUDENTS["hybrid"]),
+    "long rows, grouped": long_case(STUDENTS["hybrid, grouped"]),
+    "long rows, odd heads": long_case(lambda: student(config_changes=WIDE | THREE_HEADS)),
+    "long rows, attention": long_case(
+        lambda: student(layout="kda_only", config_changes=WIDE), [*ATTENTION, *ALL_KINDS], checkpointing=True
+    ),
     "adamw": Case(options={"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 3, "adam_epsilon": 0.1}),
 }
 
-FEW = ("projections", "attention beside others")
-MESHES = [(2, 1, [*CASES]), (4, 1, FEW), (4, 2, FEW)]
-"""Processes, copies of the models among them, and cases."""
+FEW = ["projections", "attention beside others"]
+MESHES = [
+    (2, ParallelConfig(), [name for name in CASES if "long rows" not in name]),
+    (4, ParallelConfig(), FEW),
+    (4, ParallelConfig(replicate=2), FEW),
+    (2, ParallelConfig(context=2), LONG := [name for name in CASES if "long rows" in name]),
+    (4, ParallelConfig(context=4), LONG),
+    (4, ParallelConfig(shard=1, replicate=4, context=2), LONG[:1]),
+]
+"""Processes, how models and rows are divided over them, and cases."""
 
 
 def forks(number, function, argument):
@@ -78,15 +105,14 @@ def change(folder, case, **options):
 
 def changes(folder):
     """Of all cases, by one of several processes."""
-    for number, replicate, names in MESHES:
+    for index, (number, parallel, names) in enumerate(MESHES):
         if number == int(os.environ["WORLD_SIZE"]):
-            cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8 // number}
             for name in names:
-                found = change(folder / name, CASES[name], parallel=ParallelConfig(replicate=replicate), **cut)
+                steps = len(CASES[name].rows) * parallel.context // number
+                cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}
+                found = change(folder / name, CASES[name], parallel=parallel, **cut)
                 if os.environ["RANK"] == "0":
-                    save_file(
-                        {key: each.clone() for key, each in found.items()}, folder / f"{name} {number} {replicate}"
-                    )
+                    save_file({key: each.clone() for key, each in found.items()}, folder / f"{name} {index}")
     torch.distributed.destroy_process_group()
 
 
@@ -102,9 +128,9 @@ def divided(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_divided_models_take_the_step_of_whole_ones(name, divided, tmp_path):
     expected = change(tmp_path, CASES[name])
-    for number, replicate, names in MESHES:
+    for index, (_, _, names) in enumerate(MESHES):
         if name in names:
-            found = load_file(divided / f"{name} {number} {replicate}")
+            found = load_file(divided / f"{name} {index}")
             assert_same(found, expected, CASES[name].tolerance)
 
 
@@ -119,14 +145,14 @@ def inputs(tmp_path_factory):
     }
 
 
-def described(inputs, folder, processes, **changes):
+def described(inputs, folder, processes, context=1, **changes):
     """Six steps of four rows each, a checkpoint after four, and after each three a measurement."""
     training = {
         "max_steps": 6, "save_steps": 4, "per_device_train_batch_size": 1, "eval_strategy": "steps", "eval_steps": 3,
-        "gradient_accumulation_steps": 4 // processes, "optim": "adamw_torch", "adam_epsilon": 1e-3,
+        "gradient_accumulation_steps": 4 * context // processes, "optim": "adamw_torch", "adam_epsilon": 1e-3,
     }  # fmt: skip
     pairs = {"layer_mapping": [[0, 0], [1, 2], [2, 4]], "resize_embeddings_to_multiple_of": 64, "frozen_res": ["mlp"]}
-    parallel = {} if processes == 1 else {"parallel": {"shard": processes}}
+    parallel = {} if processes == 1 else {"parallel": {"shard": processes, "context": context}}
     return configuration(inputs, folder, training, **pairs, **parallel, **changes)
 
 
@@ -184,13 +210,13 @@ def test_a_run_of_divided_models_is_that_of_one_process(of_one, of_two):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("processes", [1, 4])
-def test_resumed_on_another_number_of_processes(processes, inputs, of_one, of_two, tmp_path):
+@pytest.mark.parametrize(("processes", "context"), [(1, 1), (4, 2)])
+def test_resumed_on_another_number_of_processes(processes, context, inputs, of_one, of_two, tmp_path):
     folder = shutil.copytree(of_two, tmp_path / "run")
     for path in [*folder.glob("*.safetensors"), folder / "results.json"]:
         path.unlink()
     shutil.rmtree(folder / "checkpoint-6", ignore_errors=True)
-    run_on(processes, described(inputs, folder, processes, resume=True))
+    run_on(processes, described(inputs, folder, processes, context, resume=True))
     record = json.loads((folder / "run.json").read_text())
     assert record["resumed"] and record["processes"] == processes
     assert_same_run(folder, of_one)
@@ -198,15 +224,15 @@ def test_resumed_on_another_number_of_processes(processes, inputs, of_one, of_tw
 
 @pytest.mark.timeout(240)
 def test_phases_of_a_student_that_is_converted(inputs, tmp_path):
-    """Attention alignment, then distillation, as recipes/miniature/radlads.yaml begins."""
+    """Attention alignment, then distillation, as recipes/miniature/radlads.yaml begins; rows are divided, too."""
     phases = [
         {name: value for name, value in phase.items() if name not in ("tokens", "training_args")}
         for phase in PHASES[:2]
     ]
     folders = []
     for number in (1, 2):
-        training = {"max_steps": 3, "gradient_accumulation_steps": 2 // number, "adam_epsilon": 1e-3}
-        divided = {"parallel": {"shard": number}} if number > 1 else {}
+        training = {"max_steps": 3, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-3}
+        divided = {"parallel": {"context": number}} if number > 1 else {}
         config = phases_of(inputs, tmp_path / str(number), training, phases, **divided)
         folders.append(run_on(number, config))
     assert_same_weights(*folders)

@@ -88,7 +88,7 @@ def test_no_loss_sees_the_new_rows():
         model = llama(1, tied=False)
         grow_embeddings(model, multiple)
         signal = LiveTeacher(llama(0)).signal(asked, SignalRequest(vocabulary_size=97))
-        pairs = objective.preference_pairs(inputs["labels"], signal.distribution)
+        pairs = objective.preference_pairs(inputs["targets"], signal.distribution)
         output = Distiller(model, objective)(
             **inputs, normalizer=torch.tensor(10.0), preference_pairs=pairs, signal=signal
         )

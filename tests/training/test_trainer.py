@@ -17,6 +17,7 @@ from distillkit.teacher import Teacher
 from distillkit.teacher.live import LiveTeacher
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.batches import Collator
+from distillkit.training.context import context_of, divide_rows_of
 from distillkit.training.distiller import Distiller
 from distillkit.training.freezing import freeze, freeze_all_but
 from distillkit.training.parallel import divide, mesh_of, place_teacher
@@ -44,11 +45,21 @@ SGD = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "m
 
 
 def make_trainer(
-    folder, rows=UNEVEN, losses=ALL_KINDS, frozen=(), teacher_layers=2, checkpointing=False, parallel=None, **given
+    folder,
+    rows=UNEVEN,
+    losses=ALL_KINDS,
+    frozen=(),
+    teacher_layers=2,
+    checkpointing=False,
+    parallel=None,
+    student=None,
+    sequence_length=None,
+    **given,
 ):
     given = {**SGD, "per_device_train_batch_size": len(rows), **given}
     arguments, _ = build_training_arguments(given, Path(folder), uses_logits=True)
-    student, teacher = llama(1), llama(0, layers=teacher_layers, hidden_size=32 if teacher_layers == 2 else 48)
+    student = llama(1) if student is None else student().train()
+    teacher = llama(0, layers=teacher_layers, hidden_size=32 if teacher_layers == 2 else 48)
     shapes = [ModelShape(model.config.hidden_size, model.config.num_hidden_layers) for model in (student, teacher)]
     freeze(student, frozen)
     attention = trained_attention(student)
@@ -60,7 +71,10 @@ def make_trainer(
     cast_for_training(student, compute_dtype(arguments))
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    mesh = mesh_of(parallel, arguments)
+    mesh, context = mesh_of(parallel, arguments), context_of(parallel, arguments)
+    if context is not None:
+        divide_rows_of(student, "model")
+        divide_rows_of(teacher, "teacher.path")
     return DistillationTrainer(
         divide(Distiller(student, objective), arguments, mesh),
         LiveTeacher(place_teacher(teacher, arguments, mesh)),
@@ -68,7 +82,8 @@ def make_trainer(
         weights_dtype=compute_dtype(arguments),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        data_collator=Collator(pad_token_id=0),
+        data_collator=Collator(0, sequence_length),
+        context=context,
     )
 
 

@@ -13,6 +13,9 @@ class FullAttention(Mixer):
     def initialize(self, layer: Any, attention: Any, start: Start) -> None:
         """Nothing is new."""
 
+    def divide_rows(self, layer: Any) -> None:
+        """The attention implementation does it."""
+
     def state_bytes(self, layer: Any) -> int:
         return 0
 

@@ -69,6 +69,13 @@ class Mixer(ABC):
         output projection.
         """
 
+    def divide_rows(self, layer: Any) -> None:
+        """Let a layer work where `models.divided_rows` says that its rows are divided; where they are not, as ever.
+
+        Raises NotImplementedError for a mixer that cannot.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def state_bytes(self, layer: Any) -> int:
         """Bytes of one sequence's state between two decoding steps, whatever the sequence's length."""

@@ -203,7 +203,29 @@ class KimiDeltaAttention(nn.Module):
         """``[batch, tokens, hidden_size]`` → ``[batch, tokens, heads, head_dim]``."""
         projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         weights = [self.q_conv1d(), self.k_conv1d(), self.v_conv1d()]
-        kernels = FLA_AVAILABLE and x.is_cuda
+        gates = [self.f_proj(x).unflatten(-1, (-1, self.head_dim)), self.b_proj(x)]
+        return self._mix_heads(projected, weights, gates, [self.A_log, self.dt_bias], documents, cache)
+
+    def _mix_heads(
+        self,
+        projected: list[torch.Tensor],
+        weights: list[torch.Tensor],
+        gates: list[torch.Tensor],
+        vectors: list[torch.Tensor],
+        documents: Documents | None,
+        cache: RecurrentCacheLayer | None,
+    ) -> torch.Tensor:
+        """All in which tokens meet, for some heads or all.
+
+        Args:
+            projected: queries, keys and values, ``[batch, tokens, channels]``.
+            weights: of their convolutions, ``[channels, conv_size]``.
+            gates: of the decay, ``[batch, tokens, heads, head_dim]``, and beta's, ``[batch, tokens, heads]``, both raw.
+            vectors: ``A_log`` and ``dt_bias``.
+
+        Returns: ``[batch, tokens, heads, head_dim]``.
+        """
+        kernels = FLA_AVAILABLE and projected[0].is_cuda
         conv_state = None
         if kernels and cache is None:
             convolved = _convolve_with_kernels(projected, weights, documents)
@@ -213,10 +235,10 @@ class KimiDeltaAttention(nn.Module):
                 torch.cat(projected, dim=-1), torch.cat(weights), conv_state, documents
             )
             convolved = list(joined.split([each.shape[-1] for each in projected], dim=-1))
-        inputs = [*self._heads(convolved), self.f_proj(x).unflatten(-1, (-1, self.head_dim)), self.b_proj(x)]
+        inputs = [*self._heads(convolved), *gates]
         state = None if cache is None else cache.recurrent_state
         attend = self._attend_with_kernels if kernels else self._attend
-        output, state = attend(inputs, state, documents, cache is not None)
+        output, state = attend(inputs, vectors, state, documents, cache is not None)
         if cache is not None and conv_state is not None:
             cache.store(conv_state, state)
         return output
@@ -239,8 +261,8 @@ class KimiDeltaAttention(nn.Module):
     def _heads(self, convolved: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Queries, keys and values, ``[batch, tokens, heads, head_dim]``, those of grouped heads repeated."""
         query, key, value = (each.unflatten(-1, (-1, self.head_dim)) for each in convolved)
-        if self.num_kv_heads != self.num_heads:
-            repeats = self.num_heads // self.num_kv_heads
+        repeats = query.shape[-2] // key.shape[-2]
+        if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=-2), value.repeat_interleave(repeats, dim=-2)
         return [query, key, value]
 
@@ -248,12 +270,13 @@ class KimiDeltaAttention(nn.Module):
     def _attend(
         self,
         inputs: list[torch.Tensor],
+        vectors: list[torch.Tensor],
         state: torch.Tensor | None,
         documents: Documents | None,
         keep_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         query, key, value, decay_gate, beta_gate = inputs
-        decay = log_decay(decay_gate, self.A_log, self.dt_bias, self.gate_lower_bound)
+        decay = log_decay(decay_gate, vectors[0], vectors[1], self.gate_lower_bound)
         beta = beta_gate.to(decay.dtype).sigmoid()
         return chunk_kda(query, key, value, decay, beta, state, documents)
 
@@ -261,14 +284,15 @@ class KimiDeltaAttention(nn.Module):
     def _attend_with_kernels(
         self,
         inputs: list[torch.Tensor],
+        vectors: list[torch.Tensor],
         state: torch.Tensor | None,
         documents: Documents | None,
         keep_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         _ready_kernels()
         options = {
-            "A_log": self.A_log,
-            "dt_bias": self.dt_bias,
+            "A_log": vectors[0],
+            "dt_bias": vectors[1],
             "initial_state": state,
             "output_final_state": keep_state,
             "use_qk_l2norm_in_kernel": True,

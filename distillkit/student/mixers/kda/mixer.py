@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distillkit.config import InitializationConfig
+from distillkit.student.mixers.kda.divided import divide_rows
 from distillkit.student.mixers.kda.initialize import copy_attention, fit_output_scale, initialize_new_parameters
 from distillkit.student.mixers.kda.kernel_costs import mix_as_kernels_do
 from distillkit.student.mixers.mixer import PROJECTIONS, Mixer, Start
@@ -42,6 +43,9 @@ class KDA(Mixer):
         attention_output: Float[Tensor, "batch tokens channels"],
     ) -> None:
         fit_output_scale(layer, hidden_states, attention_output)
+
+    def divide_rows(self, layer: Any) -> None:
+        divide_rows(layer)
 
     def state_bytes(self, layer: Any) -> int:
         """Of the recurrent state in float32, and of the convolutions' last inputs."""

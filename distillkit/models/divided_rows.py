@@ -1,0 +1,138 @@
+"""Rows whose tokens lie on several processes, and full attention over them: the attention implementation `divided`.
+
+Each process of a group has an equal, contiguous part of every row. What mixes tokens needs whole rows, and treats its
+heads alike: before it each process gives away its tokens of the other processes' heads and gets all tokens of its own,
+and afterwards the other way round (all-to-all, DeepSpeed-Ulysses, arXiv 2309.14509). Boundaries of documents, windows
+and kernels are those of whole rows. Where no rows are divided, `divided` is `varlen`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.nn.functional import all_to_all_single
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from distillkit.models.varlen_attention import document_boundaries, varlen_attention, varlen_mask
+
+DIVIDED = "divided"
+
+
+@dataclass(eq=False)
+class DividedRows:
+    """The rows of a batch, of each an equal part on each process of `group`, in their order.
+
+    position_ids: of the whole rows; they start again at each document.
+    """
+
+    group: ProcessGroup
+    position_ids: Int[Tensor, "batch tokens"]
+
+    @property
+    def batch(self) -> int:
+        return self.position_ids.shape[0]
+
+    @property
+    def processes(self) -> int:
+        return self.group.size()
+
+    @cached_property
+    def boundaries(self) -> tuple[Int[Tensor, " documents_and_1"], int]:
+        """`cu_seqlens` of the documents of all rows, laid end to end, and the longest document."""
+        return document_boundaries(self.position_ids.reshape(1, -1))
+
+    def to_heads(self, *parts: Shaped[Tensor, "batch part _ _"]) -> list[Shaped[Tensor, "batch tokens _ _"]]:
+        """[batch, part, heads, size] of this process's tokens → all tokens of its heads, in one exchange.
+
+        Where heads do not divide, the last process gets some of zeros. All tensors have one dtype.
+        """
+        sent = [_padded_heads(part, self.processes).unflatten(2, (self.processes, -1)).movedim(2, 0) for part in parts]
+        received = self._exchange(torch.cat([part.flatten(1) for part in sent], dim=1))
+        pieces = received.split([part[0].numel() for part in sent], dim=1)
+        return [piece.view(part.shape).movedim(0, 1).flatten(1, 2) for piece, part in zip(pieces, sent, strict=True)]
+
+    def to_tokens(self, whole: Shaped[Tensor, "batch tokens _ _"], heads: int) -> Shaped[Tensor, "batch part _ _"]:
+        """The inverse of `to_heads` for a tensor of so many heads on all processes."""
+        sent = whole.unflatten(1, (self.processes, -1)).movedim(1, 0)
+        received = self._exchange(sent.flatten(1)).view(sent.shape)
+        return received.movedim(0, 2).flatten(2, 3)[:, :, :heads]
+
+    def own_heads(self, of_all: Shaped[Tensor, "heads *_"]) -> Shaped[Tensor, "own_heads *_"]:
+        """Those that `to_heads` gives this process; of zeros where there are no more."""
+        missing = -len(of_all) % self.processes
+        padded = torch.cat([of_all, of_all.new_zeros(missing, *of_all.shape[1:])])
+        return padded.chunk(self.processes)[self.group.rank()]
+
+    def _exchange(self, sent: Shaped[Tensor, "processes numbers"]) -> Shaped[Tensor, "processes numbers"]:
+        sent = sent.contiguous()
+        exchanged: Tensor = all_to_all_single(torch.empty_like(sent), sent, group=self.group)
+        return exchanged
+
+
+def _padded_heads(x: Shaped[Tensor, "batch part _ _"], processes: int) -> Shaped[Tensor, "batch part _ _"]:
+    return F.pad(x, (0, 0, 0, -x.shape[2] % processes))
+
+
+_current: DividedRows | None = None
+
+
+def divided_rows() -> DividedRows | None:
+    """The rows that models are given parts of; None where they are given whole ones."""
+    return _current
+
+
+def set_divided_rows(rows: DividedRows | None) -> None:
+    """From here on models are given parts of these rows."""
+    global _current
+    _current = rows
+
+
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Within, models are given whole rows."""
+    rows = _current
+    set_divided_rows(None)
+    try:
+        yield
+    finally:
+        set_divided_rows(rows)
+
+
+@torch.compiler.disable
+def divided_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads part head_dim"],
+    key: Float[Tensor, "batch kv_heads part head_dim"],
+    value: Float[Tensor, "batch kv_heads part value_dim"],
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch part heads value_dim"], None]:
+    """Causal attention within documents of divided rows; an attention function of transformers."""
+    rows = divided_rows()
+    if rows is None:
+        output, _ = varlen_attention(module, query, key, value, attention_mask, **options)
+        return output, None
+    heads = query.shape[1]
+    if key.shape[1] % rows.processes:
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    parts = rows.to_heads(*(x.transpose(1, 2) for x in (query, key, value)))
+    cu_seqlens, longest = rows.boundaries
+    boundaries = {"cu_seq_lens_q": cu_seqlens, "max_length_q": longest}
+    packed = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in parts)
+    output, _ = varlen_attention(module, *packed, None, **{**options, **boundaries})
+    return rows.to_tokens(output.view(rows.batch, -1, *output.shape[2:]), heads), None
+
+
+def _divided_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return varlen_mask(*args, **kwargs) if divided_rows() is None else None
+
+
+AttentionInterface.register(DIVIDED, divided_attention)
+AttentionMaskInterface.register(DIVIDED, _divided_mask)
