@@ -22,7 +22,7 @@ from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.errors import UserError, shown
 from distillkit.data import tokenizer_hash
-from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.models.labels import IGNORED_LABEL
 from distillkit.runs.provenance import installed
 from distillkit.runs.secrets import HIDDEN, without_secrets
 from distillkit.runs.writing import sha256, write_first

@@ -208,13 +208,8 @@ class RunConfig(WholeFile):
 
     @model_validator(mode="after")
     def check_context(self) -> Self:
-        context = 1 if self.parallel is None else self.parallel.context
-        if context == 1:
+        if self.parallel is None or self.parallel.context == 1:
             return self
-        if self.sequence_length % context:
-            raise KeyProblem(
-                "sequence_length", f"{self.sequence_length} tokens have no {context} equal parts (parallel.context)"
-            )
         if self.teacher.kind == "server":
             raise KeyProblem("parallel.context", "a server reads whole rows; use a live or captured teacher, or 1")
         kwargs = {"model_kwargs": self.model_kwargs}

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from distillkit.losses.labels import IGNORED_LABEL, shifted_labels
+from distillkit.models.labels import IGNORED_LABEL, shifted_labels
 
 
 def collate(

@@ -16,7 +16,7 @@ from trl.data_utils import pack_dataset
 
 from distillkit.config.errors import UserError
 from distillkit.data.rows import DOCUMENT_FEATURES, list_entries, running_sums
-from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.models.labels import IGNORED_LABEL
 
 ROW_FEATURES = Features({**DOCUMENT_FEATURES, "seq_lengths": List(Value("int32"))})
 

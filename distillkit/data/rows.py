@@ -23,7 +23,7 @@ from trl.data_utils import apply_chat_template, common_prefix_length, maybe_conv
 
 from distillkit.config.errors import UserError, reading
 from distillkit.data.assistant import assistant_encoder, training_template
-from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.models.labels import IGNORED_LABEL
 from distillkit.models.special_tokens import encode_texts
 
 logger = logging.getLogger(__name__)

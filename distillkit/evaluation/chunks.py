@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distillkit.distribution import Distribution, at_least_float32
-from distillkit.losses.labels import counted_rows
 from distillkit.models.chunked_logits import ChunkedHead, chunk_tokens_within
 from distillkit.models.decoder import decode, head
+from distillkit.models.labels import counted_rows
 from distillkit.teacher import SignalRequest, Teacher
 
 CHUNK_BYTES = 256 * 2**20

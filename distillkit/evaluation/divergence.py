@@ -22,6 +22,8 @@ from distillkit.distribution import DenseDistribution, Distribution, at_least_fl
 from distillkit.evaluation.chunks import ModelPair, counted_batches
 from distillkit.formatting import number_text
 from distillkit.losses.divergences import kl
+from distillkit.models.divided_rows import Context
+from distillkit.models.labels import IGNORED_LABEL, counted_rows
 from distillkit.reporting.comparison import KL, STORED_KL
 from distillkit.teacher import Teacher
 
@@ -58,6 +60,7 @@ def measure_divergence(
     vocabulary_size: int | None = None,
     student_autocast: torch.dtype | None = None,
     chunk_tokens: int | None = None,
+    context: Context | None = None,
 ) -> Divergence:
     """Measure the student against the teacher on the first `num_tokens` counted tokens of `batches`.
 
@@ -69,6 +72,7 @@ def measure_divergence(
         vocabulary_size: columns to which both models' logits are cut, where the heads are padded differently.
         student_autocast: dtype of the student's matrix products, where its parameters are float32 masters.
         chunk_tokens: tokens whose logits exist at once; by default as many as fit in 256 MiB.
+        context: processes that share the rows, of which each is given whole batches.
 
     Raises:
         UserError: no token counts.
@@ -79,11 +83,15 @@ def measure_divergence(
     totals: dict[str, float] = {}
     tokens = 0
     for batch, rows in counted_batches(batches, num_tokens, pair.device):
+        tokens += len(rows)
+        if context is not None:
+            batch, rows = _part(context, batch, rows)
         for chunk in pair.outputs(batch, rows).chunks:
             for name, total in _chunk_totals(chunk.teacher, chunk.logits, chunk.targets).items():
                 totals[name] = totals.get(name, 0.0) + total.double().item()
-        tokens += len(rows)
     student.train(training)
+    if context is not None:
+        totals = context.sums(totals)
     if tokens == 0:
         raise UserError(None, NOTHING_TO_MEASURE)
     means = {name: total / tokens for name, total in totals.items()}
@@ -95,6 +103,16 @@ def measure_divergence(
         tokens=tokens,
         stored_only="kl" in means and "teacher_nll" not in means,
     )
+
+
+def _part(
+    context: Context, batch: Mapping[str, Tensor], rows: Int[Tensor, " rows"]
+) -> tuple[dict[str, Tensor], Int[Tensor, " rows"]]:
+    """This process's part of a batch, and where in it those counted rows are that it has."""
+    targets = batch["targets"]
+    counted = torch.full_like(targets.flatten(), IGNORED_LABEL).index_copy(0, rows, targets.flatten()[rows])
+    part = context.part_of({**batch, "targets": counted.view(targets.shape)})
+    return part, counted_rows(part["targets"])
 
 
 def _chunk_totals(

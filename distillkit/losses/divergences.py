@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distillkit.distribution import Distribution, SparseDistribution, at_least_float32
-from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.models.labels import IGNORED_LABEL
 
 PerToken = tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]
 LogProbs = Float[Tensor, "tokens columns"]

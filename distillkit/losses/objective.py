@@ -31,7 +31,6 @@ from distillkit.losses.functions import (
     RANKING_LOSSES,
     masked_totals,
 )
-from distillkit.losses.labels import IGNORED_LABEL, counted_rows
 from distillkit.losses.layers import ModelShape, check_attention, layer_pairs
 from distillkit.losses.ranking import preference_pair_counts
 from distillkit.losses.vocabulary_head import (
@@ -42,6 +41,7 @@ from distillkit.losses.vocabulary_head import (
     term_totals,
 )
 from distillkit.models.chunked_logits import chunk_tokens_within
+from distillkit.models.labels import IGNORED_LABEL, counted_rows
 
 # Memory for a chunk's logits and all intermediate results of the losses. (Not less on a CPU: glibc returns freed memory
 # to the system only for blocks above 32 MiB, so that many smaller ones fragment it.)

@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from distillkit.distribution import Distribution, at_least_float32
 from distillkit.losses.divergences import LossFunction, cross_entropy
 from distillkit.losses.functions import masked_totals
-from distillkit.losses.labels import IGNORED_LABEL
 from distillkit.models.chunked_logits import ChunkedHead, padded
+from distillkit.models.labels import IGNORED_LABEL
 
 TeacherChunks = Callable[[slice], Distribution]
 TermTotals = Callable[..., Tensor]

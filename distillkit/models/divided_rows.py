@@ -6,7 +6,7 @@ and afterwards the other way round (all-to-all, DeepSpeed-Ulysses, arXiv 2309.14
 and kernels are those of whole rows. Where no rows are divided, `divided` is `varlen`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.nn.functional import all_to_all_single
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from distillkit.models.labels import IGNORED_LABEL
 from distillkit.models.varlen_attention import document_boundaries, varlen_attention, varlen_mask
 
 DIVIDED = "divided"
@@ -103,6 +105,51 @@ def whole_rows() -> Iterator[None]:
         yield
     finally:
         set_divided_rows(rows)
+
+
+@dataclass(frozen=True)
+class Context:
+    """The processes that share rows. mesh: [groups, processes of a group], named as accelerate's data loader wants."""
+
+    mesh: DeviceMesh
+
+    @property
+    def group(self) -> ProcessGroup:
+        """This process's."""
+        return self.mesh["cp"].get_group()
+
+    @property
+    def size(self) -> int:
+        """Processes of a group."""
+        return self.group.size()
+
+    def part_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's part of the rows of a batch, of which models then know that it is one.
+
+        Rows are padded to equal parts. What is not [batch, tokens, …] stays as it is.
+        """
+        layout, rank = batch["position_ids"].shape, self.group.rank()
+        length = -(-layout[1] // self.size)
+        missing = length * self.size - layout[1]
+        whole = {
+            name: _padded(tensor, missing, IGNORED_LABEL if name == "targets" else 0)
+            for name, tensor in batch.items()
+            if tensor.shape[:2] == layout
+        }
+        set_divided_rows(DividedRows(self.group, whole["position_ids"]))
+        part = slice(length * rank, length * (rank + 1))
+        return {**batch, **{name: tensor[:, part].contiguous() for name, tensor in whole.items()}}
+
+    def sums(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Of all processes of the group, of which each may lack some of the names."""
+        gathered: list[Mapping[str, float]] = [{}] * self.size
+        torch.distributed.all_gather_object(gathered, dict(numbers), group=self.group)
+        names = dict.fromkeys(name for each in gathered for name in each)
+        return {name: sum(each.get(name, 0.0) for each in gathered) for name in names}
+
+
+def _padded(x: Shaped[Tensor, "batch tokens *_"], missing: int, value: int) -> Shaped[Tensor, "batch more_tokens *_"]:
+    return F.pad(x, (*(0, 0) * (x.dim() - 2), 0, missing), value=value) if missing else x
 
 
 @torch.compiler.disable

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from distillkit.config import LossConfig, RunConfig
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS
 from distillkit.distribution import Distribution, SparseDistribution
-from distillkit.losses.labels import shifted_labels
 from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from distillkit.models.attention import trained_attention
 from distillkit.models.chunked_logits import chunk_tokens_within
 from distillkit.models.decoder import head
+from distillkit.models.labels import shifted_labels
 from distillkit.models.quantization import BYTES_PER_WEIGHT
 from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.cuda_rules import CudaAutocast

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from distillkit.config.errors import UserError
 from distillkit.config.teacher import ServerTeacherConfig
 from distillkit.distribution import Distribution, SparseDistribution
-from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.models.labels import IGNORED_LABEL
 from distillkit.models.server import Refused, ServedModel, Server, connect
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 

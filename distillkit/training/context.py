@@ -5,44 +5,15 @@ computed for single tokens, the losses too, stays where these are. What mixes to
 (`models.divided_rows`). The processes of a group read the same rows; for gradients they are processes like any others.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, TrainingArguments
 
 from distillkit.config import UserError
 from distillkit.config.parallel import ParallelConfig
-from distillkit.models.divided_rows import DIVIDED, DividedRows, set_divided_rows
+from distillkit.models.divided_rows import DIVIDED, Context, set_divided_rows
 from distillkit.student.mixers.registry import mixed_layers
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
-
-
-@dataclass(frozen=True)
-class Context:
-    """The processes that share rows. mesh: [groups, processes of a group], named as accelerate's data loader wants."""
-
-    mesh: DeviceMesh
-
-    @property
-    def size(self) -> int:
-        """Processes of a group."""
-        return self.mesh["cp"].size()
-
-    def part_of(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """This process's part of the rows of a batch, of which models then know that it is one.
-
-        What is not [batch, tokens, …] stays as it is. `sequence_length` is a multiple of the processes.
-        """
-        group, layout = self.mesh["cp"].get_group(), batch["position_ids"].shape
-        set_divided_rows(DividedRows(group, batch["position_ids"]))
-        length = layout[1] // self.size
-        part = slice(length * group.rank(), length * (group.rank() + 1))
-        return {
-            name: tensor[:, part].contiguous() if tensor.shape[:2] == layout else tensor
-            for name, tensor in batch.items()
-        }
 
 
 def context_of(parallel: ParallelConfig | None, arguments: TrainingArguments) -> Context | None:

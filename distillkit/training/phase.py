@@ -169,6 +169,7 @@ def _measurement(
             num_tokens=settings.num_tokens,
             vocabulary_size=models.vocabulary_size,
             student_autocast=compute_dtype(trainer),
+            context=models.context,
         )
 
     return lambda: within(distiller, measured)

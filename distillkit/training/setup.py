@@ -20,6 +20,7 @@ from distillkit.console import print_line
 from distillkit.conversion.convert import convert_model
 from distillkit.models.attention import trained_attention
 from distillkit.models.decoder import check_head
+from distillkit.models.divided_rows import Context
 from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.offload import offload_layers
@@ -34,7 +35,7 @@ from distillkit.student.mixers.registry import check_linear_mixer
 from distillkit.teacher import Teacher
 from distillkit.teacher.opening import captured_tokenizer, open_teacher
 from distillkit.training.arguments import Arguments
-from distillkit.training.context import Context, context_of, divide_rows_of
+from distillkit.training.context import context_of, divide_rows_of
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_but

@@ -32,11 +32,11 @@ from transformers.trainer import SCHEDULER_NAME
 
 from distillkit.config import UserError
 from distillkit.evaluation.divergence import Divergence
-from distillkit.losses.labels import IGNORED_LABEL
+from distillkit.models.divided_rows import Context
+from distillkit.models.labels import IGNORED_LABEL
 from distillkit.runs import checkpoints
 from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
-from distillkit.training.context import Context
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.optimizers import protect_updates
 from distillkit.training.parallel import is_divided, whole_state

@@ -105,7 +105,6 @@ SERVER = {"kind": "server", "url": "http://localhost:1/v1", "top_k": 8}
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"sequence_length": 510}, "sequence_length: 510 tokens have no 4 equal parts"),
         ({"model_kwargs": FLASH["kwargs"]}, "model_kwargs.attn_implementation: must be sdpa"),
         ({"teacher": ONLINE["teacher"] | FLASH}, "teacher.kwargs.attn_implementation: must be sdpa"),
         ({"teacher": SERVER}, "parallel.context: a server reads whole rows"),

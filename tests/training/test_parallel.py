@@ -47,7 +47,7 @@ class Case:
 
 
 def long_case(student, losses=ALL_KINDS, **options):
-    return Case(losses, {"student": student, "teacher_layers": 4, "sequence_length": 128, **options}, LONG_ROWS)
+    return Case(losses, {"student": student, "teacher_layers": 4, **options}, LONG_ROWS)
 
 
 CASES = {

@@ -53,7 +53,6 @@ def make_trainer(
     checkpointing=False,
     parallel=None,
     student=None,
-    sequence_length=None,
     **given,
 ):
     given = {**SGD, "per_device_train_batch_size": len(rows), **given}
@@ -82,7 +81,7 @@ def make_trainer(
         weights_dtype=compute_dtype(arguments),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        data_collator=Collator(0, sequence_length),
+        data_collator=Collator(pad_token_id=0),
         context=context,
     )
 
