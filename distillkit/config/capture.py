@@ -81,8 +81,9 @@ class CaptureConfig(WholeFile):
         if self.teacher.quantization is not None:
             remedy = "remove it; vLLM quantises by teacher.kwargs.quantization"
             raise KeyProblem("teacher.quantization", f"a capture stores the outputs of the whole teacher; {remedy}")
-        if self.teacher.offload is not None:
-            raise KeyProblem("teacher.offload", "is for runs; for a capture give teacher.kwargs.device_map: auto")
+        for key in ("offload", "devices"):
+            if getattr(self.teacher, key) is not None:
+                raise KeyProblem(f"teacher.{key}", "is for runs; for a capture give teacher.kwargs.device_map: auto")
         for key in ("eval_dataset", "num_eval_samples"):
             if getattr(self.dataset, key) is not None:
                 remedy = "only train_dataset is captured; capture held-out text separately, or remove it"

@@ -40,6 +40,11 @@ class HFTeacherConfig(Section):
     offload: Literal["cpu"] | None = Field(
         None, description="cpu: layers lie in the CPU's memory, and each is on the GPU while it computes"
     )
+    devices: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="numbers of the GPUs that hold the teacher alone, layer after layer; processes share them equally",
+    )
     top_k: int | None = Field(None, gt=0, description="use only the teacher's k most probable tokens")
     background: PathText | None = Field(None, description=_BACKGROUND)
 
@@ -61,6 +66,16 @@ class HFTeacherConfig(Section):
                 raise KeyProblem("offload", "quantised weights stay on the GPU; keep one of offload and quantization")
             if "device_map" in self.kwargs:
                 raise KeyProblem("offload", "kwargs.device_map places the layers already; keep one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def check_devices(self) -> Self:
+        if self.devices is not None:
+            if len(set(self.devices)) < len(self.devices):
+                raise KeyProblem("devices", f"{self.devices} names a GPU twice")
+            for name, given in (("offload", self.offload), ("kwargs.device_map", self.kwargs.get("device_map"))):
+                if given is not None:
+                    raise KeyProblem("devices", f"{name} places the layers, too; keep one of the two")
         return self
 
 

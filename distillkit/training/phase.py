@@ -123,9 +123,11 @@ def _begin(run: Run, phase: Phase, arguments: Arguments, console: Console) -> Ph
     if not console.is_terminal:
         datasets.disable_progress_bars()
     if trainer.n_gpu > 1:
-        print_line(
-            console, f"one of {trainer.n_gpu} GPUs is used; start with torchrun --nproc-per-node gpu for all of them"
-        )
+        if getattr(phase.config.teacher, "devices", None) is None:
+            print_line(
+                console,
+                f"one of {trainer.n_gpu} GPUs is used; start with torchrun --nproc-per-node gpu for all of them",
+            )
         trainer._n_gpu = 1
     main_process = trainer.process_index == 0
 

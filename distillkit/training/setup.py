@@ -23,7 +23,7 @@ from distillkit.models.decoder import check_head
 from distillkit.models.divided_rows import Context
 from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_tokenizer, where
-from distillkit.models.offload import offload_layers
+from distillkit.models.placement import offload_layers, own_devices
 from distillkit.models.quantization import quantization_arguments
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
@@ -193,6 +193,8 @@ def _load_teacher(
     if teacher.quantization is not None:
         quantized = quantization_arguments(teacher.quantization, compute_dtype(arguments), arguments.device)
         options = {**quantized, **options}
+    if teacher.devices is not None:
+        options = {**options, **own_devices(teacher.devices)}
     model = load_model(teacher.path, key="teacher.path", **options)
     if teacher.quantization is not None:
         print_line(console, f"teacher: linear layers are {teacher.quantization}, embeddings and head {model.dtype}")

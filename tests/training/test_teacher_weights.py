@@ -8,7 +8,7 @@ import torch
 from distillkit.config import RunConfig, UserError, check_ready, resolve
 from distillkit.config.capture import CaptureConfig
 from distillkit.models.loading import load_model
-from distillkit.models.offload import offload_layers
+from distillkit.models.placement import devices_of_process, offload_layers, own_devices
 from distillkit.models.quantization import quantization_arguments
 from distillkit.planning import plan_run
 from distillkit.runs.record import read_record
@@ -125,6 +125,28 @@ def test_an_offloaded_teacher_computes_on_the_gpu(inputs):
     assert_offloaded(model)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
+def test_layers_lie_on_gpus_of_their_own(inputs):
+    whole, model = load_model(inputs["teacher"]).cuda(), load_model(inputs["teacher"], **own_devices([1, 2]))
+    made = {name: tensor.cuda() for name, tensor in batch(row([20], seed=1)).items()}
+    rows = torch.arange(20, device="cuda")
+    wanted, found = (LiveTeacher(each).signal(made).distribution(rows)(slice(0, 20)).logits for each in (whole, model))
+    assert {parameter.device.index for parameter in model.parameters()} == {1, 2}
+    assert found.device == wanted.device and torch.equal(found, wanted)
+
+
+def test_processes_share_a_teachers_gpus_equally():
+    assert [devices_of_process([4, 5, 6, 7], process, 2) for process in (0, 1)] == [[4, 5], [6, 7]]
+    with pytest.raises(UserError, match=r"teacher\.devices: 2 processes cannot share 3 GPUs equally"):
+        devices_of_process([2, 3, 4], 0, 2)
+    with pytest.raises(UserError, match=r"teacher\.devices: GPU 1 trains a student; name others, from 2 on"):
+        devices_of_process([1, 2], 0, 2)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"teacher\.devices: GPU 3 does not exist; this machine has 0"):
+            own_devices([3])
+
+
 def test_weights_that_are_no_numbers_are_found_in_quantised_ones_too(inputs, tmp_path):
     model = load_model(inputs["teacher"])
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
@@ -162,6 +184,10 @@ def test_what_cannot_be_is_refused(inputs, tmp_path, monkeypatch):
         described(inputs, tmp_path, teacher={"quantization": "int8", "offload": "cpu"})
     with pytest.raises(UserError, match=r"teacher\.offload: kwargs\.device_map places the layers already"):
         described(inputs, tmp_path, teacher={"offload": "cpu", "kwargs": {"device_map": "auto"}})
+    with pytest.raises(UserError, match=r"teacher\.devices: offload places the layers, too"):
+        described(inputs, tmp_path, teacher={"offload": "cpu", "devices": [1]})
+    with pytest.raises(UserError, match=r"teacher\.devices: \[1, 1\] names a GPU twice"):
+        described(inputs, tmp_path, teacher={"devices": [1, 1]})
     with pytest.raises(UserError, match=r"teacher\.quantization: is not for GGUF"):
         described(inputs, tmp_path, teacher={"quantization": "int8", "path": "a.gguf"})
     with pytest.raises(UserError, match=r"teacher\.quantization: a capture stores the outputs of the whole teacher"):
