@@ -26,7 +26,8 @@ ALL = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"))
 CAPTURES = [name for name in ALL if "compression" in read_yaml(RECIPES / name)]
 OFFLINE = "smollm2/offline.yaml"
 CHAT = "chat.yaml"
-ONLINE = [name for name in ALL if name not in (*CAPTURES, OFFLINE, CHAT)]
+ON_POLICY = "smollm2/on_policy.yaml"
+ONLINE = [name for name in ALL if name not in (*CAPTURES, OFFLINE, CHAT, ON_POLICY)]
 VARIANTS = [name for name in ALL if "\nextends: " in "\n" + (RECIPES / name).read_text()]
 
 LAYERS = 4
@@ -216,6 +217,21 @@ def test_a_student_learns_from_what_the_recipe_of_the_capture_writes(inputs: Pat
     results = read(folder / "results.json")
     assert results["training"]["step"] == STEPS
     assert results["divergence"]["before"]["kl"] != results["divergence"]["after"]["kl"]
+    check_layers(folder, "hybrid")
+    check_what_trained(run.config, weights(untrained), weights(folder), weights(teacher))
+
+
+def test_a_student_goes_on_with_what_it_writes(inputs: Path, tmp_path: Path) -> None:
+    assert load_run(RECIPES / ON_POLICY).config.model == str(read_yaml(RECIPES / "smollm2/closest.yaml")["output_path"])
+    teacher, untrained = inputs / "smollm2", tmp_path / "untrained"
+    convert(teacher, untrained, StudentConfig(), dtype="bfloat16")
+    overrides = small(ON_POLICY, teacher, inputs / "train.jsonl", inputs / "valid.jsonl", tmp_path / "run")
+    written = [f"rollouts.prompts.disk_path={inputs / 'train.jsonl'}", "rollouts.prompt_tokens=8"]
+    run = load_run(RECIPES / ON_POLICY, [*overrides, *written, "rollouts.max_new_tokens=24", f"model={untrained}"])
+    assert plan_run(run).errors == []
+    folder = distill(run, QUIET)
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < first["rollout_tokens"] <= 24 and first["reverse_kl"] > 0
     check_layers(folder, "hybrid")
     check_what_trained(run.config, weights(untrained), weights(folder), weights(teacher))
 

@@ -37,6 +37,7 @@ class PhaseConfig(Section):
     frozen_res: Any = Field(None, description="other patterns of frozen parameters; [] trains all")
     sequence_length: Any = Field(None, description="another length of rows, in tokens")
     dataset: Any = Field(None, description="keys of dataset that differ")
+    rollouts: Any = Field(None, description="what the student writes in this phase")
     loss_functions: Any = Field(None, description="other losses")
     layer_mapping: Any = Field(None, description="another mapping of layers")
     force_hidden_state_projection: Any = Field(None, description="whether hs_ losses use a learned projection")

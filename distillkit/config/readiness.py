@@ -67,6 +67,8 @@ def text_sources(config: RunConfig) -> dict[str, DatasetSource]:
     named = {"dataset.train_dataset": config.dataset.train_dataset, "dataset.eval_dataset": config.dataset.eval_dataset}
     if config.evaluation is not None:
         named["evaluation.dataset"] = config.evaluation.dataset
+    if config.rollouts is not None:
+        named["rollouts.prompts"] = config.rollouts.prompts
     return {key: source for key, source in named.items() if source is not None}
 
 

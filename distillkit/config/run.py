@@ -10,6 +10,7 @@ from distillkit.config.errors import KeyProblem, did_you_mean, shown
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
 from distillkit.config.parallel import ParallelConfig
 from distillkit.config.phases import PhaseConfig
+from distillkit.config.rollouts import RolloutsConfig, check_rollouts
 from distillkit.config.run_evaluation import RunEvaluationConfig
 from distillkit.config.section import LoadingArguments, PathText, WholeFile
 from distillkit.config.student import StudentConfig
@@ -87,6 +88,9 @@ class RunConfig(WholeFile):
     )
 
     dataset: DatasetConfig = Field(description="the training text")
+    rollouts: RolloutsConfig | None = Field(
+        None, description="rows that the student writes while it is trained (on-policy distillation)"
+    )
     loss_functions: list[LossConfig] = Field(
         default_factory=_default_losses, min_length=1, description="what is minimised: a weighted mean of losses"
     )
@@ -220,6 +224,14 @@ class RunConfig(WholeFile):
                 raise KeyProblem(
                     f"{key}.attn_implementation", "must be sdpa where rows are divided (parallel.context); remove it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def check_rollouts(self) -> Self:
+        if self.rollouts is not None:
+            functions = [loss.function for loss in self.loss_functions]
+            divided = self.parallel is not None
+            check_rollouts(self.rollouts, self.sequence_length, self.teacher.kind, functions, divided=divided)
         return self
 
     @model_validator(mode="after")

@@ -263,13 +263,13 @@ def _assistant_reader(column: str, tokenizer: PreTrainedTokenizerBase, completio
 
     A conversation without any is an empty document.
     """
-    _require_chat_template(tokenizer, key)
+    require_chat_template(tokenizer, key)
     template = training_template(tokenizer)
     encode = assistant_encoder(tokenizer, template)
 
     def read(row: dict[str, Any]) -> Document:
-        with _template_errors(key):
-            row, tools = _conversation(row)
+        with template_errors(key):
+            row, tools = conversation(row)
             options = {"tools": tools or None, **row.get("chat_template_kwargs", {})}
             messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
             input_ids, mask = encode(messages, options)
@@ -290,14 +290,14 @@ def _assistant_reader(column: str, tokenizer: PreTrainedTokenizerBase, completio
 
 def _render(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str) -> dict[str, str]:
     """A conversation as text: `text`, or `prompt` and `completion`."""
-    _require_chat_template(tokenizer, key)
-    with _template_errors(key):
-        row, tools = _conversation(row)
+    require_chat_template(tokenizer, key)
+    with template_errors(key):
+        row, tools = conversation(row)
         rendered: dict[str, str] = apply_chat_template(row, tokenizer, tools)
     return rendered
 
 
-def _require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
             key,
@@ -305,12 +305,12 @@ def _require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None
         )
 
 
-def _template_errors(key: str) -> AbstractContextManager[None]:
+def template_errors(key: str) -> AbstractContextManager[None]:
     """Within it, whatever a chat template or TRL's functions raise is a `UserError`."""
     return reading(key, "a conversation does not fit the tokenizer's chat template: ", str)
 
 
-def _conversation(row: dict[str, Any]) -> tuple[dict[str, Any], list[Any] | None]:
+def conversation(row: dict[str, Any]) -> tuple[dict[str, Any], list[Any] | None]:
     """A row as chat templates and TRL's functions take it, and its tools."""
     row = _without_empty_fields(row)
     tools = row.pop("tools", None)

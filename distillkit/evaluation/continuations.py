@@ -6,7 +6,7 @@ probabilities. So a sample does not depend on its batch, and student and teacher
 samples differ as far as their distributions do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,15 @@ def write(
     for written, numbers in ((greedy, None), (sampled, drawn)):
         for start in range(0, len(prompts), settings.batch_size):
             batch = slice(start, start + settings.batch_size)
-            written += _continue(model, prompts[batch], None if numbers is None else numbers[batch], settings, columns)
+            written += continue_prompts(
+                model,
+                prompts[batch],
+                None if numbers is None else numbers[batch],
+                new_tokens=settings.new_tokens,
+                temperature=settings.temperature,
+                ends=end_tokens(model),
+                columns=columns,
+            )
             progress(len(greedy) + len(sampled), 2 * len(prompts))
     likely = None
     if teacher is not None:
@@ -129,29 +137,41 @@ def write(
 
 
 @torch.no_grad()
-def _continue(
+def continue_prompts(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     drawn: Float64[Tensor, "batch new_tokens"] | None,
-    settings: GenerationSuiteConfig,
-    columns: int | None,
+    *,
+    new_tokens: int,
+    temperature: float,
+    ends: Container[int],
+    columns: int | None = None,
 ) -> list[Continuation]:
-    """drawn: numbers from 0 to 1 that choose the tokens; None: the likeliest."""
+    """The model's continuation of each prompt of a batch.
+
+    Args:
+        drawn: numbers from 0 to 1 that choose the tokens; None: the likeliest.
+        new_tokens: of a continuation at most.
+        ends: tokens that end one.
+        columns: to which the logits are cut, where the head is wider than the vocabulary.
+
+    Raises:
+        UserError: logits are NaN.
+    """
     device = next(model.parameters()).device
     input_ids, mask = left_padded(prompts, device)
-    logits, cache = prefill(model, input_ids, settings.prompt_tokens, mask)
-    step = decoding_step(model, cache, mask, at_most=settings.new_tokens)
-    ends = end_tokens(model)
+    logits, cache = prefill(model, input_ids, input_ids.shape[1], mask)
+    step = decoding_step(model, cache, mask, at_most=new_tokens)
     rows: list[Continuation] = [[] for _ in prompts]
-    for position in range(settings.new_tokens):
+    for position in range(new_tokens):
         known = logits[:, :columns]
         check_numbers(known)
         chosen = None if drawn is None else drawn[:, position].to(device)
-        tokens = known.argmax(-1) if chosen is None else draw(known, chosen, settings.temperature)
+        tokens = known.argmax(-1) if chosen is None else draw(known, chosen, temperature)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if not (row and row[-1] in ends):
                 row.append(token)
-        if position == settings.new_tokens - 1 or all(row[-1] in ends for row in rows):
+        if position == new_tokens - 1 or all(row[-1] in ends for row in rows):
             return rows
         logits = step(tokens)
     raise AssertionError("new_tokens is positive")

@@ -83,16 +83,26 @@ def steps_of_budget(tokens_of_steps: Iterator[int], budget: int) -> tuple[int, i
 
 
 def tokens_of_steps(trainer: DistillationTrainer, lengths: np.ndarray) -> Iterator[int]:
-    """Real tokens of one step after the other, without end, from the first that the trainer makes; over all ranks."""
+    """Real tokens of one step after the other, without end, from the first that the trainer makes; over all ranks.
+
+    Of rows that the student will write, as many as it may write.
+    """
     loader, accumulated = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
+    step = 0
     for epoch in itertools.count():
         loader.set_epoch(epoch)
-        ours = torch.tensor([int(lengths[indices].sum()) for indices in loader.batch_sampler])
-        batches = trainer.of_all_rows(ours.to(trainer.args.device)).tolist()
-        if not batches:
-            return
+        batches = [lengths[indices] for indices in loader.batch_sampler]
+        ours = []
         for start in range(0, len(batches), accumulated):
-            yield sum(batches[start : start + accumulated])
+            rows = np.concatenate(batches[start : start + accumulated])
+            if trainer.rollouts is not None:
+                for row in trainer.rollouts.written_rows(step, len(rows)):
+                    rows[row] = trainer.rollouts.most_tokens(step, row, len(rows))
+            ours.append(int(rows.sum()))
+            step += 1
+        if not ours:
+            return
+        yield from trainer.of_all_rows(torch.tensor(ours).to(trainer.args.device)).tolist()
 
 
 def scan_rows(rows: Dataset, *, digested: bool) -> tuple[np.ndarray, str | None]:

@@ -40,6 +40,7 @@ from distillkit.training.origins import settle_files, settle_models
 from distillkit.training.parallel import any_process, is_divided, main_process_first, whole_state, within
 from distillkit.training.precision import cast_for_saving, cast_state, compute_dtype
 from distillkit.training.results import print_results, write_phase_results
+from distillkit.training.rollouts import open_rollouts
 from distillkit.training.saving import check_room, save_student, student_files
 from distillkit.training.setup import Models, build_distiller, load_models
 from distillkit.training.text import HeldOut, load_text
@@ -186,16 +187,18 @@ def _trainer(
     measure: Measurement | None,
 ) -> DistillationTrainer:
     config, teacher = context.phase.config, models.teacher
+    arguments = context.arguments.trainer
     top_k = config.teacher.top_k if config.teacher.kind == "hf" else None
     objective = distiller.objective
     return DistillationTrainer(
         distiller,
         teacher if objective.needs_teacher else None,
         signal_request(objective, top_k=top_k, vocabulary_size=models.vocabulary_size),
-        weights_dtype=compute_dtype(context.arguments.trainer),
+        weights_dtype=compute_dtype(arguments),
         divergence=measure,
         context=models.context,
-        args=context.arguments.trainer,
+        rollouts=open_rollouts(config, models, arguments),
+        args=arguments,
         train_dataset=TensorRows(train_rows, teacher.columns),
         eval_dataset=None if held_out is None else held_out.rows,
         data_collator=Collator(

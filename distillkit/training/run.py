@@ -34,6 +34,7 @@ from distillkit.training.origins import check_saved
 from distillkit.training.parallel import main_process_first
 from distillkit.training.phase import train_phase
 from distillkit.training.results import print_results, write_run_results
+from distillkit.training.rollouts import prompts_of
 from distillkit.training.saving import link_student
 
 
@@ -135,6 +136,8 @@ def _check_ahead(run: Run, phase: Phase, student: PreTrainedModel, tokenizer: Pr
             if later.config.evaluation is not None:
                 check_prompts(tokenizer, later.config.evaluation.prompts)
             if later is not phase:
+                if later.config.rollouts is not None:
+                    prompts_of(later.config, tokenizer)
                 check_frozen(student, later.config.frozen_res, later.config.frozen_modules)
 
 

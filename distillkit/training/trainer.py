@@ -40,6 +40,7 @@ from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, Tea
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.optimizers import protect_updates
 from distillkit.training.parallel import is_divided, whole_state
+from distillkit.training.rollouts import Rollouts, Written
 from distillkit.training.saving import save_student
 
 PROJECTIONS = "projections.safetensors"
@@ -57,6 +58,7 @@ class DistillationTrainer(Trainer):
         weights_dtype: the dtype that saved students declare.
         divergence: measures the student, for `eval_strategy`; None without held-out text.
         context: the processes that share rows; None where each reads rows of its own.
+        rollouts: writes some of each step's rows with the student; None where all are of the dataset.
         others: as for Trainer. Batches are those of `training.batches.Collator`.
     """
 
@@ -72,6 +74,7 @@ class DistillationTrainer(Trainer):
         weights_dtype: torch.dtype,
         divergence: Callable[[], Divergence] | None = None,
         context: Context | None = None,
+        rollouts: Rollouts | None = None,
         **others: Any,
     ) -> None:
         super().__init__(model=distiller, **others)
@@ -83,6 +86,7 @@ class DistillationTrainer(Trainer):
         self.weights_dtype = weights_dtype
         self.divergence = divergence
         self.context = context
+        self.rollouts = rollouts
         self.accelerator.state.device_mesh = None if context is None else context.mesh  # the data loader's
         self._window = _LogWindow()
         self._unread_tokens = torch.zeros((), dtype=torch.long)
@@ -96,25 +100,35 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and the counted tokens of all of them on all ranks."""
+        self._window.begin(self.state.num_input_tokens_seen)
         batches = self._next_batches(epoch_iterator, num_batches)
+        if self.rollouts is not None and batches:
+            batches = self._written_into(self.rollouts, batches)
         counts = [torch.stack([(batch["targets"] != IGNORED_LABEL).sum(), batch["lengths"].sum()]) for batch in batches]
         self._step_batches = batches
         counted, tokens = self.of_all_rows((torch.stack(counts).sum(0) if counts else torch.zeros(2)).to(device))
         self._preference_pairs = self._count_preference_pairs(batches)
-        self._window.begin(self.state.num_input_tokens_seen)
         self._unread_tokens = self._unread_tokens + tokens
         return batches, counted
 
     def _next_batches(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:
         """The micro-batches of the next step; the teacher hears of them, and of those of as many steps as it wants."""
-        steps_ahead = 0 if self.teacher is None else self.teacher.steps_ahead
+        steps_ahead = 0 if self.teacher is None or self.rollouts is not None else self.teacher.steps_ahead
         if epoch_iterator is not self._coming_from:  # an epoch, or one that begins again with smaller batches
             self._coming, self._coming_from = [], epoch_iterator
         missing = num_batches * (1 + steps_ahead) - len(self._coming)
         self._coming += [batch for _, batch in zip(range(missing), epoch_iterator, strict=False)]
-        if self.teacher is not None:
+        if self.teacher is not None and self.rollouts is None:
             self.teacher.expect(self._coming)
         batches, self._coming = self._coming[:num_batches], self._coming[num_batches:]
+        return batches
+
+    def _written_into(self, rollouts: Rollouts, batches: list[Any]) -> list[Any]:
+        """The micro-batches with rows that the student writes; the teacher hears of them."""
+        batches, written = rollouts.write_into(batches, self.model.student, self.state.global_step)
+        self._window.add_written(written)
+        if self.teacher is not None:
+            self.teacher.expect(batches)
         return batches
 
     def compute_loss(
@@ -326,6 +340,10 @@ class _LogWindow:
         self._first_token: int | None = None
         self._start = time.perf_counter()
         self._totals: dict[str, Tensor] = {}
+        self._written: list[Written] = []
+
+    def add_written(self, written: Written) -> None:
+        self._written.append(written)
 
     def add(self, output: DistillerOutput) -> None:
         for name, total in output["sums"].items():
@@ -345,7 +363,12 @@ class _LogWindow:
             total, count = over_ranks(pair).tolist()
             report[name] = total / max(count, 1.0)
         report["tokens_per_second"] = (tokens - (self._first_token or 0)) / max(seconds, 1e-9)
-        self._first_token, self._start, self._totals = tokens, time.perf_counter(), {}
+        if self._written:
+            texts = max(sum(each.texts for each in self._written), 1)
+            report["rollout_tokens"] = sum(each.tokens for each in self._written) / texts
+            report["rollouts_ended"] = sum(each.ended for each in self._written) / texts
+            report["rollout_time"] = sum(each.seconds for each in self._written) / max(seconds, 1e-9)
+        self._first_token, self._start, self._totals, self._written = tokens, time.perf_counter(), {}, []
         return report
 
     @contextmanager

@@ -53,6 +53,8 @@ def make_trainer(
     checkpointing=False,
     parallel=None,
     student=None,
+    rollouts=None,
+    sequence_length=None,
     **given,
 ):
     given = {**SGD, "per_device_train_batch_size": len(rows), **given}
@@ -81,8 +83,9 @@ def make_trainer(
         weights_dtype=compute_dtype(arguments),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        data_collator=Collator(pad_token_id=0),
+        data_collator=Collator(0, sequence_length),
         context=context,
+        rollouts=rollouts,
     )
 
 

@@ -1,0 +1,72 @@
+"""Prompts as token ids: conversations up to the last answer, a column of prompts, or the beginnings of texts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import apply_chat_template
+
+from distillkit.config.errors import UserError
+from distillkit.config.rollouts import RolloutsConfig
+from distillkit.data.rows import conversation, require_chat_template, template_errors
+from distillkit.data.sources import load_source
+from distillkit.models.special_tokens import encode_texts
+
+KEY = "rollouts.prompts"
+
+
+def read_prompts(settings: RolloutsConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[list[int]]:
+    """All prompts of at most `longest` tokens, in an order that the seed decides.
+
+    Raises `UserError` where the source cannot be read, and where it has no such prompt.
+    """
+    rows = load_source(settings.prompts, KEY).shuffle(seed=settings.seed)
+    accepted = (settings.text_field, "messages", "conversations", "prompt")
+    column = next((name for name in accepted if name in rows.column_names), None)
+    if column is None:
+        found = ", ".join(rows.column_names)
+        raise UserError(KEY, f"has the columns {found}; one of these is needed: {', '.join(accepted)}")
+    if column == settings.text_field:
+        wanted = settings.prompt_tokens
+        prompts = [ids[:wanted] for ids in _texts(rows, column, tokenizer) if len(ids) >= wanted]
+        problem = f"no text has {wanted:,} tokens (rollouts.prompt_tokens)"
+    else:
+        prompts, problem = list(_whole_prompts(rows, column, tokenizer)), "no row is a prompt"
+    fitting = [ids for ids in prompts if 0 < len(ids) <= longest]
+    if prompts and not fitting:
+        problem = f"no prompt has at most {longest:,} tokens, which leave room for rollouts.max_new_tokens in a row"
+    if not fitting:
+        raise UserError(KEY, problem)
+    return fitting
+
+
+def _texts(rows: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    for batch in rows.select_columns(column).iter(batch_size=256):
+        texts = [text for text in batch[column] if text]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(KEY, f"column {column!r} holds something else than text")
+        yield from encode_texts(tokenizer, texts)
+
+
+def _whole_prompts(rows: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    if isinstance(next((each for each in rows[column] if each), None), list):
+        require_chat_template(tokenizer, KEY)
+        texts = [_asked(row, column, tokenizer) for row in rows if row[column]]
+        yield from tokenizer([text for text in texts if text], add_special_tokens=False, verbose=False).input_ids
+    else:
+        yield from _texts(rows, column, tokenizer)
+
+
+def _asked(row: dict[str, Any], column: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation without the answer at its end, and the header that asks the assistant for one."""
+    given = {name: row[name] for name in (column, "tools", "chat_template_kwargs") if name in row}
+    with template_errors(KEY):
+        read, tools = conversation(given)
+        messages = read.pop("messages" if column == "conversations" else column)
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            return ""
+        asked: str = apply_chat_template({**read, "prompt": messages}, tokenizer, tools)["prompt"]
+    return asked
