@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SHOWN = ("torch", "transformers", "vllm", "lm_eval", "flash-linear-attention", "torchao")
+SHOWN = ("torch", "transformers", "vllm", "lm_eval", "flash-linear-attention", "peft", "torchao")
 OLDEST = {"vllm": "vllm==0.24.0"}
 """Packages of extras whose oldest version is asked for, too: it wants others beside it."""
 

@@ -35,6 +35,7 @@ class PhaseConfig(Section):
     teacher: Any = Field(None, description="another teacher")
     frozen_modules: Any = Field(None, description="other frozen modules")
     frozen_res: Any = Field(None, description="other patterns of frozen parameters; [] trains all")
+    lora: Any = Field(None, description="an adapter that is trained in this phase")
     sequence_length: Any = Field(None, description="another length of rows, in tokens")
     dataset: Any = Field(None, description="keys of dataset that differ")
     rollouts: Any = Field(None, description="what the student writes in this phase")

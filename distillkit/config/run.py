@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from distillkit.config.data import DatasetConfig, DatasetSource, move_dataset_keys
 from distillkit.config.errors import KeyProblem, did_you_mean, shown
+from distillkit.config.lora import LoraConfig
 from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
 from distillkit.config.parallel import ParallelConfig
 from distillkit.config.phases import PhaseConfig
@@ -79,6 +80,7 @@ class RunConfig(WholeFile):
     use_flash_attention: bool = Field(
         True, description="flash attention on CUDA: the package where it is installed, else PyTorch's own; false: SDPA"
     )
+    lora: LoraConfig | None = Field(None, description="trains an adapter of low rank (LoRA) instead of weights")
     sequence_length: int = Field(gt=0, description="tokens per row")
     resize_embeddings_to_multiple_of: int | None = Field(
         None, gt=0, description="the student's embeddings grow to a multiple of this"
@@ -224,6 +226,16 @@ class RunConfig(WholeFile):
                 raise KeyProblem(
                     f"{key}.attn_implementation", "must be sdpa where rows are divided (parallel.context); remove it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def check_lora(self) -> Self:
+        if self.lora is not None:
+            for key in ("frozen_res", "frozen_modules"):
+                if getattr(self, key):
+                    raise KeyProblem(key, "has no effect with lora, which trains nothing but its adapter; remove one")
+            if self.parallel is not None:
+                raise KeyProblem("lora", "an adapter is not divided over GPUs; remove parallel, or lora")
         return self
 
     @model_validator(mode="after")

@@ -30,6 +30,7 @@ from distillkit.teacher import Teacher
 from distillkit.teacher.live import LiveTeacher
 from distillkit.teacher.opening import manifest_of, named_formats
 from distillkit.training.freezing import freeze, freeze_matching
+from distillkit.training.lora import add_adapter
 from distillkit.training.precision import cast_for_training
 
 
@@ -105,7 +106,10 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
     student = student_model(config, student_config)
     errors: list[UserError] = []
     try:
-        freeze(student, config.frozen_res, config.frozen_modules)
+        if config.lora is not None:
+            add_adapter(student, config.lora, config.model or "")
+        else:
+            freeze(student, config.frozen_res, config.frozen_modules)
     except UserError as error:
         errors.append(error)
         freeze_matching(student, config.frozen_res, config.frozen_modules)

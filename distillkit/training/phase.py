@@ -35,6 +35,7 @@ from distillkit.training.display import MetricsFile, ProgressDisplay, finish_tra
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import level_padding
 from distillkit.training.interruption import SaveRequests
+from distillkit.training.lora import merge_adapter, save_adapter
 from distillkit.training.optimizers import OptimizerLine
 from distillkit.training.origins import settle_files, settle_models
 from distillkit.training.parallel import any_process, is_divided, main_process_first, whole_state, within
@@ -198,6 +199,7 @@ def _trainer(
         divergence=measure,
         context=models.context,
         rollouts=open_rollouts(config, models, arguments),
+        adapter=models.adapter,
         args=arguments,
         train_dataset=TensorRows(train_rows, teacher.columns),
         eval_dataset=None if held_out is None else held_out.rows,
@@ -245,6 +247,10 @@ def _finish(
     """
     folder, config, console = context.folder, context.phase.config, context.console
     arguments = context.arguments.trainer
+    if models.adapter is not None:
+        if folder.main_process:
+            save_adapter(models.adapter, folder.path)
+        merge_adapter(models.adapter)
     if context.phase.is_last:
         cast_for_saving(models.student, trainer.weights_dtype)
     if config.resize_embeddings_to_multiple_of is not None:

@@ -39,6 +39,7 @@ from distillkit.training.context import context_of, divide_rows_of
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import grow_embeddings
 from distillkit.training.freezing import Freezing, examples, freeze, freeze_all_but
+from distillkit.training.lora import add_adapter, load_adapter
 from distillkit.training.parallel import Mesh, divide, main_process_first, mesh_of, place_student, place_teacher, within
 from distillkit.training.precision import bfloat16_is_slow, cast_for_training, compute_dtype
 from distillkit.training.wiring import objective_of
@@ -60,6 +61,8 @@ class Models:
     embedding_rows: int
     """Rows of the student's embeddings before these grew."""
     freezing: Freezing
+    adapter: Any
+    """peft's model around the student, where `lora` trains one; else None."""
 
 
 @gguf_parsed_once()
@@ -76,9 +79,16 @@ def load_models(
     tokenizer, teachers_tokenizer = _load_tokenizers(config)
     teacher = open_teacher(config, model, tokenizer)
     origin = str(folder.untrained) if config.model is None else config.model
-    student = _load_student(config, origin if folder.checkpoint is None else folder.checkpoint.path, trainer)
+    resumed = None if folder.checkpoint is None else folder.checkpoint.path
+    student = _load_student(config, origin if resumed is None or config.lora is not None else resumed, trainer)
     embedding_rows = _grow_embeddings(config, folder, student, console)
-    freezing = freeze(student, config.frozen_res, config.frozen_modules)
+    adapter = None
+    if config.lora is None:
+        freezing = freeze(student, config.frozen_res, config.frozen_modules)
+    else:
+        adapter, freezing = add_adapter(student, config.lora, origin)
+        if resumed is not None:
+            load_adapter(adapter, resumed)
     for matched, other in freezing.shared_with_frozen:
         print_line(console, f"frozen: {other} too, for it is the same tensor as {matched}")
     dtype = compute_dtype(trainer)
@@ -100,7 +110,7 @@ def load_models(
     if techniques.gradient_checkpointing:
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     vocabulary_size = common_vocabulary(teacher.vocabulary_size, student, tokenizer, teachers_tokenizer)
-    return Models(teacher, student, tokenizer, vocabulary_size, mesh, context, embedding_rows, freezing)
+    return Models(teacher, student, tokenizer, vocabulary_size, mesh, context, embedding_rows, freezing, adapter)
 
 
 def build_distiller(config: RunConfig, models: Models, arguments: TrainingArguments) -> Distiller:

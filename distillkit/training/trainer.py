@@ -38,6 +38,7 @@ from distillkit.runs import checkpoints
 from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller, DistillerOutput
+from distillkit.training.lora import save_adapter
 from distillkit.training.optimizers import protect_updates
 from distillkit.training.parallel import is_divided, whole_state
 from distillkit.training.rollouts import Rollouts, Written
@@ -58,6 +59,7 @@ class DistillationTrainer(Trainer):
         weights_dtype: the dtype that saved students declare.
         divergence: measures the student, for `eval_strategy`; None without held-out text.
         context: the processes that share rows; None where each reads rows of its own.
+        adapter: peft's model around the student, which checkpoints hold instead of it; None where weights are trained.
         rollouts: writes some of each step's rows with the student; None where all are of the dataset.
         others: as for Trainer. Batches are those of `training.batches.Collator`.
     """
@@ -75,6 +77,7 @@ class DistillationTrainer(Trainer):
         divergence: Callable[[], Divergence] | None = None,
         context: Context | None = None,
         rollouts: Rollouts | None = None,
+        adapter: Any = None,
         **others: Any,
     ) -> None:
         super().__init__(model=distiller, **others)
@@ -87,6 +90,7 @@ class DistillationTrainer(Trainer):
         self.divergence = divergence
         self.context = context
         self.rollouts = rollouts
+        self.adapter = adapter
         self.accelerator.state.device_mesh = None if context is None else context.mesh  # the data loader's
         self._window = _LogWindow()
         self._unread_tokens = torch.zeros((), dtype=torch.long)
@@ -311,7 +315,10 @@ class DistillationTrainer(Trainer):
             {name.removeprefix(prefix): tensor for name, tensor in everything.items() if name.startswith(prefix)}
             for prefix in ("student.", "objective.")
         )
-        save_student(self.model.student, folder, self.weights_dtype, student)
+        if self.adapter is None:
+            save_student(self.model.student, folder, self.weights_dtype, student)
+        else:
+            save_adapter(self.adapter, folder)
         if projections:
             save_file({name: tensor.contiguous() for name, tensor in projections.items()}, folder / PROJECTIONS)
         if self.processing_class is not None:
