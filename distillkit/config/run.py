@@ -221,6 +221,10 @@ class RunConfig(WholeFile):
         kwargs = {"model_kwargs": self.model_kwargs}
         if self.teacher.kind == "hf":
             kwargs["teacher.kwargs"] = self.teacher.kwargs
+            if self.teacher.devices is not None or self.teacher.kwargs.get("device_map") is not None:
+                key = "devices" if self.teacher.devices is not None else "kwargs.device_map"
+                remedy = "remove it; the teacher works on the GPUs that share its rows"
+                raise KeyProblem(f"teacher.{key}", f"cannot be where rows are divided (parallel.context); {remedy}")
         for key, values in kwargs.items():
             if values.get("attn_implementation", "sdpa") != "sdpa":
                 raise KeyProblem(

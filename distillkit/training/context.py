@@ -13,26 +13,32 @@ from distillkit.config.parallel import ParallelConfig
 from distillkit.models.divided_rows import DIVIDED, Context, set_divided_rows
 from distillkit.student.mixers.registry import mixed_layers
 
-ATTENTION_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
+ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+MOVING_ROPE = ("dynamic", "longrope")
+"""Position embeddings whose frequencies depend on the last position, which a process may not have."""
 
 
 def context_of(parallel: ParallelConfig | None, arguments: TrainingArguments) -> Context | None:
-    """The groups of processes that `parallel.context` describes; None where rows are whole."""
+    """The groups of processes that `parallel.context` describes; None where rows are whole.
+
+    Raises `UserError` for data loading in which the processes of a group would read different rows.
+    """
     set_divided_rows(None)
     if parallel is None or parallel.context == 1:
         return None
     parallel.sizes(arguments.world_size)
+    if arguments.train_sampling_strategy == "batch_rebalance" or arguments.accelerator_config.dispatch_batches:
+        key = "accelerator_config" if arguments.accelerator_config.dispatch_batches else "train_sampling_strategy"
+        raise UserError(f"training_args.{key}", "gives each process rows of its own; remove it or parallel.context")
     shape = (arguments.world_size // parallel.context, parallel.context)
     return Context(init_device_mesh(arguments.device.type, shape, mesh_dim_names=("dp_shard", "cp")))
 
 
 def divide_rows_of(model: PreTrainedModel, key: str) -> None:
     """Let a model take parts of rows. Raises `UserError`, with the model's `key`, for one that cannot."""
-    implementation, name = model.config._attn_implementation, type(model).__name__
-    types = set(getattr(model.config, "layer_types", None) or []) - ATTENTION_TYPES
-    if implementation != "sdpa" or not model._supports_flash_attn or types:
-        what = f"its {', '.join(sorted(types))}" if types else f"attention {implementation}"
-        raise UserError(key, f"{name} with {what} cannot work on rows that are divided; remove parallel.context")
+    if (problem := _problem(model)) is not None:
+        name = type(model).__name__
+        raise UserError(key, f"{name} with {problem} cannot work on rows that are divided; remove parallel.context")
     for layer, mixer in mixed_layers(model):
         try:
             mixer.divide_rows(layer)
@@ -41,3 +47,19 @@ def divide_rows_of(model: PreTrainedModel, key: str) -> None:
                 key, f"the mixer {type(mixer).__name__} cannot work on rows that are divided; remove parallel.context"
             ) from None
     model.set_attn_implementation(DIVIDED)
+
+
+def _problem(model: PreTrainedModel) -> str | None:
+    """What of a model would take its part of a row for the whole."""
+    decoder = model.get_decoder()
+    config, implementation = decoder.config, model.config._attn_implementation
+    if implementation != "sdpa" or not model._supports_flash_attn:
+        return f"attention {implementation}"
+    if not decoder._can_set_attn_implementation():  # transformers would warn, and leave it as it is
+        return "attention of its own code"
+    mixers = {"linear_attention"} if getattr(config, "mixers", None) else set()  # of which each says what it can
+    if types := set(getattr(config, "layer_types", None) or []) - ATTENTION_TYPES - mixers:
+        return f"its {', '.join(sorted(types))}"
+    scaled = (str(getattr(module, "rope_type", "")) for module in model.modules())  # a name, or one per kind of layer
+    moving = next((kind for each in scaled for kind in MOVING_ROPE if kind in each), None)
+    return None if moving is None else f"rope_type {moving}"

@@ -107,6 +107,8 @@ SERVER = {"kind": "server", "url": "http://localhost:1/v1", "top_k": 8}
     [
         ({"model_kwargs": FLASH["kwargs"]}, "model_kwargs.attn_implementation: must be sdpa"),
         ({"teacher": ONLINE["teacher"] | FLASH}, "teacher.kwargs.attn_implementation: must be sdpa"),
+        ({"teacher": ONLINE["teacher"] | {"devices": [4, 5]}}, "teacher.devices: cannot be where rows are divided"),
+        ({"teacher": ONLINE["teacher"] | {"kwargs": {"device_map": "auto"}}}, "teacher.kwargs.device_map: cannot be"),
         ({"teacher": SERVER}, "parallel.context: a server reads whole rows"),
     ],
 )

@@ -1,0 +1,64 @@
+"""What cannot work on rows that are divided is refused: it would take a part for the whole, and nobody would see."""
+
+import pytest
+import transformers
+
+from distillkit.config import UserError
+from distillkit.config.parallel import ParallelConfig
+from distillkit.training.arguments import build_training_arguments
+from distillkit.training.context import context_of, divide_rows_of
+from tests.student.students import student
+
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "pad_token_id": 0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("Falcon", {}, "attention of its own code"),
+        ("MiniMax", {"num_local_experts": 2, "head_dim": 8}, "its linear_attention"),
+        (
+            "Qwen3Next",
+            {"num_experts": 2, "layer_types": ["linear_attention", "full_attention"]},
+            "its linear_attention",
+        ),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
+        ("Phi3", {"rope_parameters": LONGROPE}, "rope_type longrope"),
+    ],
+)
+def test_models_that_would_take_a_part_for_the_whole_are_refused(name, options, problem):
+    config = getattr(transformers, f"{name}Config")(**SHAPE, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with pytest.raises(UserError, match=rf"^teacher\.path: {name}ForCausalLM with {problem} cannot work on rows"):
+        divide_rows_of(model, "teacher.path")
+
+
+def test_students_of_mixers_and_full_attention_are_not():
+    model = student()
+    divide_rows_of(model, "model")
+    assert model.config._attn_implementation == "divided"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("train_sampling_strategy", "batch_rebalance"), ("accelerator_config", {"dispatch_batches": True})],
+)
+def test_data_loading_that_gives_each_process_its_own_rows_is_refused(option, value, tmp_path, monkeypatch):
+    arguments, _ = build_training_arguments({option: value}, tmp_path, uses_logits=True)
+    monkeypatch.setattr(ParallelConfig, "sizes", lambda *_: (1, 2))
+    with pytest.raises(UserError, match=rf"^training_args\.{option}: gives each process rows of its own"):
+        context_of(ParallelConfig(context=2), arguments)
