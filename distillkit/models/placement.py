@@ -40,13 +40,18 @@ def own_devices(devices: Sequence[int]) -> dict[str, Any]:
 
     Raises `UserError` where they cannot, or for a GPU that does not exist or trains a student.
     """
-    process, processes = (
-        int(os.environ.get(name, least)) for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    mine = devices_of_process(devices, process, processes)
+    # srun and mpirun set the number of all processes only.
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
+    mine = devices_of_process(devices, int(os.environ.get("LOCAL_RANK", "0")), int(processes))
     if (there := torch.cuda.device_count()) <= max(devices):
         raise UserError("teacher.devices", f"GPU {max(devices)} does not exist; this machine has {there}")
     return {"device_map": "balanced", "max_memory": {each: torch.cuda.mem_get_info(each)[0] for each in mine}}
+
+
+def refuse_spilled(model: PreTrainedModel) -> None:
+    """Raises `UserError` for a model that did not fit on GPUs of its own: accelerate leaves the rest on the disk."""
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise UserError("teacher.devices", "the teacher does not fit on them; name more GPUs, or add quantization")
 
 
 def devices_of_process(devices: Sequence[int], process: int, processes: int) -> Sequence[int]:

@@ -104,11 +104,13 @@ def simulate_step(
 
 
 def _with_smaller_teacher(cost: StepCost, config: RunConfig, teacher: PreTrainedModel | None) -> StepCost:
-    """The same with the memory of quantised or offloaded weights, which the simulation has as they were."""
+    """The same with the memory of weights that are quantised or elsewhere, which the simulation has as they were."""
     if config.teacher.kind != "hf" or teacher is None:
         return cost
     saved = 0
-    if (quantization := config.teacher.quantization) is not None:
+    if config.teacher.devices is not None:
+        saved = cost.memory[TEACHER_WEIGHTS]
+    elif (quantization := config.teacher.quantization) is not None:
         heads, per_weight = {teacher.get_output_embeddings()}, BYTES_PER_WEIGHT[quantization]
         weights = [part.weight for part in teacher.modules() if isinstance(part, nn.Linear) and part not in heads]
         saved = int(sum(weight.numel() * (weight.itemsize - per_weight) for weight in weights))

@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "project_name",
     "functionary_packing",
     "teacher.kwargs.revision",  # the commit itself is compared
+    "teacher.devices",
     "teacher.url",  # what is served there is compared
     "teacher.max_length",
     "teacher.concurrency",

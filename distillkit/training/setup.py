@@ -23,7 +23,7 @@ from distillkit.models.decoder import check_head
 from distillkit.models.divided_rows import Context
 from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_tokenizer, where
-from distillkit.models.placement import offload_layers, own_devices
+from distillkit.models.placement import offload_layers, own_devices, refuse_spilled
 from distillkit.models.quantization import quantization_arguments
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
@@ -206,6 +206,8 @@ def _load_teacher(
     if teacher.devices is not None:
         options = {**options, **own_devices(teacher.devices)}
     model = load_model(teacher.path, key="teacher.path", **options)
+    if teacher.devices is not None:
+        refuse_spilled(model)
     if teacher.quantization is not None:
         print_line(console, f"teacher: linear layers are {teacher.quantization}, embeddings and head {model.dtype}")
     if config.student is not None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,12 +40,12 @@ def test_secrets_are_not_kept_and_change_nothing(tmp_path: Path, monkeypatch) ->
 
 
 def test_another_number_of_processes_reads_the_same_rows_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def described(batch: int, accumulation: int) -> RunConfig:
+    def described(batch: int, accumulation: int, **teacher: Any) -> RunConfig:
         training = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         return RunConfig.parse(
             {
                 "model": "org/student",
-                "teacher": {"kind": "hf", "path": "org/teacher"},
+                "teacher": {"kind": "hf", "path": "org/teacher", **teacher},
                 "output_path": "out",
                 "sequence_length": 64,
                 "dataset": {"train_dataset": {"disk_path": "text"}},
@@ -62,4 +63,5 @@ def test_another_number_of_processes_reads_the_same_rows_in_a_step(monkeypatch: 
         "training_args.per_device_train_batch_size",
         "training_args.gradient_accumulation_steps",
     ]
+    assert changed(described(2, 2, devices=[2, 3]), 4) == []  # which the processes share equally
     assert changed(described(2, 1), None) == []  # of a run of before, which did not note how many there were

@@ -8,7 +8,7 @@ import torch
 from distillkit.config import RunConfig, UserError, check_ready, resolve
 from distillkit.config.capture import CaptureConfig
 from distillkit.models.loading import load_model
-from distillkit.models.placement import devices_of_process, offload_layers, own_devices
+from distillkit.models.placement import devices_of_process, offload_layers, own_devices, refuse_spilled
 from distillkit.models.quantization import quantization_arguments
 from distillkit.planning import plan_run
 from distillkit.runs.record import read_record
@@ -136,15 +136,26 @@ def test_layers_lie_on_gpus_of_their_own(inputs):
     assert found.device == wanted.device and torch.equal(found, wanted)
 
 
-def test_processes_share_a_teachers_gpus_equally():
+def test_processes_share_a_teachers_gpus_equally(monkeypatch):
     assert [devices_of_process([4, 5, 6, 7], process, 2) for process in (0, 1)] == [[4, 5], [6, 7]]
     with pytest.raises(UserError, match=r"teacher\.devices: 2 processes cannot share 3 GPUs equally"):
         devices_of_process([2, 3, 4], 0, 2)
     with pytest.raises(UserError, match=r"teacher\.devices: GPU 1 trains a student; name others, from 2 on"):
         devices_of_process([1, 2], 0, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # which mpirun's processes may know alone
+    with pytest.raises(UserError, match=r"teacher\.devices: 2 processes cannot share 3 GPUs equally"):
+        own_devices([2, 3, 4])
+    monkeypatch.delenv("WORLD_SIZE")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"teacher\.devices: GPU 3 does not exist; this machine has 0"):
             own_devices([3])
+
+
+def test_a_teacher_that_does_not_fit_on_its_gpus_is_refused(inputs):
+    """transformers would leave what does not fit on the disk, and say so in a warning."""
+    model = load_model(inputs["teacher"], device_map="balanced", max_memory={"cpu": 200_000})
+    with pytest.raises(UserError, match=r"^teacher\.devices: the teacher does not fit on them"):
+        refuse_spilled(model)
 
 
 def test_weights_that_are_no_numbers_are_found_in_quantised_ones_too(inputs, tmp_path):
@@ -164,10 +175,11 @@ def test_the_plan_counts_the_quantised_weights(inputs, tmp_path):
     layers = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256
     assert [weights[0] - each for each in weights[1:]] == [3 * layers, 3.5 * layers]
     two = save_llama(tmp_path / "two", 0, hidden_size=128, layers=2)
-    teachers = [{"path": two}, {"path": two, "offload": "cpu"}]
+    teachers = [{"path": two}, {"path": two, "offload": "cpu"}, {"path": two, "devices": [1]}]
     plans = [plan_run(described(inputs, tmp_path / "out", teacher=teacher), gpu="cpu") for teacher in teachers]
     weights = [plan.phases[0].cost.memory["teacher weights"] for plan in plans]
     assert weights[0] - weights[1] == 4 * (layers + 2 * 128)  # one of two layers, with its norms
+    assert weights[2] == 0
 
 
 def test_what_cannot_be_is_refused(inputs, tmp_path, monkeypatch):
