@@ -149,7 +149,10 @@ def about_phase(
     gpu: GPU,
     gpus: int,
 ) -> list[UserError]:
-    """Warnings about a phase, or about a run without phases; the student frozen as it trains."""
+    """Warnings about a phase, or about a run without phases; the student frozen as it trains.
+
+    gpus: those that read rows of their own.
+    """
     return [
         *_about_held_out_text(config),
         *_about_batches(settings, timing, gpus),

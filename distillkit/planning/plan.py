@@ -122,9 +122,10 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
     cast_for_training(student, settings.compute_dtype, trained_dtype)
     model = teacher.model
     teacher_parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
-    timing = schedule(config, settings, gpus)
+    readers = gpus if config.parallel is None else max(1, gpus // config.parallel.context)
+    timing = schedule(config, settings, readers)
     disk = disk_use(student, settings, reached, masters=not phase.is_last)
-    warnings = about_phase(config, settings, timing, student, teacher_config, gpu, gpus)
+    warnings = about_phase(config, settings, timing, student, teacher_config, gpu, readers)
     cost = None
     if reached:
         try:

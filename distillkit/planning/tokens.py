@@ -53,7 +53,10 @@ class Schedule:
 
 
 def schedule(config: RunConfig, settings: Settings, gpus: int) -> Schedule:
-    """The schedule of a run whose rows are full; where they are not packed there are fewer tokens in a step."""
+    """The schedule of a run whose rows are full; where they are not packed there are fewer tokens in a step.
+
+    gpus: those that read rows of their own.
+    """
     per_step = settings.batch_size * settings.accumulation * gpus * config.sequence_length
     available = amount(config.dataset)
     if config.tokens is not None:

@@ -157,6 +157,10 @@ class DistillationTrainer(Trainer):
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
+    def get_cp_size(self) -> int:
+        """For Trainer's count of samples: processes that share rows."""
+        return 1 if self.context is None else self.context.size
+
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_divided(model):
             super()._move_model_to_device(model, device)

@@ -208,6 +208,11 @@ def test_a_phase_is_warned_of_what_is_its_own(teacher, text):
     ]
 
 
+def test_gpus_that_share_rows_read_them_once(teacher, text):
+    plans = [plan_run(run(teacher, text, parallel={"context": size}), gpus=4) for size in (1, 4)]
+    assert [plan.phases[0].schedule.tokens_per_step for plan in plans] == [2048, 512]
+
+
 def test_time_is_not_told_in_float32(teacher, text):
     """The table's peaks are those of bf16."""
     assert plan_run(run(teacher, text)).seconds is not None
