@@ -22,7 +22,7 @@ from torch.distributed.nn.functional import all_to_all_single
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from distillkit.models.labels import IGNORED_LABEL
-from distillkit.models.varlen_attention import document_boundaries, varlen_attention, varlen_mask
+from distillkit.models.varlen_attention import attention_dtype, document_boundaries, varlen_attention, varlen_mask
 
 DIVIDED = "divided"
 
@@ -169,7 +169,8 @@ def divided_attention(
     heads = query.shape[1]
     if key.shape[1] % rows.processes:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    parts = rows.to_heads(*(x.transpose(1, 2) for x in (query, key, value)))
+    dtype = attention_dtype(value)  # rotated queries and keys are in float32 beside masters, twice the bytes to send
+    parts = rows.to_heads(*(x.to(dtype).transpose(1, 2) for x in (query, key, value)))
     cu_seqlens, longest = rows.boundaries
     boundaries = {"cu_seq_lens_q": cu_seqlens, "max_length_q": longest}
     packed = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in parts)

@@ -81,9 +81,7 @@ def varlen_attention(
         if position_ids is None:
             position_ids = torch.arange(query.shape[2], device=query.device)
         cu_seq_lens_q, max_length_q = document_boundaries(position_ids)
-    device = query.device.type
-    # Kernels of PyTorch's own are cast by autocast; for this one it has no rule.
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    dtype = attention_dtype(value)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     query, key, value = (x.to(dtype)[0].transpose(0, 1) for x in (query, key, value))
@@ -92,6 +90,12 @@ def varlen_attention(
     else:
         output = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)
     return output.unsqueeze(0), None
+
+
+def attention_dtype(value: Float[Tensor, "*shape"]) -> torch.dtype:
+    """In which it is computed. Kernels of PyTorch's own are cast by autocast; for this one it has no rule."""
+    device = value.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
 def _kernel_can(

@@ -1,10 +1,13 @@
 """What cannot work on rows that are divided is refused: it would take a part for the whole, and nobody would see."""
 
 import pytest
+import torch
 import transformers
 
 from distillkit.config import UserError
 from distillkit.config.parallel import ParallelConfig
+from distillkit.models.divided_rows import DividedRows, divided_attention, set_divided_rows, whole_rows
+from distillkit.models.varlen_attention import varlen_attention
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.context import context_of, divide_rows_of
 from tests.student.students import student
@@ -45,6 +48,24 @@ def test_models_that_would_take_a_part_for_the_whole_are_refused(name, options, 
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with pytest.raises(UserError, match=rf"^teacher\.path: {name}ForCausalLM with {problem} cannot work on rows"):
         divide_rows_of(model, "teacher.path")
+
+
+class OneProcess(DividedRows):
+    processes = 1
+
+    def _exchange(self, sent):
+        assert sent.dtype == torch.bfloat16
+        return sent
+
+
+def test_what_is_exchanged_is_in_the_dtype_that_attention_computes_in():
+    """Beside float32 masters, position embeddings make float32 of queries and keys."""
+    query, key, value = torch.randn(3, 1, 2, 6, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16), whole_rows():
+        alone, _ = varlen_attention(torch.nn.Module(), query, key, value.bfloat16(), None)
+        set_divided_rows(OneProcess(None, torch.arange(6).unsqueeze(0)))
+        divided, _ = divided_attention(torch.nn.Module(), query, key, value.bfloat16(), None)
+    assert torch.equal(divided, alone)
 
 
 def test_students_of_mixers_and_full_attention_are_not():
