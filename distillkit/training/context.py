@@ -21,15 +21,21 @@ MOVING_ROPE = ("dynamic", "longrope")
 def context_of(parallel: ParallelConfig | None, arguments: TrainingArguments) -> Context | None:
     """The groups of processes that `parallel.context` describes; None where rows are whole.
 
-    Raises `UserError` for data loading in which the processes of a group would read different rows.
+    Raises `UserError` for data loading in which the processes of a group may read different rows: each its share, or
+    in an order by random numbers that processes of a resumed run do not have in common.
     """
     set_divided_rows(None)
     if parallel is None or parallel.context == 1:
         return None
     parallel.sizes(arguments.world_size)
-    if arguments.train_sampling_strategy == "batch_rebalance" or arguments.accelerator_config.dispatch_batches:
-        key = "accelerator_config" if arguments.accelerator_config.dispatch_batches else "train_sampling_strategy"
-        raise UserError(f"training_args.{key}", "gives each process rows of its own; remove it or parallel.context")
+    loading = arguments.accelerator_config
+    for key, same in (
+        ("train_sampling_strategy", arguments.train_sampling_strategy in ("random", "sequential")),
+        ("accelerator_config", loading.use_seedable_sampler and not loading.dispatch_batches),
+    ):
+        if not same:
+            problem = "does not give the processes that share a row the same rows; remove it or parallel.context"
+            raise UserError(f"training_args.{key}", problem)
     shape = (arguments.world_size // parallel.context, parallel.context)
     return Context(init_device_mesh(arguments.device.type, shape, mesh_dim_names=("dp_shard", "cp")))
 
