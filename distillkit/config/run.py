@@ -233,6 +233,25 @@ class RunConfig(WholeFile):
         return self
 
     @model_validator(mode="after")
+    def check_own_tokenizer(self) -> Self:
+        if self.teacher.kind != "hf" or self.teacher.tokenizer is None:
+            return self
+        others = {
+            "student": self.student is not None,
+            "rollouts": self.rollouts is not None,
+            "parallel.context": self.parallel is not None and self.parallel.context > 1,
+        }
+        for key, given in others.items():
+            if given:
+                raise KeyProblem(key, "is not for a teacher with another tokenizer (teacher.tokenizer)")
+        for position, loss in enumerate(self.loss_functions):
+            if loss.function in ATTENTION_FUNCTIONS or loss.missing_probability_handling == "background":
+                what = "attention outputs" if loss.function in ATTENTION_FUNCTIONS else "background"
+                problem = f"a teacher with another tokenizer (teacher.tokenizer) has no {what} of the student's tokens"
+                raise KeyProblem(f"loss_functions[{position}]", problem)
+        return self
+
+    @model_validator(mode="after")
     def check_lora(self) -> Self:
         if self.lora is not None:
             for key in ("frozen_res", "frozen_modules"):

@@ -45,6 +45,11 @@ class HFTeacherConfig(Section):
         min_length=1,
         description="numbers of the GPUs that hold the teacher alone, layer after layer; processes share them equally",
     )
+    tokenizer: Literal["own"] | None = Field(
+        None,
+        description="own: the teacher reads the text by its own tokenizer, which is not the student's, and is compared "
+        "where tokens of both are the same; needs top_k",
+    )
     top_k: int | None = Field(None, gt=0, description="use only the teacher's k most probable tokens")
     background: PathText | None = Field(None, description=_BACKGROUND)
 
@@ -66,6 +71,15 @@ class HFTeacherConfig(Section):
                 raise KeyProblem("offload", "quantised weights stay on the GPU; keep one of offload and quantization")
             if "device_map" in self.kwargs:
                 raise KeyProblem("offload", "kwargs.device_map places the layers already; keep one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def check_tokenizer(self) -> Self:
+        if self.tokenizer is not None:
+            if self.top_k is None:
+                raise KeyProblem("top_k", "is missing: how many of the tokens that both models have are compared")
+            if self.background is not None:
+                raise KeyProblem("background", "is over the student's tokens, and tokenizer: own has others; remove it")
         return self
 
     @model_validator(mode="after")

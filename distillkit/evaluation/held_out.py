@@ -1,6 +1,6 @@
 """Held-out text as rows of tokens, and in batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
@@ -11,6 +11,7 @@ from distillkit.config.evaluate import DivergenceConfig
 from distillkit.data import build_dataset, collate
 from distillkit.data.signals import TensorRows
 from distillkit.data.sources import load_source
+from distillkit.teacher import Teacher
 
 KEY = "divergence.dataset"
 
@@ -37,11 +38,11 @@ def held_out_rows(
     )
 
 
-def held_out_batches(
-    rows: Dataset, batch_size: int = 1, signal_columns: Sequence[str] = ()
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of the rows, in their order."""
-    read = TensorRows(rows, signal_columns)
+def held_out_batches(rows: Dataset, batch_size: int = 1, teacher: Teacher | None = None) -> Iterator[dict[str, Tensor]]:
+    """Batches of the rows, in their order, with what the teacher needs."""
+    columns = () if teacher is None else teacher.columns
+    read = TensorRows(rows, columns)
     for start in range(0, len(rows), batch_size):
         chosen = read.__getitems__(list(range(start, min(start + batch_size, len(rows)))))
-        yield collate(chosen, pad_token_id=0, signal_columns=signal_columns)
+        batch = collate(chosen, pad_token_id=0, signal_columns=columns)
+        yield batch if teacher is None else teacher.prepare(batch)

@@ -110,7 +110,7 @@ def _size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _different(key: str, what: str) -> UserError:
-    return UserError(key, f"its tokenizer is not the student's: {what}")
+    return UserError(key, f"its tokenizer is not the student's: {what}; use another, or teacher.tokenizer: own")
 
 
 def _check_numbers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, key: str) -> None:

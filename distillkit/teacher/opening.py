@@ -28,6 +28,7 @@ from distillkit.models.decoder import head
 from distillkit.models.vocabulary import check_same_tokenizer
 from distillkit.shards import Manifest, read_background, read_background_file, read_manifest, verify_shards
 from distillkit.shards.names import PLAN
+from distillkit.teacher.aligned import AlignedTeacher
 from distillkit.teacher.captured import CapturedTeacher
 from distillkit.teacher.captured_tokenizer import read_tokenizer
 from distillkit.teacher.live import LiveTeacher
@@ -37,10 +38,12 @@ from distillkit.teacher.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 
-def open_teacher(config: RunConfig, model: PreTrainedModel | None, student: PreTrainedTokenizerBase) -> Teacher:
+def open_teacher(
+    config: RunConfig, model: PreTrainedModel | None, student: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase
+) -> Teacher:
     """The teacher of a run, with the background distribution where a loss needs one.
 
-    model: the loaded model of a live teacher. student: the student's tokenizer.
+    model: the loaded model of a live teacher. student, own: the tokenizers of the student and of the teacher.
 
     Raises UserError where a captured teacher cannot be read, a server cannot be the teacher, or a background is needed
     and missing.
@@ -53,6 +56,9 @@ def open_teacher(config: RunConfig, model: PreTrainedModel | None, student: PreT
     path = config.teacher.background if positions else None
     if isinstance(config.teacher, HFTeacherConfig):
         assert model is not None
+        if config.teacher.tokenizer == "own":
+            assert config.teacher.top_k is not None
+            return AlignedTeacher(model, student, own, config.teacher.top_k)
         return LiveTeacher(model, None if path is None else open_background(path, len(head(model)[0])))
     if isinstance(config.teacher, ServerTeacherConfig):
         background = None if path is None else functools.partial(open_background, path)

@@ -65,6 +65,10 @@ class Teacher(ABC):
     steps_ahead: int = 0
     """Optimizer steps of whose batches it wants to hear before they come (`expect`)."""
 
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A collated batch with what this teacher needs besides."""
+        return batch
+
     @property
     @abstractmethod
     def vocabulary_size(self) -> int:

@@ -1,6 +1,6 @@
 """Batches for the trainer: those of `distillkit.data`, and how many of their tokens are real."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ class Collator:
     """`collate` with `lengths` [batch]: tokens of each row without its padding.
 
     signal_columns: a captured teacher's columns, collated with the tokens.
+    prepare: adds what the teacher needs besides.
     """
 
     pad_token_id: int
     sequence_length: int | None = None
     signal_columns: tuple[str, ...] = ()
+    prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: batch
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = collate(
@@ -29,7 +31,7 @@ class Collator:
             sequence_length=self.sequence_length,
             signal_columns=self.signal_columns,
         )
-        return {**batch, "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
+        return {**self.prepare(batch), "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> int:

@@ -167,9 +167,7 @@ def _measurement(
         return measure_divergence(
             held_out.teacher,
             models.student,
-            held_out_batches(
-                held_out.rows, trainer.per_device_train_batch_size, signal_columns=held_out.signal_columns
-            ),
+            held_out_batches(held_out.rows, trainer.per_device_train_batch_size, held_out.teacher),
             num_tokens=settings.num_tokens,
             vocabulary_size=models.vocabulary_size,
             student_autocast=compute_dtype(trainer),
@@ -204,7 +202,10 @@ def _trainer(
         train_dataset=TensorRows(train_rows, teacher.columns),
         eval_dataset=None if held_out is None else held_out.rows,
         data_collator=Collator(
-            padding_token(models.tokenizer, models.vocabulary_size), config.sequence_length, teacher.columns
+            padding_token(models.tokenizer, models.vocabulary_size),
+            config.sequence_length,
+            teacher.columns,
+            teacher.prepare,
         ),
         processing_class=models.tokenizer,
     )

@@ -33,6 +33,7 @@ from distillkit.runs.record import read_record
 from distillkit.runs.secrets import without_secrets
 from distillkit.student.mixers.registry import check_linear_mixer
 from distillkit.teacher import Teacher
+from distillkit.teacher.aligned import AlignedTeacher
 from distillkit.teacher.opening import captured_tokenizer, open_teacher
 from distillkit.training.arguments import Arguments
 from distillkit.training.context import context_of, divide_rows_of
@@ -77,7 +78,7 @@ def load_models(
     mesh, context = mesh_of(config.parallel, trainer), context_of(config.parallel, trainer)
     model = _load_teacher(config, folder, trainer, console, mesh)
     tokenizer, teachers_tokenizer = _load_tokenizers(config)
-    teacher = open_teacher(config, model, tokenizer)
+    teacher = open_teacher(config, model, tokenizer, teachers_tokenizer)
     origin = str(folder.untrained) if config.model is None else config.model
     resumed = None if folder.checkpoint is None else folder.checkpoint.path
     student = _load_student(config, origin if resumed is None or config.lora is not None else resumed, trainer)
@@ -109,7 +110,8 @@ def load_models(
         use_varlen_attention(student, dtype)
     if techniques.gradient_checkpointing:
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
-    vocabulary_size = common_vocabulary(teacher.vocabulary_size, student, tokenizer, teachers_tokenizer)
+    read_by = (tokenizer,) if isinstance(teacher, AlignedTeacher) else (tokenizer, teachers_tokenizer)
+    vocabulary_size = common_vocabulary(teacher.vocabulary_size, student, *read_by)
     return Models(teacher, student, tokenizer, vocabulary_size, mesh, context, embedding_rows, freezing, adapter)
 
 
@@ -253,6 +255,8 @@ def _load_tokenizers(config: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTra
     teacher = _load_teachers_tokenizer(config, config.teacher)
     if config.model is None:
         return teacher, teacher
+    if config.teacher.tokenizer == "own":
+        return load_tokenizer(config.model, key="model", **options), teacher
     return load_students_tokenizer(config.model, teacher, "model", **options), teacher
 
 

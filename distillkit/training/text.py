@@ -30,10 +30,6 @@ class HeldOut:
     rows: Dataset
     teacher: Teacher | None
 
-    @property
-    def signal_columns(self) -> tuple[str, ...]:
-        return () if self.teacher is None else self.teacher.columns
-
 
 def load_text(
     config: RunConfig, folder: PhaseFolder, arguments: TrainingArguments, models: Models
