@@ -71,7 +71,10 @@ def load_students_tokenizer(
     if folder.is_dir() and options.get("gguf_file") is None and not has_tokenizer(folder):
         return teacher
     student = load_tokenizer(path, key=key, **options)
-    check_same_tokenizer(teacher, student)
+    try:
+        check_same_tokenizer(teacher, student)
+    except UserError as error:
+        raise UserError(error.key, f"{error.problem}; use another, or teacher.tokenizer: own") from None
     return student
 
 
@@ -110,7 +113,7 @@ def _size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _different(key: str, what: str) -> UserError:
-    return UserError(key, f"its tokenizer is not the student's: {what}; use another, or teacher.tokenizer: own")
+    return UserError(key, f"its tokenizer is not the student's: {what}")
 
 
 def _check_numbers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, key: str) -> None:

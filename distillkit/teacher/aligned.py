@@ -21,7 +21,7 @@ from distillkit.distribution import DenseDistribution, Distribution, SparseDistr
 from distillkit.models.labels import IGNORED_LABEL
 from distillkit.models.token_alignment import KEY, TokenAlignment
 from distillkit.teacher.live import LiveTeacher
-from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
+from distillkit.teacher.teacher import DISTRIBUTION, OverProcesses, SignalRequest, Teacher, TeacherSignal
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +122,9 @@ class AlignedTeacher(Teacher):
         values, best = logits[:, theirs].topk(min(self.top_k, len(theirs)), dim=-1)
         return SparseDistribution(ours[best], values - logits.logsumexp(-1, keepdim=True))
 
-    def check_outputs(self, batch: Mapping[str, Tensor]) -> None:
-        self._live.check_outputs({"input_ids": batch[IDS], "position_ids": batch[POSITIONS]})
+    def check_outputs(self, batch: Mapping[str, Tensor], over_processes: OverProcesses = lambda here: [here]) -> None:
+        read = {"input_ids": batch[IDS], "position_ids": batch[POSITIONS]}
+        self._live.check_outputs(read, over_processes)
 
     def check_rows(self, rows: Dataset, key: str) -> None:
         """Says what share of the tokens is the same for both. Raises `UserError` where none is."""

@@ -12,7 +12,7 @@ from distillkit.distribution import DenseDistribution, Distribution, SparseDistr
 from distillkit.models.attention import AttentionRecord, recorded_attention
 from distillkit.models.chunked_logits import ChunkedHead, chunk_tokens_within
 from distillkit.models.decoder import decode, head, overflowed, where_not_finite
-from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
+from distillkit.teacher.teacher import DISTRIBUTION, OverProcesses, SignalRequest, Teacher, TeacherSignal
 
 _CHECKED_BYTES = 2**28
 
@@ -68,7 +68,7 @@ class LiveTeacher(Teacher):
             },
         )
 
-    def check_outputs(self, batch: Mapping[str, Tensor]) -> None:
+    def check_outputs(self, batch: Mapping[str, Tensor], over_processes: OverProcesses = lambda here: [here]) -> None:
         """See `Teacher`; the outputs are computed again."""
         rows = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device)
         distribution, step = (
@@ -76,10 +76,12 @@ class LiveTeacher(Teacher):
             chunk_tokens_within(_CHECKED_BYTES, len(self._head.matrix)),
         )
         chunks = (distribution(slice(start, start + step)) for start in range(0, len(rows), step))
-        if any(isinstance(chunk, DenseDistribution) and overflowed(chunk.logits) for chunk in chunks):
-            device = self.model.get_input_embeddings().weight.device
-            inputs = (batch[name].to(device) for name in ("input_ids", "position_ids"))
-            raise UserError("teacher.path", where_not_finite(self.model, *inputs))
+        bad = any(isinstance(chunk, DenseDistribution) and overflowed(chunk.logits) for chunk in chunks)
+        if not any(over_processes("bad" if bad else None)):
+            return
+        device = self.model.get_input_embeddings().weight.device
+        place = where_not_finite(self.model, *(batch[name].to(device) for name in ("input_ids", "position_ids")))
+        raise UserError("teacher.path", next(each for each in over_processes(place if bad else None) if each))
 
     @torch.no_grad()
     def _distribution(

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from distillkit.distribution import Distribution
 from distillkit.models.attention import AttentionRecord
 
+OverProcesses = Callable[[str | None], list[str | None]]
+
 DistributionOfRows = Callable[[Int[Tensor, " rows"]], Callable[[slice], Distribution]]
 """From indices into the flattened batch [batch · tokens] to the distributions of a slice of these rows."""
 
@@ -81,8 +83,13 @@ class Teacher(ABC):
     def expect(self, batches: Sequence[Mapping[str, Tensor]]) -> None:  # noqa: B027
         """The batches that come next, in their order, of which a teacher elsewhere can begin to compute signals."""
 
-    def check_outputs(self, batch: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Raises `UserError` where a live teacher's outputs for the batch are not finite: where that begins."""
+    def check_outputs(  # noqa: B027
+        self, batch: Mapping[str, Tensor], over_processes: OverProcesses = lambda here: [here]
+    ) -> None:
+        """Raises `UserError` where a live teacher's outputs for the batch are not finite: where that begins.
+
+        over_processes: what each process gives, where all call this at the same time, each with a batch of its own.
+        """
 
     def check_rows(self, rows: Dataset, key: str) -> None:  # noqa: B027
         """Raises UserError, with `key`, where `columns` of the rows cannot be this teacher's outputs."""

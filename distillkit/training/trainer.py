@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -201,7 +202,7 @@ class DistillationTrainer(Trainer):
         if norm is not None and not math.isfinite(norm):
             if self.teacher is not None:
                 for batch in map(self._prepare_inputs, self._step_batches):
-                    self.teacher.check_outputs(batch)
+                    self.teacher.check_outputs(batch, lambda here: gather_object([here]))
             raise UserError(
                 "training_args.learning_rate",
                 f"the gradient of step {self.state.global_step + 1} is {float(norm)}; the "
