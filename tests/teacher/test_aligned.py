@@ -1,6 +1,7 @@
 """A teacher with another tokenizer: with an equal one it is the ordinary teacher; with another one a student learns."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_with_an_equal_tokenizer_it_is_the_ordinary_teacher():
 
 def test_distributions_are_of_the_same_text_over_the_tokens_of_both():
     """Against a teacher that reads each prefix by itself."""
-    student, own = trained(900), trained(600)
+    student, own = trained(900, every=2), trained(500, first=1, every=2)
     model = llama(0, vocab=len(own))
     teacher = AlignedTeacher(model, student, own, top_k=5)
     texts = ["The teacher of a run is the section", "12 of the tokens, 34"]
@@ -70,19 +71,19 @@ def test_distributions_are_of_the_same_text_over_the_tokens_of_both():
 def inputs(tmp_path_factory):
     """A teacher of other tokens that has learnt the text, and a student that has not."""
     folder = tmp_path_factory.mktemp("inputs")
-    text, own = save_text(folder / "train.jsonl", documents=60), trained(500, pages=slice(1, None, 2))
+    text, own = save_text(folder / "train.jsonl", documents=60), trained(500, first=1, every=2)
     teacher = llama(0, vocab=len(own), hidden_size=64)
     documents = [own(json.loads(line)["text"]).input_ids for line in Path(text).read_text().splitlines()]
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
     for _ in range(8):
         for start in range(0, len(documents), 10):
+            ids = torch.tensor([[*chain(*documents[start : start + 10])]])
             optimizer.zero_grad()
-            for ids in documents[start : start + 10]:
-                teacher(torch.tensor([ids]), labels=torch.tensor([ids])).loss.backward()
+            teacher(ids, labels=ids).loss.backward()
             optimizer.step()
     teacher.save_pretrained(folder / "teacher")
     own.save_pretrained(folder / "teacher")
-    theirs = trained(900, pages=slice(0, None, 2))
+    theirs = trained(900, every=2)
     llama(1, vocab=len(theirs)).save_pretrained(folder / "student")
     theirs.save_pretrained(folder / "student")
     return {
