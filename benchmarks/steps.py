@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from distillkit.config import RunConfig
+from distillkit.models.divided_rows import Context
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.planning.meta_models import read_config, student_config, student_model, teacher_on_meta
 from distillkit.teacher.live import LiveTeacher
@@ -96,7 +97,9 @@ def take_steps(
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     number = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.max_steps
     rows = random_rows(number, config.sequence_length, student.config.vocab_size, seed)
-    trainer = trainer_of(config, arguments, teacher, student, rows, [clock] if clock else [])
+    live = LiveTeacher(teacher)
+    distiller = Distiller(student, objective_of(config, student, live, student.config.vocab_size))
+    trainer = trainer_of(config, arguments, live, distiller, rows, [clock] if clock else [])
     start_peak(device)
     with compiled_step(student, teacher, trainer.model.objective, techniques.compilation):
         trainer.train()
@@ -141,23 +144,23 @@ def random_rows(number: int, length: int, vocabulary_size: int, seed: int) -> Da
 def trainer_of(
     config: RunConfig,
     arguments: TrainingArguments,
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    teacher: LiveTeacher,
+    distiller: Distiller,
     rows: Dataset,
     callbacks: list[TrainerCallback],
+    context: Context | None = None,
 ) -> DistillationTrainer:
     """The product's trainer, for a student that is frozen and cast."""
-    vocabulary_size = student.config.vocab_size
-    live = LiveTeacher(teacher)
-    objective = objective_of(config, student, live, vocabulary_size)
     assert config.teacher.kind == "hf"
+    vocabulary_size = distiller.student.config.vocab_size
     return DistillationTrainer(
-        Distiller(student, objective),
-        live,
-        signal_request(objective, top_k=config.teacher.top_k, vocabulary_size=vocabulary_size),
+        distiller,
+        teacher,
+        signal_request(distiller.objective, top_k=config.teacher.top_k, vocabulary_size=vocabulary_size),
         weights_dtype=compute_dtype(arguments),
         args=arguments,
         train_dataset=rows,
         data_collator=Collator(pad_token_id=0, sequence_length=config.sequence_length),
         callbacks=callbacks,
+        context=context,
     )
