@@ -200,10 +200,6 @@ class RunConfig(WholeFile):
     def check_parallel(self) -> Self:
         if self.parallel is None:
             return self
-        if self.trained_weights != "float32":
-            raise KeyProblem(
-                "trained_weights", "parallel divides float32 weights only; use float32, or remove parallel"
-            )
         optim = self.training_args.get("optim", SHARDED_OPTIMIZERS[0])
         if optim not in SHARDED_OPTIMIZERS:
             raise KeyProblem(

@@ -6,18 +6,23 @@ thousand updates of a thousandth of a bf16 step are one step. `StochasticAdamW` 
 4-bit AdamW do it there; no other optimizer is given a bf16 weight.
 
 The random numbers of a step follow from the number of the step alone. So all ranks of a data-parallel run round alike
-and stay one model, and a resumed run rounds as the run that was not disturbed.
+and stay one model, and a resumed run rounds as the run that was not disturbed. `StochasticAdamW` draws those of whole
+parameters also where a process has a part of each, and takes its own: however a parameter is divided, an element is
+rounded by the same number.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from jaxtyping import BFloat16, Float
+from jaxtyping import BFloat16, Float, Int
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -101,12 +106,30 @@ class StochasticAdamW(Optimizer):
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         state["step"] += 1
-        stored = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
-        weights, means, squares = (tensor.view(-1).split(SLICE) for tensor in stored)
         assert parameter.grad is not None
-        gradients = parameter.grad.reshape(-1).split(SLICE)
-        for part in zip(weights, gradients, means, squares, strict=True):
-            _adamw(*part, state["step"], group, generator)
+        tensors = (parameter.detach(), parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+        local = [(each.to_local() if isinstance(each, DTensor) else each).view(-1) for each in tensors]
+        first = _first_element(parameter)
+        for start in range(0, parameter.numel(), SLICE):
+            size = min(SLICE, parameter.numel() - start)
+            begin, end = (min(max(each - first, 0), local[0].numel()) for each in (start, start + size))
+            noise = partial(noise_of, generator, size, slice(first + begin - start, first + end - start))
+            weight, gradient, mean, square = (each[begin:end] for each in local)
+            _adamw(weight, gradient, mean, square, state["step"], group, noise)
+
+
+def _first_element(parameter: Tensor) -> int:
+    """The place, in the whole parameter, of the first element that this process has of it."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    assert all(placement.is_replicate() or placement.is_shard(0) for placement in parameter.placements)
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offsets[0] * (parameter.numel() // max(1, parameter.shape[0]))
+
+
+def noise_of(generator: torch.Generator, size: int, part: slice = slice(None)) -> Int[Tensor, " numbers"]:
+    """A part of so many random 16-bit numbers, on the generator's device; all are drawn, whatever the part."""
+    return torch.randint(2**16, (size,), dtype=torch.int32, device=generator.device, generator=generator)[part]
 
 
 def _adamw(
@@ -116,7 +139,7 @@ def _adamw(
     square: Tensor,
     step: int,
     group: dict[str, Any],
-    generator: torch.Generator,
+    noise: Callable[[], Tensor],
 ) -> None:
     """One update, in place, of weights and of the running means of the gradient and its square."""
     beta1, beta2 = group["betas"]
@@ -127,18 +150,19 @@ def _adamw(
     exact_weight = weight.float().mul(1 - group["lr"] * group["weight_decay"])
     exact_weight.addcdiv_(exact_mean, denominator, value=-group["lr"] / (1 - beta1**step))
     for stored, exact in ((weight, exact_weight), (mean, exact_mean), (square, exact_square)):
-        stored.copy_(round_stochastically(exact, generator) if stored.dtype == torch.bfloat16 else exact)
+        stored.copy_(round_stochastically(exact, noise()) if stored.dtype == torch.bfloat16 else exact)
 
 
-def round_stochastically(exact: Float[Tensor, "*shape"], generator: torch.Generator) -> BFloat16[Tensor, "*shape"]:
-    """bf16 numbers whose expectation is `exact`, which is float32.
+def round_stochastically(
+    exact: Float[Tensor, " numbers"], noise: Int[Tensor, " numbers"]
+) -> BFloat16[Tensor, " numbers"]:
+    """bf16 numbers whose expectation is `exact`, which is float32, over `noise`, which is uniform in 16 bits.
 
     bf16 is the upper half of a float32. A uniform random number, added to the lower half before that is cut off,
     carries into the upper with just the probability that the lower half stands for. What is not finite is kept: the
     bits of a NaN could carry over into those of -0, and a broken step would look like weights of zero.
     """
     bits = exact.view(torch.int32)
-    noise = torch.randint(2**16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     rounded = ((bits + noise) & -(2**16)).view(torch.float32)
     return torch.where(exact.isfinite(), rounded, exact).bfloat16()
 

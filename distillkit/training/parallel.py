@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -68,11 +68,33 @@ def divide(distiller: Distiller, arguments: TrainingArguments, mesh: Mesh) -> Di
         return distiller
     for projection in distiller.objective.to(arguments.device).parameters():  # random, unlike what is loaded
         torch.distributed.broadcast(projection.data, 0)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # sums of bf16 gradients over processes would round
+    beside = _beside_bfloat16(distiller)
+    if beside:  # what is gathered together trains in one dtype: those in float32 are gathered with the root
+        fully_shard(distiller, mesh=mesh, mp_policy=policy, ignored_params={*distiller.parameters()} - beside)
+        beside = {parameter for parameter in distiller.parameters() if isinstance(parameter, DTensor)}
     for part in _parts(distiller):
-        fully_shard(part, mesh=mesh)
-    fully_shard(distiller, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=beside)
+    if beside:
+        fully_shard(distiller.student, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=beside)
+        distiller.register_forward_pre_hook(lambda *_: _gather(distiller.student))
+    else:
+        fully_shard(distiller, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(distiller, "within")
     return distiller
+
+
+def _beside_bfloat16(distiller: Distiller) -> set[nn.Parameter]:
+    """What trains in float32 where others train in bf16: projections, and what an architecture keeps in float32."""
+    trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    wide = {parameter for parameter in trained if parameter.dtype == torch.float32}
+    return wide if len(wide) < len(trained) else set()
+
+
+def _gather(student: nn.Module) -> None:
+    """Have those parameters whole that are so for a step, where they are not the root's."""
+    if isinstance(student, FSDPModule):
+        student.unshard()
 
 
 def _parts(distiller: Distiller) -> Iterable[nn.Module]:
@@ -88,10 +110,16 @@ def _parts(distiller: Distiller) -> Iterable[nn.Module]:
 
 def within(distiller: Distiller, work: Callable[[], Result]) -> Result:
     """What `work` returns, which uses the student outside of a training step. All processes do it."""
+
+    def gathered() -> Result:
+        _gather(distiller.student)
+        return work()
+
     with whole_rows():
-        result: Result = distiller.within(work)
-    if isinstance(distiller, FSDPModule):
-        distiller.reshard()
+        result: Result = distiller.within(gathered)
+    for module in (distiller, distiller.student):
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return result
 
 

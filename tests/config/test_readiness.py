@@ -90,9 +90,6 @@ def test_as_many_processes_as_parallel_says(
 def test_what_parallel_cannot_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"^training_args\.optim: adafactor cannot be divided \(parallel\); use one of"):
         RunConfig.parse({**ONLINE, "parallel": {}, "training_args": {"optim": "adafactor"}})
-    bf16 = {"training_args": {"bf16": True}, "trained_weights": "bfloat16"}
-    with pytest.raises(UserError, match=r"^trained_weights: parallel divides float32 weights only"):
-        RunConfig.parse({**ONLINE, "parallel": {}, **bf16})
     for wrong in ({"shard": 0}, {"shard": "all"}, {"replicate": "2"}, {"context": 0}):
         with pytest.raises(UserError, match=r"^parallel\."):
             RunConfig.parse({**ONLINE, "parallel": wrong})

@@ -17,6 +17,7 @@ from distillkit.training.optimizers import (
     StochasticAdamW,
     describe,
     lossy_accumulation,
+    noise_of,
     protect_updates,
     round_stochastically,
 )
@@ -45,7 +46,7 @@ def gradients_of(seed, shape):
 @settings(max_examples=50, deadline=None)
 def test_rounding_goes_to_a_neighbour_and_is_right_on_average(number):
     exact = torch.full((4096,), number)
-    rounded = round_stochastically(exact, torch.Generator().manual_seed(0))
+    rounded = round_stochastically(exact, noise_of(torch.Generator().manual_seed(0), 4096))
     assert rounded.dtype == torch.bfloat16
     bits = exact[:1].view(torch.int32) >> 16 << 16
     nearer_to_zero, farther = (each.view(torch.float32).double() for each in (bits, bits + 2**16))
@@ -57,11 +58,11 @@ def test_rounding_goes_to_a_neighbour_and_is_right_on_average(number):
 
 def test_what_is_not_finite_stays_so():
     """The first is CUDA's NaN, all of whose low bits are set."""
-    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000], dtype=torch.int32).repeat(1000, 1)
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000], dtype=torch.int32).repeat_interleave(1000)
     exact = bits.view(torch.float32)
-    rounded = round_stochastically(exact, torch.Generator().manual_seed(0))
-    assert torch.all(rounded[:, :3].isnan())
-    assert torch.equal(rounded[:, 3:].float(), exact[:, 3:])
+    rounded = round_stochastically(exact, noise_of(torch.Generator().manual_seed(0), 5000))
+    assert torch.all(rounded[:3000].isnan())
+    assert torch.equal(rounded[3000:].float(), exact[3000:])
 
 
 @pytest.mark.parametrize("slice_size", [7, 2**24])

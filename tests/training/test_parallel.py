@@ -12,15 +12,21 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from distillkit.config.parallel import ParallelConfig
-from distillkit.training import distill
+from distillkit.training import distill, optimizers
 from distillkit.training.parallel import whole_state
 from tests.forks import environments, exit_codes, started
 from tests.student.students import student
 from tests.training.test_alignment import SHAPE, STUDENTS
 from tests.training.test_distill import configuration, run
+from tests.training.test_optimizers import make_optimizer
 from tests.training.test_phases import configuration as phases_of
 from tests.training.test_phases_killed import PHASES
 from tests.training.test_processes import ALL_KINDS, NOTHING_COUNTS_FOR_ONE, UNEVEN, loss
@@ -36,6 +42,11 @@ LONG_ROWS = [row(lengths, seed) for seed, lengths in enumerate([[5, 70, 3, 50], 
 
 WIDE = SHAPE | {"hidden_size": 48}
 THREE_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 3}
+BFLOAT16 = {
+    "weights": torch.bfloat16, "bf16": True, "optim": "adamw_torch", "learning_rate": 2.0, "max_steps": 1,
+    "adam_epsilon": 0.1,
+}  # fmt: skip
+"""Two thirds of a step of SGD, at a rate that lifts it above the rounding of bfloat16 weights."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,9 @@ CASES = {
     "attention": Case(ATTENTION),
     "attention beside others": Case([*ATTENTION, *ALL_KINDS]),
     "bfloat16 beside masters": Case(options={"frozen": ["mlp", "embed_tokens"], "bf16": True}, tolerance=0.05),
+    "bfloat16 weights": Case(options=BFLOAT16, tolerance=0.02),
+    "bfloat16 weights beside projections": Case(options={**BFLOAT16, "teacher_layers": 4}, tolerance=0.02),
+    "bfloat16 attention": Case(ATTENTION, options=BFLOAT16, tolerance=0.02),
     "long rows, hybrid": long_case(STUDENTS["hybrid"]),
     "long rows, grouped": long_case(STUDENTS["hybrid, grouped"]),
     "long rows, odd heads": long_case(lambda: student(config_changes=WIDE | THREE_HEADS)),
@@ -69,7 +83,7 @@ CASES = {
     "adamw": Case(options={"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 3, "adam_epsilon": 0.1}),
 }
 
-FEW = ["projections", "attention beside others"]
+FEW = ["projections", "attention beside others", "bfloat16 weights beside projections"]
 MESHES = [
     (2, ParallelConfig(), [name for name in CASES if "long rows" not in name]),
     (4, ParallelConfig(), FEW),
@@ -100,7 +114,62 @@ def change(folder, case, **options):
     before = {name: tensor.clone() for name, tensor in whole_state(trainer.model).items()}
     trainer.train()
     after = whole_state(trainer.model)
-    return {name: before[name] - after[name] for name in names if name in after}
+    return {name: before[name].float() - after[name].float() for name in names if name in after}
+
+
+OPTIMIZERS = {"adamw_torch": torch.bfloat16}
+"""Those that are to make the same of the same gradients however weights of this dtype are divided, to the last bit."""
+
+
+def stepped(optim, mesh, steps, start=None, folder=None):
+    """Weights of uneven shapes after steps whose gradients follow from their numbers; divided over the mesh.
+
+    start: the folder of a checkpoint, of another mesh perhaps. folder: where one is written.
+    """
+    shapes = [(7, 33), (50,), (2, 5), (16, 256), (65, 64)]
+    whole = [random_numbers(index, shape).to(OPTIMIZERS[optim]) for index, shape in enumerate(shapes)]
+    weights = nn.ParameterDict({str(index): nn.Parameter(place(each, mesh)) for index, each in enumerate(whole)})
+    optimizer = make_optimizer(optim, list(weights.values()), lr=0.01)
+    if start is not None:
+        state = {"weights": weights.state_dict(), "optimizer": get_optimizer_state_dict(weights, optimizer)}
+        checkpoint.load(state, checkpoint_id=start)
+        set_optimizer_state_dict(weights, optimizer, state["optimizer"])
+    for step in steps:
+        for index, (weight, each) in enumerate(zip(weights.values(), whole, strict=True)):
+            weight.grad = place(random_numbers(100 * step + index, each.shape).to(each.dtype), mesh)
+        optimizer.step()
+    if folder is not None:
+        state = {"weights": weights.state_dict(), "optimizer": get_optimizer_state_dict(weights, optimizer)}
+        checkpoint.save(state, checkpoint_id=folder)
+    return {name: whole_tensor(weight.detach()) for name, weight in weights.items()}
+
+
+def random_numbers(seed, shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def place(tensor, mesh):
+    if mesh is None:
+        return tensor
+    placements = [Shard(0) if name == "shard" else Replicate() for name in mesh.mesh_dim_names]
+    return distribute_tensor(tensor, mesh, placements)
+
+
+def whole_tensor(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def optimizer_steps(folder, number, replicate):
+    """By one of several processes: four steps of each, and the last two of them from the checkpoint of two others."""
+    sizes = {"replicate": replicate, "shard": number // replicate}
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for optim in OPTIMIZERS:
+        found = {"whole": stepped(optim, mesh, range(4))}
+        stepped(optim, mesh, range(2), folder=folder / f"{optim} of {number} {replicate}")
+        found["resumed"] = stepped(optim, mesh, range(2, 4), start=folder / f"{optim} of 2 1")
+        if os.environ["RANK"] == "0":
+            for name, weights in found.items():
+                save_file(weights, folder / f"{optim} {number} {replicate} {name}")
 
 
 def changes(folder):
@@ -113,6 +182,9 @@ def changes(folder):
                 found = change(folder / name, CASES[name], parallel=parallel, **cut)
                 if os.environ["RANK"] == "0":
                     save_file({key: each.clone() for key, each in found.items()}, folder / f"{name} {index}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(optimizers, "SLICE", 100)
+                optimizer_steps(folder, number, replicate)
     torch.distributed.destroy_process_group()
 
 
@@ -132,6 +204,18 @@ def test_divided_models_take_the_step_of_whole_ones(name, divided, tmp_path):
         if name in names:
             found = load_file(divided / f"{name} {index}")
             assert_same(found, expected, CASES[name].tolerance)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_equal_gradients_are_rounded_alike_however_weights_are_divided(optim, divided, monkeypatch):
+    monkeypatch.setattr(optimizers, "SLICE", 100)
+    expected = stepped(optim, None, range(4))
+    assert not torch.equal(stepped(optim, None, range(3))["1"], expected["1"])
+    for number, replicate, _ in MESHES:
+        for name in ("whole", "resumed"):
+            found = load_file(divided / f"{optim} {number} {replicate} {name}")
+            assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +264,12 @@ def of_two(inputs, tmp_path_factory):
     return run_on(2, described(inputs, tmp_path_factory.mktemp("two") / "run", 2))
 
 
-def assert_same_weights(folder, expected):
+def assert_same_weights(folder, expected, tolerance=1e-5):
     ours, theirs = (load_file(each / "model.safetensors") for each in (folder, expected))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype
-        assert (ours[name] - tensor).abs().max() <= 1e-5, name
+        assert (ours[name] - tensor).abs().max() <= tolerance, name
 
 
 def assert_same_run(folder, expected):
@@ -223,17 +307,24 @@ def test_resumed_on_another_number_of_processes(processes, context, inputs, of_o
 
 
 @pytest.mark.timeout(240)
-def test_phases_of_a_student_that_is_converted(inputs, tmp_path):
-    """Attention alignment, then distillation, as recipes/miniature/radlads.yaml begins; rows are divided, too."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_phases_of_a_student_that_is_converted(dtype, inputs, tmp_path):
+    """Attention alignment, then distillation, as recipes/miniature/radlads.yaml begins; rows are divided, too.
+
+    Weights in bfloat16 are the same to the last bit, for gradients of two processes are exact sums in both runs.
+    """
     phases = [
         {name: value for name, value in phase.items() if name not in ("tokens", "training_args")}
         for phase in PHASES[:2]
     ]
+    bf16 = {"bf16": True, "max_grad_norm": 0} if dtype == "bfloat16" else {}
     folders = []
     for number in (1, 2):
-        training = {"max_steps": 3, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-3}
-        divided = {"parallel": {"context": number}} if number > 1 else {}
-        config = phases_of(inputs, tmp_path / str(number), training, phases, **divided)
+        parallel = {"context": 2} if dtype == "float32" else {"shard": 2}
+        steps = 2 if number == 1 or dtype == "float32" else 1
+        training = {"max_steps": 3, "gradient_accumulation_steps": steps, "adam_epsilon": 1e-3, **bf16}
+        divided = {"parallel": parallel} if number > 1 else {}
+        config = phases_of(inputs, tmp_path / str(number), training, phases, trained_weights=dtype, **divided)
         folders.append(run_on(number, config))
-    assert_same_weights(*folders)
-    assert_same_weights(*(folder / "phases/1-alignment" for folder in folders))
+    for part in (".", "phases/1-alignment"):
+        assert_same_weights(*(folder / part for folder in folders), 0 if bf16 else 1e-5)

@@ -55,6 +55,7 @@ def make_trainer(
     student=None,
     rollouts=None,
     sequence_length=None,
+    weights=torch.float32,
     **given,
 ):
     given = {**SGD, "per_device_train_batch_size": len(rows), **given}
@@ -69,7 +70,7 @@ def make_trainer(
     objective = Objective(losses, mapping, *shapes, attention_layers=list(attention))
     if not objective.needs_hidden_states:
         freeze_all_but(student, itertools.chain(*attention.values()))
-    cast_for_training(student, compute_dtype(arguments))
+    cast_for_training(student, compute_dtype(arguments), weights)
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     mesh, context = mesh_of(parallel, arguments), context_of(parallel, arguments)
