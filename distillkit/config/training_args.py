@@ -57,10 +57,13 @@ SET_BY_THE_RUN = {
 }
 """Arguments that are refused unless they are switched off, and what to do instead."""
 
-STOCHASTIC_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit")
+QUANTIZED_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
+"""Values of `optim` that keep blocks of numbers together: torchao's."""
+
+STOCHASTIC_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *QUANTIZED_OPTIMIZERS)
 """Values of `optim` that round stochastically, so that bfloat16 weights do not lose small updates."""
 
-SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *QUANTIZED_OPTIMIZERS, "sgd", "rmsprop", "adagrad")
 """Values of `optim` that take parameters divided over processes."""
 
 POSITIVE = (

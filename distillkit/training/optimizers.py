@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distillkit.config import UserError
-from distillkit.config.training_args import STOCHASTIC_OPTIMIZERS
+from distillkit.config.training_args import QUANTIZED_OPTIMIZERS, STOCHASTIC_OPTIMIZERS
 from distillkit.console import print_line
 
 SLICE = 2**24
@@ -56,7 +56,7 @@ def protect_updates(
             f"{optim} loses small updates of bfloat16 weights; use "
             f"{', '.join(STOCHASTIC_OPTIMIZERS[:-1])} or {STOCHASTIC_OPTIMIZERS[-1]}",
         )
-    if optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
+    if optim in QUANTIZED_OPTIMIZERS:
         return _step_seeded(optimizer_class), {**options, "bf16_stochastic_round": in_bf16}
     if in_bf16:
         return StochasticAdamW, {name: value for name, value in options.items() if name != "fused"}
@@ -174,6 +174,10 @@ def _step_seeded(optimizer_class: type[Optimizer]) -> type[Optimizer]:
     """
 
     class StepSeeded(optimizer_class):  # type: ignore[misc, valid-type]
+        def _subclass_zeros(self, p: Tensor, signed: bool, block_size: int) -> Any:
+            """Zeros that call themselves float32: those of bf16 do so once they are in a DTensor, which is not told."""
+            return super()._subclass_zeros(torch.empty_like(p, dtype=torch.float32), signed, block_size)
+
         def step(self, closure: Callable[[], float] | None = None) -> Any:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
             cuda = sorted({parameter.get_device() for parameter in parameters if parameter.is_cuda})

@@ -8,6 +8,7 @@ the head outside of any module's forward; so is attention where losses compare i
 processes must do the same forward passes.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -126,6 +127,15 @@ def within(distiller: Distiller, work: Callable[[], Result]) -> Result:
 def is_divided(model: nn.Module) -> bool:
     """Whether a part of it is on other processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def shards(model: nn.Module) -> int:
+    """Into how many parts its parameters are divided."""
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+            return math.prod(size for size, placement in sizes if placement.is_shard())
+    return 1
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 from transformers.trainer import SCHEDULER_NAME
 
 from distillkit.config import UserError
+from distillkit.config.training_args import QUANTIZED_OPTIMIZERS
 from distillkit.evaluation.divergence import Divergence
 from distillkit.models.divided_rows import Context
 from distillkit.models.labels import IGNORED_LABEL
@@ -41,13 +42,16 @@ from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, Tea
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.lora import save_adapter
 from distillkit.training.optimizers import protect_updates
-from distillkit.training.parallel import is_divided, whole_state
+from distillkit.training.parallel import is_divided, shards, whole_state
 from distillkit.training.rollouts import Rollouts, Written
 from distillkit.training.saving import save_student
 
 PROJECTIONS = "projections.safetensors"
 OPTIMIZER = "optimizer"
 """Folder of the parts of a divided optimizer, in a checkpoint."""
+
+SHARDS = "shards"
+"""Beside these: the number of parts."""
 
 
 class DistillationTrainer(Trainer):
@@ -286,14 +290,14 @@ class DistillationTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = get_optimizer_state_dict(self.model, self._own_optimizer())
-        distributed_checkpoint.save(state, checkpoint_id=Path(output_dir) / OPTIMIZER)
+        distributed_checkpoint.save({**state, SHARDS: shards(self.model)}, checkpoint_id=Path(output_dir) / OPTIMIZER)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Those of a divided student load into one that is divided otherwise, or not at all.
 
-        Raises `UserError` for one that was not divided and is now.
+        Raises `UserError` for one that was not divided and is now, and for blocks of numbers that would be divided.
         """
         parts = None if checkpoint is None else Path(checkpoint) / OPTIMIZER
         if parts is None or not parts.is_dir():
@@ -301,6 +305,8 @@ class DistillationTrainer(Trainer):
                 raise UserError("parallel", f"{checkpoint} was written without it; remove it to resume")
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        if self.args.optim in QUANTIZED_OPTIMIZERS:
+            check_shards(parts, shards(self.model), self.args.optim.value)
         optimizer = self._own_optimizer()
         state = get_optimizer_state_dict(self.model, optimizer)
         distributed_checkpoint.load(state, checkpoint_id=parts)
@@ -343,6 +349,18 @@ class DistillationTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             problem = " ".join(str(error).split())
             raise UserError("output_path", f"{path} does not hold the projections of this run: {problem}") from error
+
+
+def check_shards(parts: Path, number: int, optim: str) -> None:
+    """Raises `UserError` where an optimizer was written in another number of parts."""
+    written = {SHARDS: 0}
+    distributed_checkpoint.load(written, checkpoint_id=parts)
+    if written[SHARDS] != number:
+        raise UserError(
+            "parallel.shard",
+            f"{parts.parent} was written with shard {written[SHARDS]}, and {optim} keeps blocks of numbers together, "
+            f"which shard {number} would divide otherwise; resume with shard {written[SHARDS]}",
+        )
 
 
 class _LogWindow:
