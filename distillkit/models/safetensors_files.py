@@ -52,12 +52,15 @@ def header(file: Path, key: str) -> dict[str, torch.Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def read_tensor(file: Path, name: str) -> torch.Tensor:
-    """One tensor of a safetensors file, of which nothing else is mapped or read."""
+def read_tensor(file: Path, name: str, rows: range | None = None) -> torch.Tensor:
+    """One tensor of a safetensors file, or some rows of it; nothing else is mapped or read."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         described = json.loads(opened.read(length))[name]
-        start, end = described["data_offsets"]
+        shape, (start, end) = described["shape"], described["data_offsets"]
+        if rows is not None:
+            row = (end - start) // max(1, shape[0])
+            shape, start, end = [len(rows), *shape[1:]], start + row * rows.start, start + row * rows.stop
         opened.seek(8 + length + start)
         data = numpy.fromfile(opened, numpy.uint8, end - start)
-    return torch.from_numpy(data).view(DTYPES[described["dtype"]]).reshape(described["shape"])
+    return torch.from_numpy(data).view(DTYPES[described["dtype"]]).reshape(shape)

@@ -1,7 +1,7 @@
-"""A model too large for memory: it lies on the meta device, and each part is read from its files when it is called.
+"""A model too large for memory: it lies on the meta device, and its tensors, or rows of them, are read from its files.
 
-A decoder layer is in memory while it runs, and so is any other module with weights of its own. The forward pass is that
-of transformers, so whatever a model computes, it computes here.
+Streamed, each part is read when it is called: a decoder layer is in memory while it runs, and so is any other module
+with weights of its own. The forward pass is that of transformers, so whatever a model computes, it computes here.
 """
 
 import os
@@ -25,6 +25,8 @@ from distillkit.models.loading import (
 )
 from distillkit.models.safetensors_files import read_tensor
 
+RENAMED = "its weights are renamed or joined as they are loaded"
+
 
 class StoredModel:
     """A model on the meta device whose tensors are in safetensors files.
@@ -40,7 +42,7 @@ class StoredModel:
         model: PreTrainedModel,
         files: Mapping[str, Path],
         write: Callable[[str, Tensor], None] | None = None,
-        check: Callable[[str, Tensor], None] | None = None,
+        check: Callable[[str, range | None, Tensor], None] | None = None,
     ) -> None:
         self.model = model
         self._write, self._check = write, check
@@ -52,13 +54,13 @@ class StoredModel:
         """Of each tensor that can be read: its name in the files, which is another one for a tied head."""
         self._files = files
 
-    def read(self, name: str) -> Tensor:
-        """A tensor of the files in the model's dtype, on the CPU."""
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """A tensor of the files in the model's dtype, on the CPU; or some of its rows."""
         owner, _, attribute = name.rpartition(".")
         dtype, source = getattr(self.model.get_submodule(owner), attribute).dtype, self.names[name]
-        tensor = read_tensor(self._files[source], source).to(dtype)
+        tensor = read_tensor(self._files[source], source, rows).to(dtype)
         if self._check is not None:
-            self._check(source, tensor)
+            self._check(source, rows, tensor)
         return tensor
 
     @contextmanager
@@ -80,39 +82,58 @@ class StoredModel:
             part.load_state_dict(on_meta, assign=True)
 
 
-def open_streamed(
-    path: str | os.PathLike[str], *, key: str, trust_remote_code: bool, on_layer: Callable[[], object], **kwargs: Any
+def open_stored(
+    path: str | os.PathLike[str],
+    *,
+    key: str,
+    trust_remote_code: bool,
+    auto_class: str = "AutoModelForCausalLM",
+    **kwargs: Any,
 ) -> StoredModel | str:
-    """A model named as for `load_model`, with its checks, that can be run on the CPU without being in memory.
-
-    on_layer: is called after each call of a decoder layer.
+    """A model named as for `load_model`, with its checks, that is not in memory, but for buffers that no file holds.
 
     Or why it has to be loaded whole: GGUF files, quantised weights, weights that transformers renames or joins when it
-    loads them (experts), and `kwargs` that say more than where the model is and its dtype.
+    loads them (experts), and `kwargs` that say more than where the model is, its dtype and its attention.
 
     Raises `UserError` as `load_model` does; for NaN and infinity when they are read.
     """
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if "gguf_file" in kwargs or os.fspath(path).endswith(".gguf"):
         return "it is a GGUF file"
-    if asked := kwargs.keys() - {"dtype", "torch_dtype", *HUB}:
+    if asked := kwargs.keys() - {"dtype", "torch_dtype", "attn_implementation", *HUB}:
         return f"{', '.join(sorted(asked))} asked for it"
     places = {name: kwargs[name] for name in HUB if name in kwargs}
     config = load_pretrained_config(path, key=key, trust_remote_code=trust_remote_code, **places)
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantised"
-    model = load_model(path, key=key, trust_remote_code=trust_remote_code, device_map="meta", **kwargs)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "auto_class": auto_class, **kwargs}
+    model = load_model(path, key=key, device_map="meta", **options)
     stored = StoredModel(model, stored_tensors(path, places, key), check=_finite(os.fspath(path), key))
     _tie_equal(model, stored, os.fspath(path))
+    if any(name not in stored.names for name, _ in model.named_parameters()):
+        return RENAMED
+    _fill_buffers(model, stored)
+    return stored
+
+
+def open_streamed(
+    path: str | os.PathLike[str], *, key: str, trust_remote_code: bool, on_layer: Callable[[], object], **kwargs: Any
+) -> StoredModel | str:
+    """`open_stored`, of a model that can be run on the CPU: its parts are read when they are called.
+
+    on_layer: is called after each call of a decoder layer.
+    """
+    stored = open_stored(path, key=key, trust_remote_code=trust_remote_code, **kwargs)
+    if isinstance(stored, str):
+        return stored
+    model = stored.model
     layers, head = getattr(model.get_decoder(), "layers", None), model.get_output_embeddings()
-    renamed = any(name not in stored.names for name, _ in model.named_parameters())
-    if renamed or not isinstance(layers, nn.ModuleList) or not isinstance(head, nn.Linear):
-        return "its weights are renamed or joined as they are loaded"
+    if not isinstance(layers, nn.ModuleList) or not isinstance(head, nn.Linear):
+        return RENAMED
     inside = {module for layer in layers for module in layer.modules()}
     others = [each for each in model.modules() if each not in inside and dict(each.named_parameters(recurse=False))]
     if any(dict(module.named_children()) for module in others):
         return "it has weights outside of its layers, embeddings, norms and head"
-    _fill_buffers(model, stored)
     for layer in layers:
         _stream(layer, stored, on_layer)
     for module in others:
@@ -162,12 +183,12 @@ def _fill_buffers(model: PreTrainedModel, stored: StoredModel) -> None:
             model._init_weights(module)
 
 
-def _finite(location: str, key: str) -> Callable[[str, Tensor], None]:
-    checked: set[str] = set()
+def _finite(location: str, key: str) -> Callable[[str, range | None, Tensor], None]:
+    checked: set[tuple[str, range | None]] = set()
 
-    def check(name: str, tensor: Tensor) -> None:
-        if name not in checked and not is_finite(tensor):
+    def check(name: str, rows: range | None, tensor: Tensor) -> None:
+        if (name, rows) not in checked and not is_finite(tensor):
             raise UserError(key, f"{location!r}: {not_finite([name], tensor.dtype)}")
-        checked.add(name)
+        checked.add((name, rows))
 
     return check

@@ -2,10 +2,10 @@
 
 Models are made, frozen and cast without knowing of it. Without `parallel` each process holds both models whole. With it
 they are divided by PyTorch's FSDP2 (`fully_shard`): each process keeps a part of every parameter, of its gradient and
-of its optimizer state, in the dtype that the parameter has. A decoder layer is whole on a device only while it
-computes. Embeddings, final norm, head and projections are whole for the length of a step, since the chunked losses use
-the head outside of any module's forward; so is attention where losses compare its outputs, for the same reason. All
-processes must do the same forward passes.
+of its optimizer state, in the dtype that the parameter has. It reads these parts alone from the models' files. A
+decoder layer is whole on a device only while it computes. Embeddings, final norm, head and projections are whole for
+the length of a step, since the chunked losses use the head outside of any module's forward; so is attention where
+losses compare its outputs, for the same reason. All processes must do the same forward passes.
 """
 
 import math
@@ -20,12 +20,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel, TrainingArguments
 
 from distillkit.config import UserError
 from distillkit.config.parallel import ParallelConfig
 from distillkit.console import FAILED, USAGE_ERROR
 from distillkit.models.divided_rows import whole_rows
+from distillkit.models.streaming import StoredModel
 from distillkit.training.distiller import Distiller
 
 Result = TypeVar("Result")
@@ -44,8 +46,13 @@ def mesh_of(parallel: ParallelConfig | None, arguments: TrainingArguments) -> Me
     return init_device_mesh(arguments.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def place_teacher(model: PreTrainedModel, arguments: TrainingArguments, mesh: Mesh) -> PreTrainedModel:
-    """The teacher where this process runs it; of one that is divided, the head is whole on each device."""
+def place_teacher(
+    model: PreTrainedModel, arguments: TrainingArguments, mesh: Mesh, stored: StoredModel | None = None
+) -> PreTrainedModel:
+    """The teacher where this process runs it; of one that is divided, the head is whole on each device.
+
+    stored: the files of one that is on the meta device. Raises `UserError` for NaN and infinity in them.
+    """
     if mesh is None:
         return model.to(arguments.device)
     model.requires_grad_(False)
@@ -53,7 +60,9 @@ def place_teacher(model: PreTrainedModel, arguments: TrainingArguments, mesh: Me
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    for parameter in whole:
+    if stored is not None:
+        _read(model, stored, arguments)
+    for parameter in model.get_output_embeddings().parameters():
         parameter.data = parameter.data.to(arguments.device)
     return model
 
@@ -63,8 +72,13 @@ def place_student(model: PreTrainedModel, arguments: TrainingArguments, mesh: Me
     return model if mesh is not None else model.to(arguments.device)
 
 
-def divide(distiller: Distiller, arguments: TrainingArguments, mesh: Mesh) -> Distiller:
-    """The student and its projections, frozen and cast as they train, divided over the mesh."""
+def divide(
+    distiller: Distiller, arguments: TrainingArguments, mesh: Mesh, stored: StoredModel | None = None
+) -> Distiller:
+    """The student and its projections, frozen and cast as they train, divided over the mesh.
+
+    stored: the files of a student on the meta device. Raises `UserError` for NaN and infinity in them.
+    """
     if mesh is None:
         return distiller
     for projection in distiller.objective.to(arguments.device).parameters():  # random, unlike what is loaded
@@ -81,8 +95,45 @@ def divide(distiller: Distiller, arguments: TrainingArguments, mesh: Mesh) -> Di
         distiller.register_forward_pre_hook(lambda *_: _gather(distiller.student))
     else:
         fully_shard(distiller, mesh=mesh, mp_policy=policy)
+    if stored is not None:
+        _read(distiller.student, stored, arguments)
     register_fsdp_forward_method(distiller, "within")
     return distiller
+
+
+def _read(model: PreTrainedModel, stored: StoredModel, arguments: TrainingArguments) -> None:
+    """Read what is on the meta device from its files, and of what is divided this process's part."""
+    problem: tuple[str | None, str] | None = None
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    found: dict[int, Tensor] = {}  # a tensor that two modules share is read once
+    try:
+        for name, tensor in named.items():
+            if tensor.is_meta:
+                owner, _, attribute = name.rpartition(".")
+                if id(tensor) not in found:
+                    found[id(tensor)] = _part(tensor, name, stored, arguments.device)
+                setattr(model.get_submodule(owner), attribute, found[id(tensor)])
+    except UserError as error:
+        problem = error.key, error.problem
+    problems: list[tuple[str | None, str] | None] = [None] * arguments.world_size
+    torch.distributed.all_gather_object(problems, problem)
+    for each in filter(None, problems):
+        raise UserError(*each)
+
+
+def _part(tensor: Tensor, name: str, stored: StoredModel, device: torch.device) -> Tensor:
+    """What this process has of a tensor that is on the meta device."""
+    if isinstance(tensor, DTensor):
+        mesh, placements = tensor.device_mesh, tensor.placements
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        local = stored.read(name, range(offset[0], offset[0] + shape[0])).to(device)
+        part: Tensor = DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+    else:
+        part = stored.read(name).to(device)
+    return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
 
 
 def _beside_bfloat16(distiller: Distiller) -> set[nn.Parameter]:

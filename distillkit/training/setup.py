@@ -17,14 +17,15 @@ from distillkit.config import DatasetTeacherConfig, HFTeacherConfig, RunConfig
 from distillkit.config.losses import align_attention_alone
 from distillkit.config.resolve import ORIGIN_KWARGS
 from distillkit.console import print_line
-from distillkit.conversion.convert import convert_model
+from distillkit.conversion.convert import convert, convert_model
 from distillkit.models.attention import trained_attention
-from distillkit.models.decoder import check_head
+from distillkit.models.decoder import check_head, head
 from distillkit.models.divided_rows import Context
 from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.placement import offload_layers, own_devices, refuse_spilled
 from distillkit.models.quantization import quantization_arguments
+from distillkit.models.streaming import StoredModel, open_stored
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
 from distillkit.runs.fingerprints import differences, files_in, fingerprint
@@ -57,6 +58,8 @@ class Models:
     """Tokens that both models know."""
     mesh: Mesh
     """Over which the student is still to be divided."""
+    stored: StoredModel | None
+    """The files of a student that is on the meta device until then."""
     context: Context | None
     """The processes that share rows."""
     embedding_rows: int
@@ -81,7 +84,8 @@ def load_models(
     teacher = open_teacher(config, model, tokenizer, teachers_tokenizer)
     origin = str(folder.untrained) if config.model is None else config.model
     resumed = None if folder.checkpoint is None else folder.checkpoint.path
-    student = _load_student(config, origin if resumed is None or config.lora is not None else resumed, trainer)
+    path = origin if resumed is None or config.lora is not None else resumed
+    student, stored = _load_student(config, path, trainer, console, mesh)
     embedding_rows = _grow_embeddings(config, folder, student, console)
     adapter = None
     if config.lora is None:
@@ -112,13 +116,15 @@ def load_models(
         checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
     read_by = (tokenizer,) if isinstance(teacher, AlignedTeacher) else (tokenizer, teachers_tokenizer)
     vocabulary_size = common_vocabulary(teacher.vocabulary_size, student, *read_by)
-    return Models(teacher, student, tokenizer, vocabulary_size, mesh, context, embedding_rows, freezing, adapter)
+    return Models(
+        teacher, student, tokenizer, vocabulary_size, mesh, stored, context, embedding_rows, freezing, adapter
+    )
 
 
 def build_distiller(config: RunConfig, models: Models, arguments: TrainingArguments) -> Distiller:
     """The student with its objective, divided where `parallel` wants it. Raises `UserError` for a head that is none."""
     objective = objective_of(config, models.student, models.teacher, models.vocabulary_size)
-    distiller = divide(Distiller(models.student, objective), arguments, models.mesh)
+    distiller = divide(Distiller(models.student, objective), arguments, models.mesh, models.stored)
     dtype = compute_dtype(arguments)
     with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
         within(distiller, lambda: check_head(models.student, "model"))
@@ -168,21 +174,42 @@ def checkpoint_layers(student: PreTrainedModel, options: dict[str, Any]) -> None
                     module.keep_intermediates = layer.gradient_checkpointing
 
 
-def _load_student(config: RunConfig, path: str | Path, arguments: TrainingArguments) -> PreTrainedModel:
-    """In float32, from which everything else is cast."""
+def _load_student(
+    config: RunConfig, path: str | Path, arguments: TrainingArguments, console: Console, mesh: Mesh
+) -> tuple[PreTrainedModel, StoredModel | None]:
+    """In float32, from which everything else is cast; on the meta device where it is read once it is divided."""
     # A checkpoint of the student lies elsewhere than the student itself.
     unused = ("torch_dtype", "dtype", *(() if str(path) == config.model else ORIGIN_KWARGS))
     kwargs: dict[str, Any] = {name: value for name, value in config.model_kwargs.items() if name not in unused}
     if _wants_flash_attention(config, arguments) and (config.parallel is None or config.parallel.context == 1):
         kwargs.setdefault("attn_implementation", "flash_attention_2")
-    return load_model(
-        path,
-        key="model" if str(path) == config.model else "output_path",
-        auto_class=config.model_auto_class or "AutoModelForCausalLM",
-        trust_remote_code=config.trust_remote_code,
-        dtype=torch.float32,
+    options: dict[str, Any] = {
+        "key": "model" if str(path) == config.model else "output_path",
+        "auto_class": config.model_auto_class or "AutoModelForCausalLM",
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": torch.float32,
         **kwargs,
-    )
+    }
+    student, stored = _open(path, console, mesh, **options)
+    if stored is not None and head(student)[0].shape[0] % (config.resize_embeddings_to_multiple_of or 1):
+        _say_whole(console, options["key"], "its embeddings grow")
+        return load_model(path, **options), None
+    return student, stored
+
+
+def _open(path: str | Path, console: Console, mesh: Mesh, **options: Any) -> tuple[PreTrainedModel, StoredModel | None]:
+    """A model in memory; or, where it will be divided, on the meta device with its files, unless that cannot be."""
+    if mesh is None:
+        return load_model(path, **options), None
+    stored = open_stored(path, **options)
+    if isinstance(stored, str):
+        _say_whole(console, options["key"], stored)
+        return load_model(path, **options), None
+    return stored.model, stored
+
+
+def _say_whole(console: Console, key: str, reason: str) -> None:
+    print_line(console, f"{key}: each process loads the whole model before it is divided, because {reason}")
 
 
 def _wants_flash_attention(config: RunConfig, arguments: TrainingArguments) -> bool:
@@ -207,17 +234,19 @@ def _load_teacher(
         options = {**quantized, **options}
     if teacher.devices is not None:
         options = {**options, **own_devices(teacher.devices)}
-    model = load_model(teacher.path, key="teacher.path", **options)
+    placed = teacher.offload is None and teacher.quantization is None and "device_map" not in options
+    model, stored = _open(teacher.path, console, mesh if placed else None, key="teacher.path", **options)
     if teacher.devices is not None:
         refuse_spilled(model)
     if teacher.quantization is not None:
         print_line(console, f"teacher: linear layers are {teacher.quantization}, embeddings and head {model.dtype}")
     if config.student is not None:
-        main_process_first(arguments, lambda: _convert(config, teacher, model, folder, console))
+        whole = model if stored is None else None
+        main_process_first(arguments, lambda: _convert(config, teacher, whole, folder, console))
     if teacher.offload is not None:
         model = offload_layers(model, arguments.device)
-    elif "device_map" not in options and teacher.quantization is None:
-        model = place_teacher(model, arguments, mesh)
+    elif placed:
+        model = place_teacher(model, arguments, mesh, stored)
     if config.parallel is not None and config.parallel.context > 1:
         divide_rows_of(model, "teacher.path")
     elif config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":
@@ -227,9 +256,12 @@ def _load_teacher(
 
 
 def _convert(
-    config: RunConfig, teacher: HFTeacherConfig, model: PreTrainedModel, folder: PhaseFolder, console: Console
+    config: RunConfig, teacher: HFTeacherConfig, model: PreTrainedModel | None, folder: PhaseFolder, console: Console
 ) -> None:
-    """Convert the teacher into `untrained`, which one process does, unless the same is there or trained already."""
+    """Convert the teacher into `untrained`, which one process does, unless the same is there or trained already.
+
+    model: the teacher; None for one that is not in memory, which is converted from its files, layer by layer.
+    """
     assert config.student is not None
     if not folder.main_process or folder.checkpoint is not None:
         return
@@ -241,7 +273,12 @@ def _convert(
         return
     for remains in (folder.untrained, *folder.path.glob(f".{folder.untrained.name}.*")):
         shutil.rmtree(remains, ignore_errors=True)
-    console.print(convert_model(model, _load_teachers_tokenizer(config, teacher), folder.untrained, config.student))
+    if model is None:
+        options = {"trust_remote_code": config.trust_remote_code, "console": console, **teacher.kwargs}
+        summary = convert(teacher.path, folder.untrained, config.student, **options)
+    else:
+        summary = convert_model(model, _load_teachers_tokenizer(config, teacher), folder.untrained, config.student)
+    console.print(summary)
     folder.update_record(converted={**recipe, "files": fingerprint(files_in(folder.untrained), limit=None)})
 
 

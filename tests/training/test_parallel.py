@@ -1,5 +1,6 @@
 """Models divided over processes take the step that one process takes with whole models, and make the same run."""
 
+import gc
 import io
 import json
 import math
@@ -23,8 +24,12 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from distillkit.config import UserError
 from distillkit.config.parallel import ParallelConfig
 from distillkit.config.training_args import QUANTIZED_OPTIMIZERS, STOCHASTIC_OPTIMIZERS
+from distillkit.losses import ModelShape, Objective
+from distillkit.models.streaming import open_stored
 from distillkit.training import distill, optimizers
-from distillkit.training.parallel import whole_state
+from distillkit.training.arguments import build_training_arguments
+from distillkit.training.distiller import Distiller
+from distillkit.training.parallel import divide, mesh_of, place_teacher, whole_state
 from distillkit.training.trainer import OPTIMIZER, SHARDS, DistillationTrainer, check_shards
 from tests.forks import environments, exit_codes, started
 from tests.student.students import student
@@ -34,7 +39,7 @@ from tests.training.test_phases import configuration as phases_of
 from tests.training.test_phases_killed import PHASES
 from tests.training.test_processes import ALL_KINDS, NOTHING_COUNTS_FOR_ONE, UNEVEN, loss
 from tests.training.test_trainer import assert_same, make_trainer
-from tests.training.tiny import row, save_llama, save_text
+from tests.training.tiny import llama, row, save_llama, save_text
 
 ATTENTION = [loss("attn_mse"), loss("attn_cosine")]
 
@@ -255,6 +260,61 @@ def test_bfloat16_weights_of_optimizers_that_draw_for_each_part_are_right_on_ave
     expected = stepped(optim, None, range(4), dtype=torch.float32)["4"]
     found = load_file(divided / f"{optim} two bfloat16")["4"]
     assert (found.double() - expected).mean().abs() <= 4 * 2**-6 / math.sqrt(expected.numel())
+
+
+def peak_of(work):
+    """Bytes that a process has beyond what it had before, at most; and what `work` returns."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    result = work()
+    return memory("VmHWM") - before, result
+
+
+def memory(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def read_parts(folder):
+    """By one of four processes: what it needs for two models, their weights as they are then, and damaged ones."""
+    arguments, _ = build_training_arguments({"use_cpu": True}, folder, uses_logits=True)
+    mesh = mesh_of(ParallelConfig(), arguments)
+
+    def models(name):
+        teacher, stored = (open_stored(folder / name, key=name, trust_remote_code=False) for _ in range(2))
+        shape = ModelShape(teacher.model.config.hidden_size, teacher.model.config.num_hidden_layers)
+        objective = Objective(ALL_KINDS, "all", shape, shape)
+        placed = place_teacher(teacher.model, arguments, mesh, teacher)
+        return placed, divide(Distiller(stored.model, objective), arguments, mesh, stored)
+
+    models("small")
+    peak, (teacher, distiller) = peak_of(lambda: models("large"))
+    states = [whole_state(model) for model in (teacher, distiller.student)]
+    with pytest.raises(UserError, match=r"^damaged: .*1 of its tensors hold NaN or infinity \(model\.norm\.weight\)"):
+        models("damaged")
+    (folder / f"peak {os.environ['RANK']}").write_text(str(peak))
+    if os.environ["RANK"] == "0":
+        expected = load_file(folder / "large/model.safetensors")
+        for state in states:
+            assert state.keys() == expected.keys()
+            assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(240)
+def test_each_process_reads_its_parts_alone(tmp_path):
+    """Of two models a quarter each, with what comes and goes: less than one whole. Only one process sees the damage."""
+    save_llama(tmp_path / "small", 0)
+    save_llama(tmp_path / "damaged", 0)
+    weights = load_file(tmp_path / "damaged/model.safetensors")
+    weights["model.norm.weight"][-1] = torch.nan
+    save_file(weights, tmp_path / "damaged/model.safetensors", {"format": "pt"})
+    llama(0, layers=4, hidden_size=512).save_pretrained(tmp_path / "large")
+    forks(4, read_parts, tmp_path)
+    whole = (tmp_path / "large/model.safetensors").stat().st_size
+    peaks = [int((tmp_path / f"peak {rank}").read_text()) for rank in range(4)]
+    assert max(peaks) < 0.8 * whole
 
 
 def test_blocks_of_numbers_are_not_divided_otherwise(tmp_path):

@@ -94,18 +94,16 @@ def finished(inputs, tmp_path_factory):
     """A finished run, what it said, and which of the models loaded before were still there as each was loaded."""
     folder, loaded, left = tmp_path_factory.mktemp("finished") / "run", [], []
 
-    def noted(load):
-        def load_and_note(*given):
-            left.append([each() is not None for each in loaded])
-            model = load(*given)
-            loaded.append(weakref.ref(model))
-            return model
+    load = setup._open
 
-        return load_and_note
+    def load_and_note(*given, **options):
+        left.append([each() is not None for each in loaded])
+        model, stored = load(*given, **options)
+        loaded.append(weakref.ref(model))
+        return model, stored
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_load_teacher", "_load_student"):
-            patch.setattr(setup, name, noted(getattr(setup, name)))
+        patch.setattr(setup, "_open", load_and_note)
         said = run(configuration(inputs, folder))
     return folder, said, left
 
