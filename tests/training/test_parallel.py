@@ -5,7 +5,10 @@ import io
 import json
 import math
 import os
+import random
 import shutil
+import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from distillkit.config import UserError
+from distillkit.config import UserError, load_run
 from distillkit.config.parallel import ParallelConfig
 from distillkit.config.training_args import QUANTIZED_OPTIMIZERS, STOCHASTIC_OPTIMIZERS
 from distillkit.losses import ModelShape, Objective
@@ -33,10 +36,11 @@ from distillkit.training.parallel import divide, mesh_of, place_teacher, whole_s
 from distillkit.training.trainer import OPTIMIZER, SHARDS, DistillationTrainer, check_shards
 from tests.forks import environments, exit_codes, started
 from tests.student.students import student
+from tests.test_recipes import RECIPES, small
 from tests.training.test_alignment import SHAPE, STUDENTS
 from tests.training.test_distill import configuration, run
 from tests.training.test_phases import configuration as phases_of
-from tests.training.test_phases_killed import PHASES
+from tests.training.test_phases_killed import PHASES, there
 from tests.training.test_processes import ALL_KINDS, NOTHING_COUNTS_FOR_ONE, UNEVEN, loss
 from tests.training.test_trainer import assert_same, make_trainer
 from tests.training.tiny import llama, row, save_llama, save_text
@@ -350,14 +354,32 @@ def run_path(path):
     distill(str(path), Console(file=io.StringIO()))
 
 
+def written(config):
+    path = Path(f"{config.output_path}.yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
 def run_on(processes, config):
     if processes == 1:
         run(config)
     else:
-        path = Path(f"{config.output_path}.yaml")
-        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        forks(processes, run_path, path)
+        forks(processes, run_path, written(config))
     return Path(config.output_path)
+
+
+def kill_on(processes, config, moment, chance):
+    """Begin a run, or go on with it, and kill all processes by SIGKILL a little after a moment of its life."""
+    path, folder = written(config), Path(config.output_path)
+    running = started(run_as, [(each, run_path, path) for each in environments(processes)])
+    while all(each.is_alive() for each in running) and not moment(folder):
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.2))
+    for each in running:
+        each.kill()
+    for each in running:
+        each.join()
+    assert [each.exitcode for each in running] == [-signal.SIGKILL] * processes
 
 
 @pytest.fixture(scope="module")
@@ -434,3 +456,24 @@ def test_phases_of_a_student_that_is_converted(dtype, inputs, tmp_path):
         folders.append(run_on(number, config))
     for part in (".", "phases/1-alignment"):
         assert_same_weights(*(folder / part for folder in folders), 0 if bf16 else 1e-5)
+
+
+def miniature(inputs, folder, processes):
+    """A recipe of three phases on tiny models: in each two steps of four rows, and a checkpoint after each."""
+    recipe = "miniature/radlads.yaml"
+    training = {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // processes}
+    overrides = small(recipe, *(Path(inputs[each]) for each in ("teacher", "text", "held_out")), folder)
+    for index in range(3):
+        overrides += [f"phases.{index}.training_args.{key}={value}" for key, value in training.items()]
+    overrides += ["training_args.adam_epsilon=1e-3", "training_args.save_steps=1", "evaluation=null", "resume=true"]
+    return load_run(RECIPES / recipe, [*overrides, *(["parallel={}"] if processes > 1 else [])]).config
+
+
+@pytest.mark.timeout(240)
+def test_a_miniature_recipe_of_divided_models_killed_and_resumed_on_one_process_ends_as_on_one(inputs, tmp_path):
+    expected, folder, chance = tmp_path / "undisturbed", tmp_path / "killed", random.Random(7)
+    run_on(1, miniature(inputs, expected, 1))
+    kill_on(2, miniature(inputs, folder, 2), there("phases/2-distillation/checkpoint-1/complete"), chance)
+    run_on(1, miniature(inputs, folder, 1))
+    for part in (".", "phases/1-alignment", "phases/2-distillation"):
+        assert_same_weights(folder / part, expected / part)
