@@ -29,7 +29,7 @@ from distillkit.config.parallel import ParallelConfig
 from distillkit.config.training_args import QUANTIZED_OPTIMIZERS, STOCHASTIC_OPTIMIZERS
 from distillkit.losses import ModelShape, Objective
 from distillkit.models.streaming import open_stored
-from distillkit.training import distill, optimizers
+from distillkit.training import distill, optimizers, setup
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.distiller import Distiller
 from distillkit.training.parallel import divide, mesh_of, place_teacher, whole_state
@@ -319,6 +319,16 @@ def test_each_process_reads_its_parts_alone(tmp_path):
     whole = (tmp_path / "large/model.safetensors").stat().st_size
     peaks = [int((tmp_path / f"peak {rank}").read_text()) for rank in range(4)]
     assert max(peaks) < 0.8 * whole
+
+
+def test_a_model_that_each_process_loads_whole_is_named_with_the_reason(tmp_path):
+    folder, said = save_llama(tmp_path / "model", 0), io.StringIO()
+    options = {"key": "model", "trust_remote_code": False, "device_map": "cpu"}
+    model, stored = setup._open(folder, Console(file=said, width=200), object(), **options)
+    assert stored is None and not model.lm_head.weight.is_meta
+    assert said.getvalue() == (
+        "model: each process loads the whole model before it is divided, because device_map asked for it\n"
+    )
 
 
 def test_blocks_of_numbers_are_not_divided_otherwise(tmp_path):
