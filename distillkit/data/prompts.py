@@ -14,6 +14,8 @@ from distillkit.data.sources import load_source
 from distillkit.models.special_tokens import encode_texts
 
 KEY = "rollouts.prompts"
+CHARACTERS = 16
+"""Of a text, per token that is wanted, more than tokens have: the rest of long texts need not be read."""
 
 
 def read_prompts(settings: RolloutsConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[list[int]]:
@@ -29,7 +31,8 @@ def read_prompts(settings: RolloutsConfig, tokenizer: PreTrainedTokenizerBase, l
         raise UserError(KEY, f"has the columns {found}; one of these is needed: {', '.join(accepted)}")
     if column == settings.text_field:
         wanted = settings.prompt_tokens
-        prompts = [ids[:wanted] for ids in _texts(rows, column, tokenizer) if len(ids) >= wanted]
+        texts = _texts(rows, column, tokenizer, longest=wanted * CHARACTERS)
+        prompts = [ids[:wanted] for ids in texts if len(ids) >= wanted]
         problem = f"no text has {wanted:,} tokens (rollouts.prompt_tokens)"
     else:
         prompts, problem = list(_whole_prompts(rows, column, tokenizer)), "no row is a prompt"
@@ -41,12 +44,15 @@ def read_prompts(settings: RolloutsConfig, tokenizer: PreTrainedTokenizerBase, l
     return fitting
 
 
-def _texts(rows: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def _texts(
+    rows: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, longest: int | None = None
+) -> Iterator[list[int]]:
+    """longest: of a text, the characters that are read."""
     for batch in rows.select_columns(column).iter(batch_size=256):
         texts = [text for text in batch[column] if text]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(KEY, f"column {column!r} holds something else than text")
-        yield from encode_texts(tokenizer, texts)
+        yield from encode_texts(tokenizer, [text[:longest] for text in texts])
 
 
 def _whole_prompts(rows: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

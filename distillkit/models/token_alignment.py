@@ -2,7 +2,8 @@
 
 A token of each is a piece of the text's bytes. Where a piece of one starts and ends as a piece of the other does, the
 two are one to one: behind the same text, both models predict the same bytes. Special tokens are no text: they are the
-same where they have the same name, and BOS and EOS by what they are.
+same where they have the same name, and the two EOS where neither has a namesake. Before a text the teacher has what its
+own tokenizer puts there, whatever BOS the student has.
 """
 
 import json
@@ -13,7 +14,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from distillkit.config.errors import UserError
@@ -46,14 +47,20 @@ class TokenAlignment:
         self.teacher = teacher
         self._pieces = _Pieces(student, "model"), _Pieces(teacher, KEY)
         self._before, _ = special_tokens_around(teacher)
-        self._special = _same_specials(student, teacher)
+        self._special = _same_names(student, teacher)
+        ours, theirs = student.eos_token_id, teacher.eos_token_id
+        without_namesake = ours not in self._special and theirs not in self._special.values()
+        self._eos = {ours: theirs} if None not in (ours, theirs) and without_namesake else {}
+        self._special |= self._eos
 
     @cached_property
     def shared(self) -> tuple[Int[Tensor, " shared"], Int[Tensor, " shared"]]:
-        """Ids of the tokens that both have, the student's and the teacher's."""
-        ours, theirs = ({piece: index for index, piece in each.of_id.items()} for each in self._pieces)
-        both = [(ours[piece], theirs[piece]) for piece in ours.keys() & theirs.keys()]
-        ids = torch.tensor(sorted({*both, *self._special.items()}), dtype=torch.long)
+        """Ids of the tokens that both have, the student's and the teacher's; none of them twice."""
+        ours, theirs = (each.id_of for each in self._pieces)
+        both = {ours[piece]: theirs[piece] for piece in ours.keys() & theirs.keys()}
+        taken = set(both.values())
+        both |= {our: their for our, their in self._special.items() if their not in taken}
+        ids = torch.tensor(sorted(both.items()), dtype=torch.long).view(-1, 2)
         return ids[:, 0].contiguous(), ids[:, 1].contiguous()
 
     def align(self, ids: Sequence[int]) -> Pairs:
@@ -75,7 +82,7 @@ class TokenAlignment:
     def _add_special(self, token: int, place: int, teacher_ids: list[int], places: list[int]) -> None:
         """What the teacher has before a text already is not put there again; what it does not know is left out."""
         same = self._special.get(token)
-        if same is None:
+        if same is None or (place == 0 and token in self._eos):  # before a text, an EOS is a BOS
             return
         if place == 0 and teacher_ids == [same]:
             places[0] = 0
@@ -92,9 +99,12 @@ class TokenAlignment:
         other = theirs.of(new_ids, first=True)
         first_new = len(teacher_ids)
         teacher_ids.extend(new_ids)
-        if b"".join(other) != raw:  # a character that is cut in two, or text that one of them changes
+        read = b"".join(other)
+        # A document may be cut within a character, of which up to 3 bytes are left at its beginning or end.
+        cut = next((length for length in range(4) if raw[length : length + len(read)] == read), None)
+        if cut is None:  # one of them changes text, or lacks a character of it
             return
-        ends = {end: index for index, end in enumerate(_ends(other))}
+        ends = {cut + end: index for index, end in enumerate(_ends(other))}
         for index, end in enumerate(_ends(pieces)):
             same = ends.get(end)
             if same is not None and other[same] == pieces[index]:
@@ -105,30 +115,50 @@ class _Pieces:
     """The bytes of a tokenizer's tokens; `key` of the YAML named it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
-        decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] if tokenizer.is_fast else None
-        kinds = str(decoder)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise UserError(key, f"needs a fast tokenizer (tokenizer.json), and has a {type(tokenizer).__name__}")
+        kinds = str(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
         if "ByteLevel" not in kinds and SPACE not in kinds:
             raise UserError(key, "is neither byte-level BPE nor SentencePiece, whose tokens are pieces of text")
         self._by_bytes = "ByteLevel" in kinds
-        added = {each.content: each for each in tokenizer.added_tokens_decoder.values()}
+        added = {each.content for each in tokenizer.added_tokens_decoder.values()}
         self.special = {index for index, each in tokenizer.added_tokens_decoder.items() if each.special}
+        self.id_of: dict[bytes, int] = {}
+        """Tokens that are not special. Of several for the same bytes it is not the one of a byte, which stands for what
+        has no other token, and else the first."""
         self.of_id: dict[int, bytes] = {}
-        for token, index in tokenizer.get_vocab().items():
+        numbered = sorted(tokenizer.get_vocab().items(), key=lambda each: (self._is_byte(each[0]), each[1]))
+        for token, index in numbered:
+            self.of_id[index] = token.encode() if self._by_bytes and token in added else self._bytes(token)
             if index not in self.special:
-                self.of_id[index] = token.encode() if token in added else self._bytes(token)
+                self.id_of.setdefault(self.of_id[index], index)
+        mark = next((tokenizer.added_tokens_decoder[index].content for index in sorted(self.special)), "")
+        self._space_first, self._space_behind_special = (self._puts_space(tokenizer, before) for before in ("", mark))
 
     def of(self, ids: Sequence[int], *, first: bool) -> list[bytes]:
-        """The bytes of each token. SentencePiece puts a space before the first word of a text, which is none of it."""
+        """The bytes of each token of a text, which is the first of a document or stands behind a special token.
+
+        Some tokenizers put a space before it, which is none of it.
+        """
         pieces = [self.of_id[index] for index in ids]
-        if first and not self._by_bytes and pieces and pieces[0].startswith(b" "):
+        put = self._space_first if first else self._space_behind_special
+        if put and pieces and pieces[0].startswith(b" "):
             pieces[0] = pieces[0][1:]
         return pieces
+
+    def _puts_space(self, tokenizer: PreTrainedTokenizerBase, before: str) -> bool:
+        ids = tokenizer(f"{before}a", add_special_tokens=False, verbose=False).input_ids
+        pieces = [self.of_id[index] for index in ids if index not in self.special]
+        return bool(pieces) and pieces[0].startswith(b" ")
+
+    def _is_byte(self, token: str) -> bool:
+        return not self._by_bytes and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
     def _bytes(self, token: str) -> bytes:
         if self._by_bytes:
             known = all(character in _BYTE_OF for character in token)
             return bytes(_BYTE_OF[character] for character in token) if known else token.encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if self._is_byte(token):
             return bytes([int(token[3:5], 16)])
         return token.replace(SPACE, " ").encode()
 
@@ -145,16 +175,11 @@ def _ends(pieces: Sequence[bytes]) -> list[int]:
     return ends
 
 
-def _same_specials(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[int, int]:
-    """The teacher's special tokens by the student's."""
-    names = {each.content: index for index, each in teacher.added_tokens_decoder.items() if each.special}
-    same = {
-        index: names[each.content]
+def _same_names(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[int, int]:
+    """The teacher's added tokens by the student's, where one of the two is special."""
+    names = {each.content: (index, each.special) for index, each in teacher.added_tokens_decoder.items()}
+    return {
+        index: names[each.content][0]
         for index, each in student.added_tokens_decoder.items()
-        if each.special and each.content in names
+        if each.content in names and (each.special or names[each.content][1])
     }
-    for name in ("bos_token_id", "eos_token_id"):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if ours is not None and theirs is not None:
-            same.setdefault(ours, theirs)
-    return same

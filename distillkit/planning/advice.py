@@ -44,7 +44,7 @@ def about_run(
     phases = [phase.config for phase in run.phases]
     warnings = [
         *_about_places(run.config, plan),
-        *_about_teacher(teacher, teacher_dtype, student),
+        *_about_teacher(teacher, teacher_dtype, student, getattr(run.config.teacher, "tokenizer", None)),
         *_about_server(phases),
         *_about_order(phases),
         *_about_lengths(phases, teacher, student),
@@ -98,7 +98,10 @@ def _about_server(phases: list[RunConfig]) -> Iterator[UserError]:
 
 
 def _about_teacher(
-    teacher: PreTrainedConfig | None, teacher_dtype: torch.dtype | None, student: PreTrainedConfig
+    teacher: PreTrainedConfig | None,
+    teacher_dtype: torch.dtype | None,
+    student: PreTrainedConfig,
+    tokenizer: str | None,
 ) -> Iterator[UserError]:
     if teacher is None:
         return
@@ -107,7 +110,7 @@ def _about_teacher(
             "teacher.kwargs.dtype",
             "the teacher is loaded in float32, at twice the memory and a fraction of the speed; set dtype: bfloat16",
         )
-    if teacher.vocab_size != student.vocab_size:
+    if tokenizer is None and teacher.vocab_size != student.vocab_size:
         yield UserError(
             "model",
             f"has {student.vocab_size:,} rows of embeddings, the teacher {teacher.vocab_size:,}; losses compare "

@@ -124,7 +124,7 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
     teacher_parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
     readers = gpus if config.parallel is None else max(1, gpus // config.parallel.context)
     timing = schedule(config, settings, readers)
-    disk = disk_use(student, settings, reached, masters=not phase.is_last)
+    disk = disk_use(student, settings, reached, masters=not phase.is_last, adapter_alone=config.lora is not None)
     warnings = about_phase(config, settings, timing, student, teacher_config, gpu, readers)
     cost = None
     if reached:

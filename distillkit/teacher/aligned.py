@@ -48,6 +48,7 @@ class AlignedTeacher(Teacher):
         self.top_k = top_k
         self._live = LiveTeacher(model)
         self._alignment = TokenAlignment(student, own)
+        self._embedded = model.get_input_embeddings().weight.shape[0]
         self._columns = max(student.get_vocab().values()) + 1
         ours, theirs = self._alignment.shared
         known = theirs < self._live.vocabulary_size
@@ -70,6 +71,9 @@ class AlignedTeacher(Teacher):
         for row, (row_ids, row_positions, _) in enumerate(rows):
             ids[row, : len(row_ids)] = torch.tensor(row_ids)
             positions[row, : len(row_ids)] = torch.tensor(row_positions)
+        if (largest := int(ids.max())) >= self._embedded:
+            problem = f"reads token {largest}, and the teacher has embeddings of the first {self._embedded:,}"
+            raise UserError(KEY, f"{problem}; remove it from the text")
         places = torch.tensor([places for _, _, places in rows])
         targets = batch["targets"].masked_fill(places < 0, IGNORED_LABEL)
         return {**batch, "targets": targets, IDS: ids, POSITIONS: positions, PLACES: places}

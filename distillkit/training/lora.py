@@ -5,6 +5,7 @@ adapter alone, beside the optimizer; the weights below it are read from where th
 adapter is saved for peft (`adapter`), and then merged: the student that is saved and measured is an ordinary one.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def add_adapter(student: PreTrainedModel, settings: LoraConfig, origin: str) -> 
         base_model_name_or_path=origin,
     )
     on_meta = student.device.type == "meta"
-    adapter = get_peft_model(student, config, autocast_adapter_dtype=False, low_cpu_mem_usage=on_meta)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft does not know the new name of a property
+        adapter = get_peft_model(student, config, autocast_adapter_dtype=False, low_cpu_mem_usage=on_meta)
     parameters = list(student.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return adapter, Freezing(trainable, sum(parameter.numel() for parameter in parameters) - trainable, [])
@@ -75,5 +78,11 @@ def load_adapter(adapter: Any, checkpoint: Path) -> None:
 
 
 def merge_adapter(adapter: Any) -> None:
-    """Add the adapter to the student's weights; its layers are the student's own again."""
+    """Add the adapter to the student's weights, in float32; its layers are the student's own again.
+
+    Added to 16-bit weights, most of a small update would be rounded away before the next phase goes on with it.
+    """
+    for part in adapter.modules():
+        if hasattr(part, "get_base_layer"):
+            part.get_base_layer().float()
     adapter.merge_and_unload()

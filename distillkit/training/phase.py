@@ -97,10 +97,8 @@ def train_phase(
 
     schedule = set_steps(trainer, train_rows, config.tokens, folder, console)
     saved_dtype = trainer.weights_dtype if phase.is_last else torch.float32
-    main_process_first(
-        arguments.trainer,
-        lambda: check_room(models.student, arguments.trainer, folder, schedule.steps, by_the_clock, saved_dtype),
-    )
+    checkpoints = (schedule.steps, by_the_clock, saved_dtype, models.adapter is not None)
+    main_process_first(arguments.trainer, lambda: check_room(models.student, arguments.trainer, folder, *checkpoints))
     print_line(console, f"{phase} ({schedule})")
     before = _divergence_before(context, measure)
     try:

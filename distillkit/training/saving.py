@@ -59,17 +59,18 @@ def check_room(
     steps: int,
     by_the_clock: bool,
     dtype: torch.dtype,
+    adapter_alone: bool = False,
 ) -> None:
     """Raises `UserError` where the disk has no room for the checkpoints that are certain to come, and the student.
 
     steps: of the whole phase. by_the_clock: checkpoints are written now and then, and one at the end. dtype: of the
-    saved student.
+    saved student. adapter_alone: all that a checkpoint holds is what trains.
     """
     if not folder.main_process:
         return
     parameters = list(student.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    stored = sum(parameter.nbytes for parameter in parameters)
+    stored = sum(parameter.nbytes for parameter in (trained if adapter_alone else parameters))
     checkpoint = stored + optimizer_memory(arguments.optim.value, trained, cuda=True).states
     saved = sum(parameter.numel() for parameter in parameters) * dtype.itemsize
     count = _checkpoints_to_come(arguments, folder, steps, by_the_clock)

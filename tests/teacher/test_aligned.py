@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillkit.config import UserError
 from distillkit.models.labels import IGNORED_LABEL
+from distillkit.planning import plan_run
 from distillkit.teacher import SignalRequest
 from distillkit.teacher.aligned import AlignedTeacher
 from distillkit.teacher.live import LiveTeacher
@@ -41,6 +42,13 @@ def test_with_an_equal_tokenizer_it_is_the_ordinary_teacher():
     for index in (0, 1, 2):
         states = (each.hidden_states[index].flatten(0, 1)[rows] for each in (found, expected))
         torch.testing.assert_close(*states)
+
+
+def test_a_token_without_an_embedding_is_refused():
+    """As one that was added to the teacher's tokenizer alone."""
+    teacher = AlignedTeacher(llama(0, vocab=100), tokenizer(), tokenizer(), top_k=7)
+    with pytest.raises(UserError, match=r"^teacher\.tokenizer: reads token \d+, and the teacher has .* first 100;"):
+        teacher.prepare(made_batch())
 
 
 def test_distributions_are_of_the_same_text_over_the_tokens_of_both():
@@ -138,5 +146,7 @@ def test_without_it_another_tokenizer_is_refused_with_the_line_to_write(inputs, 
     teacher, losses = {"kind": "hf", "path": inputs["teacher"]}, [{"function": "kl", "weight": 1.0}]
     with pytest.raises(UserError, match=r"^teacher: its tokenizer is not the student's: .* teacher\.tokenizer: own$"):
         run(described(inputs, tmp_path / "run", losses, teacher=teacher))
+    planned = plan_run(described(inputs, tmp_path, losses), gpu="cpu")
+    assert not planned.errors and not any("tokenizers are the same" in line for line in planned.warnings)
     with pytest.raises(UserError, match=r"^teacher\.top_k: is missing"):
         described(inputs, tmp_path, losses, teacher={**teacher, "tokenizer": "own"})

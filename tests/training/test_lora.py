@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distillkit.config import UserError
+from distillkit.config.lora import LoraConfig
 from distillkit.planning import plan_run
+from distillkit.training.lora import add_adapter, merge_adapter
+from distillkit.training.precision import cast_for_training
 from tests.training.test_distill import configuration, run
-from tests.training.tiny import BYTES, save_inputs, save_llama
+from tests.training.tiny import BYTES, llama, save_inputs, save_llama
 
 LORA = {"rank": 4, "alpha": 6, "target_modules": ["q_proj", "v_proj", "mlp.up_proj"]}
 TRAINED = 2 * 4 * ((32 + 32) + (32 + 16) + (32 + 64))
@@ -35,7 +38,9 @@ def finished(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     config = described(inputs, folder)
     plan = plan_run(config, gpu="cpu").phases[0]
-    return folder, run(config), plan
+    with pytest.MonkeyPatch.context() as patch:  # room for the student and two adapters, not for two students more
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(250_000, 0, 250_000))
+        return folder, run(config), plan
 
 
 def test_the_student_is_its_weights_and_the_adapter(inputs, finished):
@@ -79,6 +84,20 @@ def test_the_plan_counts_the_adapter(finished):
     _, _, plan = finished
     assert sum(trained for _, trained in plan.groups.values()) == TRAINED
     assert plan.cost.memory["gradients"] == 4 * TRAINED
+    assert plan.disk.checkpoint == (4 + 8) * TRAINED
+
+
+def test_an_adapter_is_merged_in_float32():
+    """Into 16-bit weights, most of these updates would be rounded away."""
+    student = llama(1)
+    adapter, _ = add_adapter(student, LoraConfig.parse(LORA), "")
+    cast_for_training(student, torch.bfloat16)
+    layer = student.model.layers[0].self_attn.v_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
+    expected = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+    merge_adapter(adapter)
+    merged = student.model.layers[0].self_attn.v_proj.weight
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
 
 
 def test_a_converted_student_in_bfloat16_trains_an_adapter(inputs, tmp_path):

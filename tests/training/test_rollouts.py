@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 from distillkit.config import LossConfig, UserError
 from distillkit.config.rollouts import RolloutsConfig
+from distillkit.data import prompts
 from distillkit.data.prompts import read_prompts
 from distillkit.evaluation.continuations import draw
 from distillkit.evaluation.generation import end_tokens
+from distillkit.models.special_tokens import encode_texts
 from distillkit.training.rollouts import Rollouts
 from tests.training.test_alignment import STUDENTS
 from tests.training.test_distill import configuration, run
@@ -194,7 +196,7 @@ def test_a_budget_counts_what_may_be_written(inputs, tmp_path):
     assert "4 steps, 512 tokens" in said
 
 
-def test_prompts_are_read_from_conversations_and_columns(tmp_path):
+def test_prompts_are_read_from_conversations_and_columns(tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(save_chat_model(tmp_path / "model", 0))
@@ -214,6 +216,13 @@ def test_prompts_are_read_from_conversations_and_columns(tmp_path):
         UserError, match=r"^rollouts\.prompts: has the columns story; one of these is needed: text, mess"
     ):
         read_prompts(other, tokenizer, 100)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "ab " * 10**6}))
+    began = settings(prompts={"disk_path": str(tmp_path / "long.jsonl")}, prompt_tokens=4)
+    with monkeypatch.context() as patch:
+        given = []
+        patch.setattr(prompts, "encode_texts", lambda of, texts: given.append(texts) or encode_texts(of, texts))
+        assert read_prompts(began, tokenizer, 100) == [tokenizer("ab ab ab ab").input_ids[:4]]
+    assert max(map(len, given[0])) < 100  # a long text is not read to its end
     (tmp_path / "short.jsonl").write_text('{"text": "12 24"}\n')
     short = settings(prompts={"disk_path": str(tmp_path / "short.jsonl")})
     with pytest.raises(UserError, match=r"^rollouts\.prompts: no text has 64 tokens \(rollouts\.prompt_tokens\)"):
