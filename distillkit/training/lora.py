@@ -34,10 +34,13 @@ def add_adapter(student: PreTrainedModel, settings: LoraConfig, origin: str) -> 
         from peft import get_peft_model
     except ImportError:
         raise UserError("lora", "needs peft: pip install 'distillkit[lora]'") from None
-    linear = [name for name, part in student.named_modules() if isinstance(part, nn.Linear)]
+    linear = [(name, part) for name, part in student.named_modules() if isinstance(part, nn.Linear)]
     for index, wanted in enumerate(settings.target_modules):
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in linear):
+        named = [part for name, part in linear if name == wanted or name.endswith(f".{wanted}")]
+        if not named:
             raise UserError(f"lora.target_modules[{index}]", f"{wanted!r} names no linear layer of the student")
+        if student.get_output_embeddings() in named:  # whatever this architecture calls it
+            raise UserError(f"lora.target_modules[{index}]", "the losses read its weight itself; name others")
     config = PeftConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

@@ -46,8 +46,8 @@ def test_with_an_equal_tokenizer_it_is_the_ordinary_teacher():
 
 def test_a_token_without_an_embedding_is_refused():
     """As one that was added to the teacher's tokenizer alone."""
-    teacher = AlignedTeacher(llama(0, vocab=100), tokenizer(), tokenizer(), top_k=7)
-    with pytest.raises(UserError, match=r"^teacher\.tokenizer: reads token \d+, and the teacher has .* first 100;"):
+    teacher = AlignedTeacher(llama(0, vocab=20), tokenizer(), tokenizer(), top_k=7)
+    with pytest.raises(UserError, match=r"^teacher\.tokenizer: reads token \d+, and the teacher has .* first 20;"):
         teacher.prepare(made_batch())
 
 

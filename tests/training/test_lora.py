@@ -87,10 +87,16 @@ def test_the_plan_counts_the_adapter(finished):
     assert plan.disk.checkpoint == (4 + 8) * TRAINED
 
 
+def test_an_adapter_on_a_head_of_any_name_is_refused():
+    settings = LoraConfig.parse(LORA).model_copy(update={"target_modules": ["q_proj", "lm_head"]})
+    with pytest.raises(UserError, match=r"^lora\.target_modules\[1\]: the losses read its weight itself"):
+        add_adapter(llama(1), settings, "nowhere")
+
+
 def test_an_adapter_is_merged_in_float32():
     """Into 16-bit weights, most of these updates would be rounded away."""
     student = llama(1)
-    adapter, _ = add_adapter(student, LoraConfig.parse(LORA), "")
+    adapter, _ = add_adapter(student, LoraConfig.parse(LORA), "nowhere")
     cast_for_training(student, torch.bfloat16)
     layer = student.model.layers[0].self_attn.v_proj
     torch.nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
