@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
-from distillkit.config import DatasetTeacherConfig, HFTeacherConfig, RunConfig
+from distillkit.config import DatasetTeacherConfig, HFTeacherConfig, RunConfig, UserError
 from distillkit.config.losses import align_attention_alone
 from distillkit.config.resolve import ORIGIN_KWARGS
 from distillkit.console import print_line
@@ -264,6 +264,8 @@ def _convert(
     """
     assert config.student is not None
     if not folder.main_process or folder.checkpoint is not None:
+        if folder.main_process and config.lora is not None:
+            _check_under_adapter(folder)
         return
     sections = {"student": config.student.model_dump(mode="json"), "teacher": teacher.model_dump(mode="json")}
     weights = (folder.record.origins or {}).get("teacher", {}).get("weights_sha256")
@@ -280,6 +282,14 @@ def _convert(
         summary = convert_model(model, _load_teachers_tokenizer(config, teacher), folder.untrained, config.student)
     console.print(summary)
     folder.update_record(converted={**recipe, "files": fingerprint(files_in(folder.untrained), limit=None)})
+
+
+def _check_under_adapter(folder: PhaseFolder) -> None:
+    """Raises `UserError` where the converted student is another than the checkpoint's adapter was trained on."""
+    files = files_in(folder.untrained) if folder.untrained.is_dir() else {}
+    if found := differences(files, (folder.record.converted or {}).get("files", {})):
+        problem = f"the checkpoint's adapter belongs to the student in {folder.untrained}, of which {found[0]}"
+        raise UserError("lora", f"{problem}; bring it back, or start again in another output_path")
 
 
 def _load_tokenizers(config: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:

@@ -108,7 +108,7 @@ def test_an_adapter_is_merged_in_float32():
 
 def test_a_converted_student_in_bfloat16_trains_an_adapter(inputs, tmp_path):
     teacher = {"kind": "hf", "path": save_llama(tmp_path / "teacher", 2, layers=4)}
-    training = {"max_steps": 2, "bf16": True, "gradient_checkpointing": True}
+    training = {"max_steps": 2, "save_steps": 1, "bf16": True, "gradient_checkpointing": True}
     asked = {"model": None, "student": {"layout": "hybrid"}, "teacher": teacher, "lora": {"rank": 2}}
     said = run(described(inputs, tmp_path / "run", training, **asked))
     assert "trained 1,984 parameters for 2 steps" in said  # 2 × (3 layers of 4 × 64, one with grouped heads)
@@ -118,6 +118,12 @@ def test_a_converted_student_in_bfloat16_trains_an_adapter(inputs, tmp_path):
     parameters = dict(student.named_parameters())
     changed = {name for name, each in parameters.items() if not torch.equal(each, untrained[name].to(each.dtype))}
     assert all("_proj" in name for name in changed) and any("q_proj" in name for name in changed)
+    shutil.rmtree(tmp_path / "run/untrained")
+    (tmp_path / "run/results.json").unlink()
+    with pytest.raises(
+        UserError, match=r"^lora: the checkpoint's adapter belongs to the student in .* is missing; bri"
+    ):
+        run(described(inputs, tmp_path / "run", training, resume=True, **asked))
 
 
 @pytest.mark.parametrize(
