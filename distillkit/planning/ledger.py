@@ -57,6 +57,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # autograd asks it more often than all else together
+            return args[0].fake_device
         kwargs = kwargs or {}
         if _is_real(args, kwargs):
             with unset_fake_temporarily():
