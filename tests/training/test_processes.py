@@ -1,15 +1,11 @@
 """Two processes take the step that one takes with all their rows, whatever is minimised and however rows fall.
 
-All cases run in one launch of torchrun: this file is the script that it starts.
+All cases run in the same two processes.
 """
 
-import gc
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from distillkit.config import LossConfig
 from distillkit.losses import ATTENTION_LOSSES, DISTRIBUTION_LOSSES, HIDDEN_STATE_LOSSES
 from distillkit.losses.functions import RANKING_LOSSES
 from distillkit.teacher import Teacher, TeacherSignal
+from tests.forks import environments, exit_codes, started
 from tests.training.test_trainer import ALL_KINDS, UNEVEN, assert_same, gradients, make_trainer
 from tests.training.tiny import VOCAB, row
 
@@ -110,6 +107,16 @@ def step(folder, case, **training):
     return gradients(trainer), trainer.state.log_history[0]
 
 
+def steps(environment, folder):
+    """Those of all cases, by one of two processes."""
+    os.environ |= environment
+    for name, case in cases().items():
+        found, line = step(folder / name, case, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+        if os.environ["RANK"] == "0":
+            save_file(found, folder / f"{name}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(line))
+
+
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     """The gradients of each case, from two processes; made once for all workers of pytest."""
@@ -118,10 +125,7 @@ def of_two(tmp_path_factory):
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             made = tmp_path_factory.mktemp("two")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-            done = subprocess.run([*command, str(made)], env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
+            assert exit_codes(started(steps, [(each, made) for each in environments()]), 150) == [0, 0]
             made.rename(folder)
     return folder
 
@@ -143,13 +147,3 @@ def test_the_rows_are_uneven():
         assert counted[0] + counted[2] != counted[1] + counted[3]
         assert len({len(each["input_ids"]) for each in rows}) > 1
     assert counted[1] + counted[3] == 0
-
-
-if __name__ == "__main__":
-    gc.freeze()  # Trainer collects garbage for each case; what is imported is none
-    output = Path(sys.argv[1])
-    for each, described in cases().items():
-        found, line = step(output / each, described, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-        if os.environ["RANK"] == "0":
-            save_file(found, output / f"{each}.safetensors")
-            (output / f"{each}.json").write_text(json.dumps(line))
