@@ -66,6 +66,7 @@ def test_scores_are_those_of_the_model_in_memory(folder, model, concurrency, cap
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("packages_unasked")
 def test_an_evaluation_through_a_server(folder, model, tmp_path, monkeypatch):
     """Without the weights in memory; the report says where scores come from; the key is in no file."""
     monkeypatch.setenv("SERVED_KEY", "sesame-open-1234")
