@@ -16,10 +16,10 @@ REPOSITORY = Path(__file__).parents[1]
 SMALL = [
     "training_args.max_steps=2",
     "training_args.per_device_train_batch_size=1",
-    "sequence_length=64",
-    "evaluation.num_tokens=128",
+    "sequence_length=32",
+    "evaluation.num_tokens=64",
     "evaluation.max_new_tokens=2",
-    "teacher.kwargs.max_position_embeddings=256",  # a conversion reads eager attention over so many tokens, not 2,048
+    "teacher.kwargs.max_position_embeddings=64",  # a conversion reads eager attention over so many tokens, not 2,048
 ]
 if bfloat16_is_slow(torch.device("cpu")):  # as scripts/quickstart does
     SMALL += ["training_args.bf16=false", "teacher.kwargs.dtype=float32"]
@@ -41,7 +41,7 @@ def test_quickstart_converts_distils_measures_and_writes(tmp_path):
     assert "model card: runs/quickstart/student/README.md" in printed
     results = json.loads((student / "results.json").read_text())
     before, after = results["divergence"]["before"], results["divergence"]["after"]
-    assert before["tokens"] == after["tokens"] == 128
+    assert before["tokens"] == after["tokens"] == 64
     assert before["teacher_perplexity"] == pytest.approx(after["teacher_perplexity"])
     assert 1 < before["kl"] < 8  # a fresh conversion is far from its teacher, and nearer than chance (ln 49152 = 10.8)
     told = f"| KL(teacher‖student), nats per token | {before['kl']:.4f} | {after['kl']:.4f} |"
