@@ -31,7 +31,7 @@ def distilled(kind, batches, top_k=None, layer_mapping="all", width=32):
     teacher_model = llama(0, layers=4, hidden_size=width, dtype=torch.float64)
     shapes = [ModelShape(each.config.hidden_size, each.config.num_hidden_layers) for each in (model, teacher_model)]
     torch.manual_seed(0)
-    objective = Objective(LOSSES, layer_mapping, *shapes, chunk_tokens=7).double()
+    objective = Objective(LOSSES, layer_mapping, *shapes, chunk_tokens=31).double()
     distiller = Distiller(model, objective)
     teacher = teacher_for(objective, teacher_model, top_k=top_k)
     normalizer = torch.tensor(float(sum(LENGTHS)))
