@@ -7,6 +7,7 @@ disk, for no test cuts the power, and none fingerprints the steps in which rows 
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -20,6 +21,14 @@ def pytest_collection_finish() -> None:
         from tests.fingerprints import leave_out_fingerprints
 
         leave_out_fingerprints()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_from_the_collector() -> Iterator[None]:
+    """Nor is what tests imported and hold for others, such as the compiler: to look it through takes 0.1 s and more."""
+    yield
     gc.collect()
     gc.freeze()
 
