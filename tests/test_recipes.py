@@ -121,6 +121,7 @@ def capture_config(name: str, inputs: Path, text: str, output: Path) -> CaptureC
         f"dataset.train_dataset={{disk_path: {inputs / text}.jsonl}}",
         "sequence_length=64",
         f"compression.logprob_compressor.d={BYTES}",
+        "tokens_per_batch=1024",
         "rows_per_shard=8",
     ]
     return load_capture_config(RECIPES / name, overrides)
