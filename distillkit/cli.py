@@ -86,7 +86,10 @@ def plan(
     config: Annotated[Path, typer.Argument(help="A run or a capture, as YAML.", metavar="CONFIG.yaml")],
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="GPU model for the estimates of time and memory.")] = "H100",
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Number of GPUs of each node; by default as many as parallel names, or 1.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Estimate the cost of a run or a capture, and list its errors, without running it.
@@ -95,11 +98,18 @@ def plan(
     1: it has errors.
     """
     described = load_run_or_capture(config, overrides or [])
-    _print_plan(described, gpu=gpu, gpus=gpus, as_json=as_json)
+    _print_plan(described, gpu=gpu, gpus=gpus, nodes=nodes, as_json=as_json)
 
 
-def _print_plan(described: Run | CaptureConfig, *, gpu: str = "H100", gpus: int = 1, as_json: bool = False) -> None:
-    if isinstance(described, CaptureConfig) and gpus > 1:
+def _print_plan(
+    described: Run | CaptureConfig,
+    *,
+    gpu: str = "H100",
+    gpus: int | None = None,
+    nodes: int = 1,
+    as_json: bool = False,
+) -> None:
+    if isinstance(described, CaptureConfig) and (gpus or 1) * nodes > 1:
         raise UserError(
             "--gpus", "a capture is planned on one GPU; n of them share it (--shard i/n) in 1/n of the time"
         )
@@ -110,7 +120,7 @@ def _print_plan(described: Run | CaptureConfig, *, gpu: str = "H100", gpus: int 
     plan: RunPlan | CapturePlan
     match described:
         case Run():
-            plan = plan_run(described, gpu=gpu, gpus=gpus)
+            plan = plan_run(described, gpu=gpu, gpus=gpus, nodes=nodes)
             tables = run_tables(plan)
         case CaptureConfig():
             plan = plan_capture(described, gpu=gpu)

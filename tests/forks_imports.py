@@ -11,6 +11,7 @@ import transformers.trainer  # noqa: F401
 import distillkit.capture.packing
 import distillkit.capture.run
 import distillkit.evaluation
+import distillkit.planning
 import distillkit.reporting
 import distillkit.training  # noqa: F401
 from distillkit.reporting import training_section

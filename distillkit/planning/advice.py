@@ -258,14 +258,20 @@ def _about_rows(
         )
 
 
-def remedies(plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU) -> list[UserError]:
-    """Where a phase does not fit: the keys that would help most, with about how much each gives back."""
-    if config.parallel is not None:
-        return [
-            UserError("parallel", "divides the models; memory is estimated for whole ones on each GPU, and is less")
-        ]
-    if plan.memory is None or plan.cost is None or plan.memory <= gpu.memory:
-        return []
+def remedies(
+    plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU, shard: int, divided: PhasePlan | None
+) -> list[UserError]:
+    """Of a phase that does not fit: the keys that would help most, with about how much each gives back.
+
+    shard: GPUs that divide the models. divided: the same phase with models that all GPUs divide, if they can.
+    """
+    assert plan.memory is not None and plan.cost is not None
+    if divided is not None and divided.memory is not None and divided.memory <= gpu.memory:
+        problem = (
+            f"is missing, and whole models do not fit: {plan.memory / GIB:.1f} GiB of {gpu.name}'s "
+            f"{gpu.memory / GIB:.1f}; write {DIVIDED}, with which each GPU has {divided.memory / GIB:.1f} GiB"
+        )
+        return [UserError("parallel", problem)]
     memory = plan.cost.memory
     activations = memory.get("activations", 0)
     options: list[tuple[float, str]] = []
@@ -279,15 +285,15 @@ def remedies(plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU) -
     quantised = "8bit" in settings.optim or "4bit" in settings.optim
     # Bytes that a trained weight takes beyond those of a frozen one, its gradient and states apart.
     masters = 2.0 if config.trained_weights == "float32" and settings.compute_dtype == torch.bfloat16 else 0.0
-    if masters:
+    if masters and config.parallel is None:
         halved = gradients + (0 if quantised else states)
         options.append((masters * plan.trained + halved / 2, "trained_weights: bfloat16"))
-    if not quantised and states > 2.03 * plan.trained:
+    if not quantised and states > 2.03 * plan.trained and config.parallel is None:
         options.append((states - 2.03 * plan.trained, "training_args.optim: adamw_torch_8bit"))
     if memory.get("teacher weights"):
         options.append((memory["teacher weights"], "a captured teacher (distillkit capture, teacher.kind: dataset)"))
     if of_mlp := plan.groups.get("MLP", (0, 0))[1]:
-        each = masters + (gradients + states) / plan.trained
+        each = masters / shard + (gradients + states) / plan.trained
         options.append((each * of_mlp, r"frozen_res: ['\.mlp\.']"))
     if len(config.loss_functions) > 1 and config.layer_mapping == "all" and plan.cost.hidden_states > GIB:
         options.append((plan.cost.hidden_states, "layer_mapping: fewer pairs than all"))
@@ -296,6 +302,7 @@ def remedies(plan: PhasePlan, config: RunConfig, settings: Settings, gpu: GPU) -
     listed = "; ".join(f"{text} (about {size / GIB:.0f} GiB)" for size, text in best)
     problem = (
         f"{plan.memory / GIB:.1f} GiB do not fit into {gpu.name}'s {gpu.memory / GIB:.1f} GiB, {missing:.1f} too many; "
-        f"what would help: {listed or 'a shorter one'}; or {DIVIDED} on several GPUs"
+        f"what would help: {listed or 'a shorter one'}; or "
+        + ("more GPUs" if shard > 1 else f"{DIVIDED} on several GPUs")
     )
     return [UserError("sequence_length", problem)]

@@ -16,14 +16,24 @@ FRAGMENTS = 0.04
 """What PyTorch's allocator holds and cannot use, as a share of activations and gradients."""
 
 
+NETWORK = 50e9
+"""Bytes per second and GPU between nodes, in one direction: 400 Gb/s, one adapter for each GPU as in a DGX H100."""
+
+LINK_SHARE = 0.8
+"""The share of links and network that collectives of large tensors reach: 370 of NVLink's 450 GB/s, as NCCL's
+developers have it (github.com/NVIDIA/nccl-tests/issues/212). Not measured here."""
+
+
 @dataclass(frozen=True)
 class GPU:
     """memory: bytes that programs can have. tflops: dense bf16 matrix products, accumulated in float32, as its maker
-    has them (NVIDIA's data sheets). For a CPU, what design measurements gave for two cores."""
+    has them (NVIDIA's data sheets). For a CPU, what design measurements gave for two cores. link: bytes per second, in
+    one direction, to the other GPUs of a node: NVLink, or PCIe where that is all that a server of eight has."""
 
     name: str
     memory: float
     tflops: float
+    link: float
 
     @property
     def cuda(self) -> bool:
@@ -31,19 +41,19 @@ class GPU:
 
 
 _TABLE = {
-    "A100-40GB": (39.4, 312.0),
-    "A100-80GB": (79.1, 312.0),
-    "H100": (79.1, 989.0),
-    "H100-PCIe": (79.1, 756.0),
-    "H200": (139.8, 989.0),
-    "B200": (178.0, 2250.0),
-    "L40S": (44.4, 362.0),
-    "L4": (22.0, 121.0),
-    "A10G": (22.0, 70.0),
-    "RTX-A6000": (47.4, 155.0),
-    "RTX-5090": (31.4, 209.0),
-    "RTX-4090": (23.5, 165.0),
-    "RTX-3090": (23.5, 71.0),
+    "A100-40GB": (39.4, 312.0, 300.0),
+    "A100-80GB": (79.1, 312.0, 300.0),
+    "H100": (79.1, 989.0, 450.0),
+    "H100-PCIe": (79.1, 756.0, 64.0),
+    "H200": (139.8, 989.0, 450.0),
+    "B200": (178.0, 2250.0, 900.0),
+    "L40S": (44.4, 362.0, 32.0),
+    "L4": (22.0, 121.0, 32.0),
+    "A10G": (22.0, 70.0, 32.0),
+    "RTX-A6000": (47.4, 155.0, 32.0),
+    "RTX-5090": (31.4, 209.0, 64.0),
+    "RTX-4090": (23.5, 165.0, 32.0),
+    "RTX-3090": (23.5, 71.0, 32.0),
 }
 
 _EAGER = ((576, 0.060), (2560, 0.24))
@@ -69,13 +79,13 @@ def find_gpu(name: str) -> GPU:
     wanted = _plain(name)
     if wanted == "cpu":
         memory = 1.0 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return GPU("CPU", memory, _CPU_TFLOPS)
+        return GPU("CPU", memory, _CPU_TFLOPS, 10e9)
     aliases = {"a100": "a10080gb", "a10040": "a10040gb", "a10080": "a10080gb", "h10080gb": "h100", "4090": "rtx4090"}
     aliases |= {"3090": "rtx3090", "5090": "rtx5090", "a6000": "rtxa6000", "h100sxm": "h100"}
     wanted = aliases.get(wanted, wanted)
-    for known, (memory, tflops) in _TABLE.items():
+    for known, (memory, tflops, link) in _TABLE.items():
         if _plain(known) == wanted:
-            return GPU(known, memory * GIB, tflops)
+            return GPU(known, memory * GIB, tflops, link * 1e9)
     raise UserError("--gpu", f"{name!r} is not known; there is {', '.join(_TABLE)} and cpu")
 
 

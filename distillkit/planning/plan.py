@@ -22,7 +22,8 @@ from distillkit.planning.meta_models import (
     teacher_on_meta,
     transformers_silenced,
 )
-from distillkit.planning.result import PhasePlan, RunPlan
+from distillkit.planning.processes import Processes
+from distillkit.planning.result import PhasePlan, RunPlan, StepTime
 from distillkit.planning.settings import Settings
 from distillkit.planning.step import FakeCapturedTeacher, StepCost, reached_by, simulate_step
 from distillkit.planning.tokens import schedule
@@ -46,13 +47,15 @@ class _PlannedPhase:
 
 
 @transformers_silenced()
-def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
-    """The plan of a run, with phases or without, on so many GPUs of one kind.
+def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int | None = None, nodes: int = 1) -> RunPlan:
+    """The plan of a run, with phases or without, on nodes of so many GPUs of one kind.
 
-    Raises `UserError` where a model's configuration cannot be read; other errors are listed in the plan.
+    gpus: of each node; None for one, or as many as `parallel` names. Raises `UserError` where `parallel` names another
+    number, and where a model's configuration cannot be read; other errors are listed in the plan.
     """
     run, device = as_run(run), find_gpu(gpu)
     config = run.phases[0].config
+    processes = Processes.of(config.parallel, gpus, nodes)
     teacher = _teacher_config(config)
     student = student_config(config, teacher)
     options = config.trust_remote_code
@@ -60,12 +63,15 @@ def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int = 1) -> RunPlan:
         check_files(config.teacher.path, "teacher.path", teacher, config.teacher.kwargs, options)
     if config.model is not None:
         check_files(config.model, "model", student, config.model_kwargs, options)
-    planned = [_plan_phase(phase, student, device, gpus) for phase in run.phases]
+    planned = [_plan_phase(phase, student, device, processes) for phase in run.phases]
     first = planned[0]
     parameters = sum(total for total, _ in first.plan.groups.values())
     plan = RunPlan(
         gpu=device,
-        gpus=gpus,
+        gpus=processes.count,
+        nodes=processes.nodes,
+        shard=processes.shard,
+        replicate=processes.replicate,
         teacher=config.teacher.path if isinstance(config.teacher, HFTeacherConfig) else config.teacher.kind,
         teacher_parameters=first.teacher_parameters,
         student_parameters=parameters,
@@ -99,7 +105,7 @@ def _teacher_config(config: RunConfig) -> PreTrainedConfig | None:
     return read_config(teacher.path, "teacher.path", teacher.kwargs, config.trust_remote_code)
 
 
-def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: int) -> _PlannedPhase:
+def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, processes: Processes) -> _PlannedPhase:
     config, settings = phase.config, Settings.of(phase.config)
     teacher_config = _teacher_config(config)
     teacher = _teacher(config, teacher_config, student_config.vocab_size)
@@ -122,23 +128,22 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
     cast_for_training(student, settings.compute_dtype, trained_dtype)
     model = teacher.model
     teacher_parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
-    readers = gpus if config.parallel is None else max(1, gpus // config.parallel.context)
-    timing = schedule(config, settings, readers)
+    timing = schedule(config, settings, processes.readers)
     disk = disk_use(student, settings, reached, masters=not phase.is_last, adapter_alone=config.lora is not None)
-    warnings = about_phase(config, settings, timing, student, teacher_config, gpu, readers)
+    warnings = about_phase(config, settings, timing, student, teacher_config, gpu, processes.readers)
     cost = None
     if reached:
         try:
-            cost = simulate_step(config, settings, teacher, student, cuda=gpu.cuda, gpus=gpus)
+            cost = simulate_step(config, settings, teacher, student, cuda=gpu.cuda, processes=processes)
         except UserError as error:  # a loss that these two models cannot have
             errors.insert(0, error)
         except (DataDependentOutputException, DynamicOutputShapeException):  # of a loss from a module
             problem = "a loss reads values of its tensors, which a plan does not have; use torch.where instead of if"
             warnings.append(UserError("loss_functions", f"{problem}, to have memory and time estimated"))
-    micro_batch = settings.batch_size * config.sequence_length
-    speed = None
-    if cost is not None and (time := _batch_seconds(cost, config, settings, gpu, student.config)) is not None:
-        speed = micro_batch * gpus / time
+    step = None
+    if cost is not None and (seconds := _batch_seconds(cost, config, settings, gpu, student.config)) is not None:
+        step = StepTime(*(settings.accumulation * each for each in (seconds, *cost.traffic.seconds(gpu))))
+    speed = None if step is None else timing.tokens_per_step / step.total
     plan = PhasePlan(
         name=phase.name if phase.changes is not None else "",
         sequence_length=config.sequence_length,
@@ -148,13 +153,29 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, gpus: 
         trained=sum(parameter.numel() for parameter in reached),
         groups=groups,
         cost=cost,
-        micro_batch=micro_batch,
+        micro_batch=settings.batch_size * processes.tokens(config.sequence_length),
+        micro_batches=settings.accumulation,
+        step=step,
         seconds=None if speed is None or timing.tokens is None else timing.tokens / speed,
         tokens_per_second=speed,
         disk=disk,
     )
-    warnings += remedies(plan, config, settings, gpu)
+    if plan.memory is not None and plan.memory > gpu.memory:
+        divided = None if config.parallel else _divided(phase, student_config, gpu, processes)
+        warnings += remedies(plan, config, settings, gpu, processes.shard, divided)
     return _PlannedPhase(phase, plan, errors, warnings, teacher_parameters, None if model is None else model.dtype)
+
+
+def _divided(phase: Phase, student: PreTrainedConfig, gpu: GPU, processes: Processes) -> PhasePlan | None:
+    """The plan of a phase whose models the processes divide among all; None where there is one, or that is refused."""
+    if processes.count == 1:
+        return None
+    try:
+        config = RunConfig.parse({**phase.config.model_dump(mode="json"), "parallel": {}})
+    except UserError:  # an optimizer that cannot be divided
+        return None
+    divided = replace(processes, parallel=config.parallel)
+    return _plan_phase(replace(phase, config=config), student, gpu, divided).plan
 
 
 def _batch_seconds(

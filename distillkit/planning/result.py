@@ -10,6 +10,25 @@ from distillkit.planning.tokens import Amount, Schedule
 
 
 @dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step that are computed, and that are communicated; alone: of the latter those in which
+    nothing is computed. The rest of both is at the same time."""
+
+    computed: float
+    communicated: float
+    alone: float
+
+    @property
+    def total(self) -> float:
+        return max(self.computed, self.communicated - self.alone) + self.alone
+
+    @property
+    def limit(self) -> str:
+        """What takes longer."""
+        return "computing" if self.computed >= self.communicated - self.alone else "communication"
+
+
+@dataclass(frozen=True)
 class PhasePlan:
     """One phase, or a whole run without phases (then `name` is empty).
 
@@ -29,6 +48,9 @@ class PhasePlan:
     cost: StepCost | None
     micro_batch: int
     """Tokens of a micro-batch on one GPU."""
+    micro_batches: int
+    """Of a step, on one GPU."""
+    step: StepTime | None
     seconds: float | None
     tokens_per_second: float | None
     disk: DiskUse
@@ -63,6 +85,10 @@ class RunPlan:
 
     gpu: GPU
     gpus: int
+    """Of all nodes."""
+    nodes: int
+    shard: int
+    replicate: int
     teacher: str
     teacher_parameters: int | None
     student_parameters: int
@@ -98,6 +124,8 @@ class RunPlan:
         data = asdict(self)
         for phase, plain in zip(self.phases, data["phases"], strict=True):
             plain |= {"memory": phase.memory, "gflops_per_token": phase.gflops_per_token}
+            if phase.step is not None:
+                plain["step"] |= {"total": phase.step.total, "limit": phase.step.limit}
             plain["fits"] = None if phase.memory is None else phase.memory <= self.gpu.memory
             plain["schedule"]["passes"] = phase.schedule.passes
             plain["disk"]["total"] = phase.disk.total

@@ -2,7 +2,8 @@
 
 What is estimated nowhere has not to be kept true: teacher, student, losses and autograd are those that will run. Only
 three things stand in for others where the run is on CUDA: kernels of mixers (`Mixer.plan_on_cuda`), autocast's rules
-(`cuda_rules`) and the padding of a vocabulary that is no multiple of 64.
+(`cuda_rules`) and the padding of a vocabulary that is no multiple of 64. Models are divided as in the run, too, among
+processes of which only the first is there.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from distillkit.config import LossConfig, RunConfig
@@ -25,18 +27,23 @@ from distillkit.models.labels import shifted_labels
 from distillkit.models.quantization import BYTES_PER_WEIGHT
 from distillkit.models.varlen_attention import VARLEN
 from distillkit.planning.cuda_rules import CudaAutocast
-from distillkit.planning.ledger import Ledger, without_data
+from distillkit.planning.ledger import ALL_REDUCE, Collective, Ledger, without_data
+from distillkit.planning.processes import Processes, Traffic
 from distillkit.planning.settings import Settings
 from distillkit.student.mixers.registry import mixed_layers
 from distillkit.teacher.live import LiveTeacher
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller
 from distillkit.training.optimizer_memory import optimizer_memory
+from distillkit.training.parallel import Mesh, divide, place_teacher
 from distillkit.training.setup import checkpoint_layers
 from distillkit.training.wiring import objective_of, signal_request
 
-TEACHER_WEIGHTS = "teacher weights"
+TEACHER_WEIGHTS, STUDENT_WEIGHTS = "teacher weights", "student weights"
 TEACHER, FORWARD, BACKWARD, UPDATE = "teacher's pass", "student's forward pass", "backward pass", "optimizer step"
+
+ALONE = Processes()
+CPU = torch.device("cpu")
 
 COMPILED = 0.66
 """Of an eager step's activations, what a compiled one takes in which nothing is checkpointed: 0.52 at AFM-4.5B's
@@ -52,6 +59,7 @@ class StepCost:
     kept: bytes kept from the student's forward pass for its backward pass. hidden_states: bytes of the teacher's
     hidden states and attention records. flops: floating point operations of a micro-batch, by moment.
     attention_flops: those of them that are softmax attention. chunk_tokens: tokens whose logits exist at one time.
+    traffic: what the GPU sends to others in a micro-batch.
     """
 
     memory: dict[str, int]
@@ -61,6 +69,7 @@ class StepCost:
     flops: dict[str, float]
     attention_flops: float
     chunk_tokens: int
+    traffic: Traffic
 
     @property
     def allocated(self) -> int:
@@ -74,7 +83,7 @@ def simulate_step(
     student: PreTrainedModel,
     *,
     cuda: bool,
-    gpus: int = 1,
+    processes: Processes = ALONE,
 ) -> StepCost:
     """The cost of a step of `config`.
 
@@ -82,23 +91,26 @@ def simulate_step(
     """
     ledger = Ledger()
     vocabulary = min(teacher.vocabulary_size, _rows(student))
-    with ledger:
-        _materialize(student, ledger, "student weights", config, settings, cuda)
+    with processes.mesh() as mesh, ledger:
+        _materialize(student, ledger, STUDENT_WEIGHTS, config, settings, cuda)
         if teacher.model is not None:
             _materialize(teacher.model, ledger, TEACHER_WEIGHTS, config, settings, cuda)
-            teacher = LiveTeacher(teacher.model)
+            with ledger.making(TEACHER_WEIGHTS):
+                teacher = LiveTeacher(_placed(teacher.model, config, mesh))
         chunk = chunk_tokens(config.loss_functions, _rows(student), cuda)
-        objective = objective_of(config, student, teacher, vocabulary, chunk)
+        with ledger.making(STUDENT_WEIGHTS):  # projections
+            objective = objective_of(config, student, teacher, vocabulary, chunk)
         matrices = []
         if teacher.model is not None and objective.needs_teacher:
             matrices = _padding(teacher.model, ledger, TEACHER_WEIGHTS, cuda)
         if settings.gradient_checkpointing:
             _checkpoint_layers(student, settings, cuda)
-        distiller = Distiller(student, objective).train()
+        with ledger.making(STUDENT_WEIGHTS):
+            distiller = divide(Distiller(student, objective).train(), CPU, mesh)
         top_k = config.teacher.top_k if config.teacher.kind == "hf" else None
         request = signal_request(objective, top_k=top_k, vocabulary_size=vocabulary)
         used = teacher if objective.needs_teacher else None
-        cost = _step(config, settings, ledger, distiller, used, request, gpus, cuda)
+        cost = _step(config, settings, ledger, distiller, used, request, processes, cuda)
         del matrices
     return _with_smaller_teacher(cost, config, teacher.model)
 
@@ -133,12 +145,19 @@ def _materialize(
 
     for layer, mixer in mixed_layers(model):
         mixer.plan_on_cuda(layer, count)
-    student = kind == "student weights"
+    student = kind == STUDENT_WEIGHTS
     given = config.model_kwargs if student else getattr(config.teacher, "kwargs", {})
     dtype = settings.compute_dtype if student else model.dtype
     narrow = dtype in (torch.bfloat16, torch.float16)
     if config.use_flash_attention and narrow and given.get("attn_implementation") != "sdpa":
         model.set_attn_implementation(VARLEN)
+
+
+def _placed(teacher: PreTrainedModel, config: RunConfig, mesh: Mesh) -> PreTrainedModel:
+    """The teacher divided, unless it is offloaded or quantised or placed by its own arguments."""
+    given = config.teacher
+    whole = given.kind != "hf" or given.offload or given.quantization or "device_map" in given.kwargs
+    return teacher if whole or mesh is None else place_teacher(teacher, CPU, mesh)
 
 
 def _checkpoint_layers(student: PreTrainedModel, settings: Settings, cuda: bool) -> None:
@@ -164,23 +183,25 @@ def _step(
     distiller: Distiller,
     teacher: Teacher | None,
     request: SignalRequest,
-    gpus: int,
+    processes: Processes,
     cuda: bool,
 ) -> StepCost:
     """A step that is not the first: the optimizer has its states, and micro-batches before left their gradients."""
     projections = list(distiller.objective.projections.parameters())
     trained = reached_by(distiller.student, config) + projections
-    optimizer = optimizer_memory(settings.optim, trained, cuda=cuda)
+    here = [each.to_local() if isinstance(each, DTensor) else each for each in trained]
+    optimizer = optimizer_memory(settings.optim, here, cuda=cuda)
     with ledger.making("optimizer states"):
         states = _bytes(optimizer.states)
+    whole = sum(each.numel() * each.element_size() for each in trained) if processes.count > processes.shard == 1 else 0
     with ledger.making("gradients"):
-        buckets = _bytes(sum(each.numel() * each.element_size() for each in trained) if gpus > 1 else 0)
+        buckets = _bytes(whole)  # of DDP
         if settings.accumulation > 1:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(ledger.book_gradient)
-    batch = _batch(settings.batch_size, config.sequence_length)
+    batch = _batch(settings.batch_size, processes.tokens(config.sequence_length))
     ledger.fresh_peak()
     with ledger.during(TEACHER):
         signal = None if teacher is None else teacher.signal(batch, request)
@@ -207,6 +228,9 @@ def _step(
     share = COMPILED if lean and cuda else 1.0
     memory = {kind: size for kind, size in ledger.peak.items() if size}
     memory["activations"] = round(share * memory["activations"])
+    sent = ledger.collectives
+    if whole:
+        sent.append(Collective(ALL_REDUCE, whole // settings.accumulation, range(processes.count), alone=False))
     return StepCost(
         memory=memory,
         moment=ledger.peak_moment,
@@ -215,6 +239,7 @@ def _step(
         flops={moment: float(count) for moment, count in ledger.flops.items() if count},
         attention_flops=float(ledger.attention_flops),
         chunk_tokens=distiller.objective.chunk_tokens or 0,
+        traffic=processes.traffic(sent),
     )
 
 

@@ -8,6 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from distillkit.formatting import byte_text, count_text, duration_text, part_text, token_text
+from distillkit.planning.gpus import LINK_SHARE, NETWORK
+from distillkit.planning.ledger import GATHERED
 from distillkit.planning.result import CapturePlan, PhasePlan, RunPlan
 from distillkit.planning.step import BACKWARD, FORWARD, TEACHER
 
@@ -42,8 +44,9 @@ def _models(plan: RunPlan) -> Table:
 
 
 def _phases(plan: RunPlan) -> Table:
-    gpus = f"{plan.gpus} x {plan.gpu.name}" if plan.gpus > 1 else plan.gpu.name
-    table = Table(title=f"Estimate for {gpus}", title_justify="left")
+    gpus = f"{plan.gpus // plan.nodes} x {plan.gpu.name}" if plan.gpus > 1 else plan.gpu.name
+    nodes = f"{plan.nodes} nodes of " if plan.nodes > 1 else ""
+    table = Table(title=f"Estimate for {nodes}{gpus}", title_justify="left")
     table.add_column("")
     for phase in plan.phases:
         table.add_column(phase.name or "run", justify="right")
@@ -54,11 +57,16 @@ def _phases(plan: RunPlan) -> Table:
         ("steps", lambda phase: "not known" if phase.schedule.steps is None else f"{phase.schedule.steps:,}"),
         ("tokens", _tokens),
     ]
+    if plan.shard > 1:
+        copies = f", {plan.replicate} copies" if plan.replicate > 1 else ""
+        rows.append(("models divided over", lambda _: f"{plan.shard} GPUs{copies}"))
     for name, value in rows:
         table.add_row(name, *map(value, plan.phases))
     table.add_section()
     for kind in KINDS:
         table.add_row(kind, *(_of(phase, kind) for phase in plan.phases))
+    if plan.shard > 1:
+        table.add_row(GATHERED, *(_of(phase, GATHERED) for phase in plan.phases))
     table.add_row("CUDA, fragments", *(byte_text(phase.reserve) if phase.cost else "" for phase in plan.phases))
     total = [_total(phase, plan) for phase in plan.phases]
     table.add_row(f"of {byte_text(plan.gpu.memory)}", *total, style="bold")
@@ -67,6 +75,8 @@ def _phases(plan: RunPlan) -> Table:
     for name, moment in (("teacher", TEACHER), ("forward", FORWARD), ("backward", BACKWARD)):
         per_token = [phase.gflops_per_token.get(moment, 0.0) for phase in plan.phases]
         table.add_row(f"GFLOP/token, {name}", *(f"{number:.3g}" if number else "" for number in per_token))
+    if plan.gpus > 1:
+        _communication(table, plan)
     speeds = [phase.tokens_per_second for phase in plan.phases]
     table.add_row("tokens/s", *("" if speed is None else count_text(speed) for speed in speeds))
     times = [phase.seconds for phase in plan.phases]
@@ -75,6 +85,28 @@ def _phases(plan: RunPlan) -> Table:
     table.add_row("checkpoints", *(byte_text(phase.disk.checkpoints) for phase in plan.phases))
     table.add_row("saved student", *(byte_text(phase.disk.student) for phase in plan.phases))
     return table
+
+
+def _communication(table: Table, plan: RunPlan) -> None:
+    """What each GPU sends in a step, and how that takes a share of its time."""
+    table.add_section()
+    sent = [None if phase.cost is None else phase.cost.traffic for phase in plan.phases]
+
+    def row(name: str, sizes: list[float]) -> None:
+        if any(sizes):
+            of_steps = [size * phase.micro_batches for size, phase in zip(sizes, plan.phases, strict=True)]
+            table.add_row(name, *(byte_text(size) if size else "" for size in of_steps))
+
+    for kind in dict.fromkeys(kind for each in sent if each is not None for kind in each.kinds):
+        row(f"{kind} per step", [0 if each is None else each.kinds.get(kind, 0) for each in sent])
+    at = f"at {LINK_SHARE:.0%} of {{:g}} GB/s"
+    row(f"inside a node, {at}".format(plan.gpu.link / 1e9), [0 if each is None else each.inside for each in sent])
+    row(f"between nodes, {at}".format(NETWORK / 1e9), [0 if each is None else each.between for each in sent])
+    steps = [phase.step for phase in plan.phases]
+    for name in ("communicated", "alone", "computed", "total"):
+        label = {"alone": "  while nothing is computed", "total": "step"}.get(name, f"{name} per step")
+        table.add_row(label, *("" if step is None else f"{getattr(step, name):.3g} s" for step in steps))
+    table.add_row("limited by", *("" if step is None else step.limit for step in steps))
 
 
 def _tokens(phase: PhasePlan) -> str:

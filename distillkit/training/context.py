@@ -5,6 +5,7 @@ computed for single tokens, the losses too, stays where these are. What mixes to
 (`models.divided_rows`). The processes of a group read the same rows; for gradients they are processes like any others.
 """
 
+import torch
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -24,20 +25,25 @@ def context_of(parallel: ParallelConfig | None, arguments: TrainingArguments) ->
     Raises `UserError` for data loading in which the processes of a group may read different rows: each its share, or
     in an order by random numbers that processes of a resumed run do not have in common.
     """
-    set_divided_rows(None)
-    if parallel is None or parallel.context == 1:
-        return None
-    parallel.sizes(arguments.world_size)
     loading = arguments.accelerator_config
     for key, same in (
         ("train_sampling_strategy", arguments.train_sampling_strategy in ("random", "sequential")),
         ("accelerator_config", loading.use_seedable_sampler and not loading.dispatch_batches),
     ):
-        if not same:
+        if parallel is not None and parallel.context > 1 and not same:
             problem = "does not give the processes that share a row the same rows; remove it or parallel.context"
             raise UserError(f"training_args.{key}", problem)
-    shape = (arguments.world_size // parallel.context, parallel.context)
-    return Context(init_device_mesh(arguments.device.type, shape, mesh_dim_names=("dp_shard", "cp")))
+    return context_among(parallel, arguments.world_size, arguments.device)
+
+
+def context_among(parallel: ParallelConfig | None, processes: int, device: torch.device) -> Context | None:
+    """The same for so many processes, however these read."""
+    set_divided_rows(None)
+    if parallel is None or parallel.context == 1:
+        return None
+    parallel.sizes(processes)
+    shape = (processes // parallel.context, parallel.context)
+    return Context(init_device_mesh(device.type, shape, mesh_dim_names=("dp_shard", "cp")))
 
 
 def divide_rows_of(model: PreTrainedModel, key: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from distillkit.training.optimizers import SLICE
 
@@ -24,8 +24,8 @@ class OptimizerMemory:
     working: int
 
 
-def optimizer_memory(optim: str, trained: Sequence[nn.Parameter], *, cuda: bool) -> OptimizerMemory:
-    """Of the optimizer that `training_args.optim` names, over the trained parameters."""
+def optimizer_memory(optim: str, trained: Sequence[Tensor], *, cuda: bool) -> OptimizerMemory:
+    """Of the optimizer that `training_args.optim` names, over trained parameters; of divided ones, the local parts."""
     largest = max((parameter.numel() for parameter in trained), default=0)
     numbers = sum(parameter.numel() for parameter in trained)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in trained)
@@ -41,7 +41,7 @@ def optimizer_memory(optim: str, trained: Sequence[nn.Parameter], *, cuda: bool)
     return OptimizerMemory(copies * stored, 0 if fused else 2 * 4 * largest)
 
 
-def _quantized(parameter: nn.Parameter, bytes_per_weight: float, block: int) -> float:
+def _quantized(parameter: Tensor, bytes_per_weight: float, block: int) -> float:
     count = parameter.numel()
     if count < 4096 or count % block:
         return 2.0 * count * parameter.element_size()

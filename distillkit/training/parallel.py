@@ -35,45 +35,45 @@ Mesh = DeviceMesh | None
 """The processes over which models are divided, [replicate, shard] or [shard]; None where each holds them whole."""
 
 
-def mesh_of(parallel: ParallelConfig | None, arguments: TrainingArguments) -> Mesh:
+def mesh_of(parallel: ParallelConfig | None, processes: int, device: torch.device) -> Mesh:
     """The mesh that `parallel` describes. Raises `UserError` where the processes are not as many."""
     if parallel is None:
         return None
-    replicate, shard = parallel.sizes(arguments.world_size)
+    replicate, shard = parallel.sizes(processes)
     if shard == 1:
         return None
     sizes = {"replicate": replicate, "shard": shard} if replicate > 1 else {"shard": shard}
-    return init_device_mesh(arguments.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def place_teacher(
-    model: PreTrainedModel, arguments: TrainingArguments, mesh: Mesh, stored: StoredModel | None = None
+    model: PreTrainedModel, device: torch.device, mesh: Mesh, stored: StoredModel | None = None
 ) -> PreTrainedModel:
     """The teacher where this process runs it; of one that is divided, the head is whole on each device.
 
     stored: the files of one that is on the meta device. Raises `UserError` for NaN and infinity in them.
     """
     if mesh is None:
-        return model.to(arguments.device)
+        return model.to(device)
     model.requires_grad_(False)
     decoder, whole = model.get_decoder(), {*model.get_output_embeddings().parameters()}
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     if stored is not None:
-        _read(model, stored, arguments)
+        _read(model, stored, device)
     for parameter in model.get_output_embeddings().parameters():
-        parameter.data = parameter.data.to(arguments.device)
+        parameter.data = parameter.data.to(device)
     return model
 
 
-def place_student(model: PreTrainedModel, arguments: TrainingArguments, mesh: Mesh) -> PreTrainedModel:
+def place_student(model: PreTrainedModel, device: torch.device, mesh: Mesh) -> PreTrainedModel:
     """The student where this process trains it. One that is to be divided waits on the CPU for `divide`."""
-    return model if mesh is not None else model.to(arguments.device)
+    return model if mesh is not None else model.to(device)
 
 
 def divide(
-    distiller: Distiller, arguments: TrainingArguments, mesh: Mesh, stored: StoredModel | None = None
+    distiller: Distiller, device: torch.device, mesh: Mesh, stored: StoredModel | None = None
 ) -> Distiller:
     """The student and its projections, frozen and cast as they train, divided over the mesh.
 
@@ -81,7 +81,8 @@ def divide(
     """
     if mesh is None:
         return distiller
-    for projection in distiller.objective.to(arguments.device).parameters():  # random, unlike what is loaded
+    for projection in distiller.objective.parameters():  # random, unlike what is loaded
+        projection.data = projection.data.to(device)
         torch.distributed.broadcast(projection.data, 0)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # sums of bf16 gradients over processes would round
     beside = _beside_bfloat16(distiller)
@@ -96,12 +97,12 @@ def divide(
     else:
         fully_shard(distiller, mesh=mesh, mp_policy=policy)
     if stored is not None:
-        _read(distiller.student, stored, arguments)
+        _read(distiller.student, stored, device)
     register_fsdp_forward_method(distiller, "within")
     return distiller
 
 
-def _read(model: PreTrainedModel, stored: StoredModel, arguments: TrainingArguments) -> None:
+def _read(model: PreTrainedModel, stored: StoredModel, device: torch.device) -> None:
     """Read what is on the meta device from its files, and of what is divided this process's part."""
     problem: tuple[str | None, str] | None = None
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -112,11 +113,11 @@ def _read(model: PreTrainedModel, stored: StoredModel, arguments: TrainingArgume
             if tensor.is_meta:
                 owner, _, attribute = name.rpartition(".")
                 if id(tensor) not in found:
-                    found[id(tensor)] = _part(tensor, name, stored, arguments.device)
+                    found[id(tensor)] = _part(tensor, name, stored, device)
                 setattr(model.get_submodule(owner), attribute, found[id(tensor)])
     except UserError as error:
         problem = error.key, error.problem
-    problems: list[tuple[str | None, str] | None] = [None] * arguments.world_size
+    problems: list[tuple[str | None, str] | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)
     for each in filter(None, problems):
         raise UserError(*each)

@@ -78,7 +78,8 @@ def load_models(
 ) -> Models:
     """Load what a run needs. The student of a resumed run comes from its checkpoint, float32 masters and all."""
     trainer, techniques = arguments.trainer, arguments.techniques
-    mesh, context = mesh_of(config.parallel, trainer), context_of(config.parallel, trainer)
+    mesh = mesh_of(config.parallel, trainer.world_size, trainer.device)
+    context = context_of(config.parallel, trainer)
     model = _load_teacher(config, folder, trainer, console, mesh)
     tokenizer, teachers_tokenizer = _load_tokenizers(config)
     teacher = open_teacher(config, model, tokenizer, teachers_tokenizer)
@@ -107,7 +108,7 @@ def load_models(
         )
     if align_attention_alone(config.loss_functions):
         freezing = _freeze_all_but_attention(student, freezing, console)
-    student = place_student(student, trainer, mesh)
+    student = place_student(student, trainer.device, mesh)
     if context is not None:
         divide_rows_of(student, "model")
     elif config.use_flash_attention and config.model_kwargs.get("attn_implementation") != "sdpa":
@@ -124,7 +125,7 @@ def load_models(
 def build_distiller(config: RunConfig, models: Models, arguments: TrainingArguments) -> Distiller:
     """The student with its objective, divided where `parallel` wants it. Raises `UserError` for a head that is none."""
     objective = objective_of(config, models.student, models.teacher, models.vocabulary_size)
-    distiller = divide(Distiller(models.student, objective), arguments, models.mesh, models.stored)
+    distiller = divide(Distiller(models.student, objective), arguments.device, models.mesh, models.stored)
     dtype = compute_dtype(arguments)
     with torch.autocast(arguments.device.type, dtype=dtype, enabled=dtype != torch.float32):
         within(distiller, lambda: check_head(models.student, "model"))
@@ -246,7 +247,7 @@ def _load_teacher(
     if teacher.offload is not None:
         model = offload_layers(model, arguments.device)
     elif placed:
-        model = place_teacher(model, arguments, mesh, stored)
+        model = place_teacher(model, arguments.device, mesh, stored)
     if config.parallel is not None and config.parallel.context > 1:
         divide_rows_of(model, "teacher.path")
     elif config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":

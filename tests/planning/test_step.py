@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from distillkit.conversion.convert import student_on_meta
 from distillkit.losses import Objective, shifted_labels
 from distillkit.planning.meta_models import student_config, student_model, teacher_on_meta
+from distillkit.planning.processes import Processes
 from distillkit.planning.settings import Settings
 from distillkit.planning.step import COMPILED, chunk_tokens, simulate_step
 from distillkit.teacher.live import LiveTeacher
@@ -162,7 +163,7 @@ def test_accumulated_gradients_and_ranks_are_there_beside_the_activations():
     """After the first micro-batch gradients are alive for the whole step; DDP has buckets of the same size."""
     config = run(losses=DISTRIBUTION, arguments={"gradient_accumulation_steps": 4})
     several = simulated(config, "llama")
-    ranks = simulated(config, "llama", gpus=2)
+    ranks = simulated(config, "llama", processes=Processes(2))
     weights = student_model(config, student_config(config, teacher_config())).parameters()
     assert several.memory["gradients"] == 4 * sum(weight.numel() for weight in weights)
     assert ranks.memory["gradients"] == 2 * several.memory["gradients"]

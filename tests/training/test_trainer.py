@@ -73,13 +73,14 @@ def make_trainer(
     cast_for_training(student, compute_dtype(arguments), weights)
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    mesh, context = mesh_of(parallel, arguments), context_of(parallel, arguments)
+    mesh = mesh_of(parallel, arguments.world_size, arguments.device)
+    context = context_of(parallel, arguments)
     if context is not None:
         divide_rows_of(student, "model")
         divide_rows_of(teacher, "teacher.path")
     return DistillationTrainer(
-        divide(Distiller(student, objective), arguments, mesh),
-        LiveTeacher(place_teacher(teacher, arguments, mesh)),
+        divide(Distiller(student, objective), arguments.device, mesh),
+        LiveTeacher(place_teacher(teacher, arguments.device, mesh)),
         signal_request(objective),
         weights_dtype=compute_dtype(arguments),
         args=arguments,

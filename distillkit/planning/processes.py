@@ -1,0 +1,109 @@
+"""The processes of a run, one for each GPU: which rows they read, what they send each other, how long that takes."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from distillkit.config.parallel import ParallelConfig
+from distillkit.planning.gpus import GPU, LINK_SHARE, NETWORK
+from distillkit.planning.ledger import ALL_REDUCE, Collective
+from distillkit.training.parallel import Mesh, mesh_of
+
+
+@dataclass(frozen=True)
+class Processes:
+    """gpus: of each node. parallel: None where each process holds the models whole."""
+
+    gpus: int = 1
+    nodes: int = 1
+    parallel: ParallelConfig | None = None
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig | None, gpus: int | None, nodes: int) -> "Processes":
+        """Those of a run. gpus: None for as many as `parallel` names.
+
+        Raises `UserError` where `parallel` divides the models over another number.
+        """
+        if gpus is None:
+            named = 1 if parallel is None else parallel.replicate * (1 if parallel.shard == "auto" else parallel.shard)
+            gpus = max(named // nodes, 1)
+        found = cls(gpus, nodes, parallel)
+        if parallel is not None:
+            parallel.sizes(found.count)
+        return found
+
+    @property
+    def count(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def readers(self) -> int:
+        """How many of them read rows of their own."""
+        return self.count
+
+    def tokens(self, length: int) -> int:
+        """How many of a row's tokens a process has."""
+        return length
+
+    @property
+    def replicate(self) -> int:
+        """Copies of the models among them."""
+        return self.count // self.shard
+
+    @property
+    def shard(self) -> int:
+        """So many hold one copy together."""
+        return 1 if self.parallel is None else self.parallel.sizes(self.count)[1]
+
+    @contextmanager
+    def mesh(self) -> Iterator[Mesh]:
+        """The mesh over which they divide the models, as the first of them has it; the others need not be there."""
+        if self.shard == 1:
+            yield None
+            return
+        torch.distributed.init_process_group("fake", rank=0, world_size=self.count, store=FakeStore())
+        try:
+            yield mesh_of(self.parallel, self.count, torch.device("cpu"))
+        finally:
+            torch.distributed.destroy_process_group()
+
+    def traffic(self, collectives: Iterable[Collective]) -> "Traffic":
+        """What the first of them sends, in rings: each passes on all but one part of n, in an all-reduce twice. A ring
+        leaves a node once, and each GPU of a node that takes part has as many rings that leave from it."""
+        kinds, links = defaultdict[str, float](float), defaultdict[tuple[str, bool], float](float)
+        for each in collectives:
+            number, nodes = len(each.ranks), len({rank // self.gpus for rank in each.ranks})
+            sent = each.size * (number - 1) / number * (2 if each.kind == ALL_REDUCE else 1)
+            kinds[each.kind] += sent
+            leaving = sent * nodes / number if nodes > 1 else 0.0
+            links["inside", each.alone] += sent - leaving
+            links["between", each.alone] += leaving
+        inside, between = ((links[link, False], links[link, True]) for link in ("inside", "between"))
+        return Traffic(dict(kinds), sum(inside), sum(between), inside[1], between[1])
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a GPU sends in a micro-batch; it receives as many.
+
+    kinds: by collective. inside: over the links of its node, between: to other nodes; and what of both is sent while
+    there is nothing to compute.
+    """
+
+    kinds: dict[str, float]
+    inside: float
+    between: float
+    inside_alone: float
+    between_alone: float
+
+    def seconds(self, gpu: GPU) -> tuple[float, float]:
+        """(all, what of it nothing overlaps). Links and network work at a time."""
+
+        def of(inside: float, between: float) -> float:
+            return max(inside / (gpu.link * LINK_SHARE), between / (NETWORK * LINK_SHARE))
+
+        return of(self.inside, self.between), of(self.inside_alone, self.between_alone)
