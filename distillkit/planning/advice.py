@@ -281,6 +281,9 @@ def remedies(
         half = settings.batch_size // 2
         text = f"training_args.per_device_train_batch_size: {half} and twice the gradient_accumulation_steps"
         options.append((activations * (1 - half / settings.batch_size), text))
+    if config.parallel is not None and shard % (2 * config.parallel.context) == 0:
+        text = f"parallel.context: {2 * config.parallel.context} and twice the gradient_accumulation_steps"
+        options.append((activations / 2, text))
     gradients, states = memory.get("gradients", 0), memory.get("optimizer states", 0)
     quantised = "8bit" in settings.optim or "4bit" in settings.optim
     # Bytes that a trained weight takes beyond those of a frozen one, its gradient and states apart.

@@ -31,11 +31,12 @@ _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 GATHERED = "gathered weights"
 """Kind of what is whole for a moment of models that are divided: weights, and gradients on their way."""
 
-ALL_GATHER, ALL_REDUCE = "all-gather", "all-reduce"
+ALL_GATHER, ALL_REDUCE, ALL_TO_ALL = "all-gather", "all-reduce", "all-to-all"
 _COLLECTIVES = {
     torch.ops.c10d._allgather_base_.default: ALL_GATHER,
     torch.ops.c10d._reduce_scatter_base_.default: "reduce-scatter",
     torch.ops.c10d.allreduce_.default: ALL_REDUCE,
+    torch.ops.c10d.alltoall_base_.default: ALL_TO_ALL,
 }
 _COPY_OUT = torch.ops.fsdp.split_with_sizes_copy.default
 _RESIZE = torch.UntypedStorage.resize_
@@ -121,7 +122,7 @@ class Ledger(TorchDispatchMode):
     def collectives(self) -> list[Collective]:
         """What the processes sent each other, in its order."""
         return [
-            Collective(kind, size, ranks, done in (0, self.flops[moment]))
+            Collective(kind, size, ranks, kind == ALL_TO_ALL or done in (0, self.flops[moment]))
             for kind, size, ranks, moment, done in self._collectives
         ]
 

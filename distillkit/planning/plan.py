@@ -72,6 +72,7 @@ def plan_run(run: AnyRun, *, gpu: str = "H100", gpus: int | None = None, nodes: 
         nodes=processes.nodes,
         shard=processes.shard,
         replicate=processes.replicate,
+        context=processes.context,
         teacher=config.teacher.path if isinstance(config.teacher, HFTeacherConfig) else config.teacher.kind,
         teacher_parameters=first.teacher_parameters,
         student_parameters=parameters,

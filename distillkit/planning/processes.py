@@ -9,8 +9,10 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distillkit.config.parallel import ParallelConfig
+from distillkit.models.divided_rows import Context, whole_rows
 from distillkit.planning.gpus import GPU, LINK_SHARE, NETWORK
-from distillkit.planning.ledger import ALL_REDUCE, Collective
+from distillkit.planning.ledger import ALL_REDUCE, ALL_TO_ALL, Collective
+from distillkit.training.context import context_among
 from distillkit.training.parallel import Mesh, mesh_of
 
 
@@ -41,13 +43,18 @@ class Processes:
         return self.gpus * self.nodes
 
     @property
+    def context(self) -> int:
+        """So many share each row."""
+        return 1 if self.parallel is None else self.parallel.context
+
+    @property
     def readers(self) -> int:
-        """How many of them read rows of their own."""
-        return self.count
+        """How many groups of them read rows of their own."""
+        return self.count // self.context
 
     def tokens(self, length: int) -> int:
-        """How many of a row's tokens a process has."""
-        return length
+        """How many of a row's tokens a process has, those that fill the row up included."""
+        return -(-length // self.context)
 
     @property
     def replicate(self) -> int:
@@ -60,26 +67,33 @@ class Processes:
         return 1 if self.parallel is None else self.parallel.sizes(self.count)[1]
 
     @contextmanager
-    def mesh(self) -> Iterator[Mesh]:
-        """The mesh over which they divide the models, as the first of them has it; the others need not be there."""
-        if self.shard == 1:
-            yield None
+    def meshes(self) -> Iterator[tuple[Mesh, Context | None]]:
+        """Over which they divide models and rows, as the first of them has it; the others need not be there."""
+        if self.shard == self.context == 1:
+            yield None, None
             return
         torch.distributed.init_process_group("fake", rank=0, world_size=self.count, store=FakeStore())
+        processes = (self.parallel, self.count, torch.device("cpu"))
         try:
-            yield mesh_of(self.parallel, self.count, torch.device("cpu"))
+            with whole_rows():
+                yield mesh_of(*processes), context_among(*processes)
         finally:
             torch.distributed.destroy_process_group()
 
     def traffic(self, collectives: Iterable[Collective]) -> "Traffic":
-        """What the first of them sends, in rings: each passes on all but one part of n, in an all-reduce twice. A ring
-        leaves a node once, and each GPU of a node that takes part has as many rings that leave from it."""
+        """What the first of them sends: all but one part of n, in an all-reduce twice.
+
+        All but all-to-all go in rings. A ring leaves a node once, and as many leave from each GPU that takes part.
+        """
         kinds, links = defaultdict[str, float](float), defaultdict[tuple[str, bool], float](float)
         for each in collectives:
             number, nodes = len(each.ranks), len({rank // self.gpus for rank in each.ranks})
             sent = each.size * (number - 1) / number * (2 if each.kind == ALL_REDUCE else 1)
             kinds[each.kind] += sent
-            leaving = sent * nodes / number if nodes > 1 else 0.0
+            if each.kind == ALL_TO_ALL:
+                leaving = each.size * (1 - 1 / nodes)
+            else:
+                leaving = sent * nodes / number if nodes > 1 else 0.0
             links["inside", each.alone] += sent - leaving
             links["between", each.alone] += leaving
         inside, between = ((links[link, False], links[link, True]) for link in ("inside", "between"))

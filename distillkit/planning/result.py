@@ -89,6 +89,7 @@ class RunPlan:
     nodes: int
     shard: int
     replicate: int
+    context: int
     teacher: str
     teacher_parameters: int | None
     student_parameters: int

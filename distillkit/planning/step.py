@@ -33,6 +33,7 @@ from distillkit.planning.settings import Settings
 from distillkit.student.mixers.registry import mixed_layers
 from distillkit.teacher.live import LiveTeacher
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
+from distillkit.training.context import divide_rows_of
 from distillkit.training.distiller import Distiller
 from distillkit.training.optimizer_memory import optimizer_memory
 from distillkit.training.parallel import Mesh, divide, place_teacher
@@ -91,10 +92,14 @@ def simulate_step(
     """
     ledger = Ledger()
     vocabulary = min(teacher.vocabulary_size, _rows(student))
-    with processes.mesh() as mesh, ledger:
+    with processes.meshes() as (mesh, context), ledger:
         _materialize(student, ledger, STUDENT_WEIGHTS, config, settings, cuda)
+        if context is not None:
+            divide_rows_of(student, "model")
         if teacher.model is not None:
             _materialize(teacher.model, ledger, TEACHER_WEIGHTS, config, settings, cuda)
+            if context is not None:
+                divide_rows_of(teacher.model, "teacher.path")
             with ledger.making(TEACHER_WEIGHTS):
                 teacher = LiveTeacher(_placed(teacher.model, config, mesh))
         chunk = chunk_tokens(config.loss_functions, _rows(student), cuda)
@@ -110,7 +115,10 @@ def simulate_step(
         top_k = config.teacher.top_k if config.teacher.kind == "hf" else None
         request = signal_request(objective, top_k=top_k, vocabulary_size=vocabulary)
         used = teacher if objective.needs_teacher else None
-        cost = _step(config, settings, ledger, distiller, used, request, processes, cuda)
+        batch = _batch(settings.batch_size, config.sequence_length)
+        if context is not None:
+            batch = context.part_of(batch)
+        cost = _step(config, settings, ledger, distiller, used, request, batch, processes, cuda)
         del matrices
     return _with_smaller_teacher(cost, config, teacher.model)
 
@@ -149,14 +157,15 @@ def _materialize(
     given = config.model_kwargs if student else getattr(config.teacher, "kwargs", {})
     dtype = settings.compute_dtype if student else model.dtype
     narrow = dtype in (torch.bfloat16, torch.float16)
-    if config.use_flash_attention and narrow and given.get("attn_implementation") != "sdpa":
+    whole_rows = config.parallel is None or config.parallel.context == 1
+    if whole_rows and config.use_flash_attention and narrow and given.get("attn_implementation") != "sdpa":
         model.set_attn_implementation(VARLEN)
 
 
 def _placed(teacher: PreTrainedModel, config: RunConfig, mesh: Mesh) -> PreTrainedModel:
     """The teacher divided, unless it is offloaded or quantised or placed by its own arguments."""
     given = config.teacher
-    whole = given.kind != "hf" or given.offload or given.quantization or "device_map" in given.kwargs
+    whole = given.kind != "hf" or given.offload or given.quantization or given.devices or "device_map" in given.kwargs
     return teacher if whole or mesh is None else place_teacher(teacher, CPU, mesh)
 
 
@@ -183,6 +192,7 @@ def _step(
     distiller: Distiller,
     teacher: Teacher | None,
     request: SignalRequest,
+    batch: dict[str, Tensor],
     processes: Processes,
     cuda: bool,
 ) -> StepCost:
@@ -201,7 +211,6 @@ def _step(
                 parameter.grad = torch.empty_like(parameter)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(ledger.book_gradient)
-    batch = _batch(settings.batch_size, processes.tokens(config.sequence_length))
     ledger.fresh_peak()
     with ledger.during(TEACHER):
         signal = None if teacher is None else teacher.signal(batch, request)

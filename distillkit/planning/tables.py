@@ -60,6 +60,8 @@ def _phases(plan: RunPlan) -> Table:
     if plan.shard > 1:
         copies = f", {plan.replicate} copies" if plan.replicate > 1 else ""
         rows.append(("models divided over", lambda _: f"{plan.shard} GPUs{copies}"))
+    if plan.context > 1:
+        rows.append(("rows divided over", lambda _: f"{plan.context} GPUs"))
     for name, value in rows:
         table.add_row(name, *map(value, plan.phases))
     table.add_section()

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from distillkit.config import UserError
 from distillkit.config.parallel import ParallelConfig
+from distillkit.models.divided_rows import divided_rows
 from distillkit.planning import plan_run
 from distillkit.planning.gpus import LINK_SHARE, NETWORK, find_gpu
 from distillkit.planning.ledger import Collective
@@ -50,7 +51,7 @@ def held(config):
     objective = objective_of(config, student, teacher, 512, 64)
     distiller = divide(Distiller(student, objective).train(), CPU, mesh)
     ids = torch.zeros(1, config.sequence_length, dtype=torch.long)
-    batch = {"input_ids": ids, "position_ids": torch.arange(config.sequence_length)[None], "labels": ids}
+    batch = {"input_ids": ids, "position_ids": torch.arange(config.sequence_length)[None], "targets": ids}
     for _ in range(2):
         signal = teacher.signal(batch, signal_request(objective, vocabulary_size=512))
         with torch.autocast("cpu", torch.bfloat16):
@@ -108,6 +109,21 @@ def test_what_is_gathered_and_sent_as_counted_by_hand():
     assert cost.traffic.inside_alone == alone + 2 * (root + layers[0]) * 2  # sent and then summed over both copies
 
 
+def test_rows_that_are_shared_take_their_part_of_memory_and_work():
+    """Two GPUs: full attention exchanges queries, keys, values and outputs, KDA its gates too; half goes away."""
+    config = run(losses=HIDDEN, sequence_length=1024, frozen_res=FROZEN, parallel={"context": 2})
+    whole = simulated(run(losses=HIDDEN, sequence_length=1024, frozen_res=FROZEN), "llama", cuda=True)
+    shared = simulated(config, "llama", cuda=True, processes=Processes(2, parallel=config.parallel))
+    for moment, flops in whole.flops.items():
+        assert shared.flops[moment] == pytest.approx(flops / 2, rel=1e-3)
+    assert shared.attention_flops == whole.attention_flops / 2
+    assert shared.memory["activations"] == pytest.approx(whole.memory["activations"] / 2, rel=0.05)
+    full, kda = 64 + 32 + 32 + 64, 3 * 64 + 64 + 4 + 64
+    numbers = 2 * full + 2 * (full + kda)  # through the teacher, then through the student and back, in bfloat16
+    assert shared.traffic.kinds["all-to-all"] == numbers * 2 * 2 * 512 / 2
+    assert not divided_rows()
+
+
 def test_links_and_network_carry_their_shares_at_a_time():
     """A gather over two nodes of four GPUs: 7/8 of it, a quarter of that out of the node by each GPU."""
     processes = Processes(4, 2, ParallelConfig())
@@ -118,6 +134,8 @@ def test_links_and_network_carry_their_shares_at_a_time():
     assert (traffic.between, traffic.inside, traffic.between_alone) == (192.5, 577.5, 17.5)
     all_seconds, alone = traffic.seconds(find_gpu("H100"))
     assert all_seconds == pytest.approx(192.5 / (NETWORK * LINK_SHARE)) and alone == pytest.approx(all_seconds / 11)
+    exchanged = processes.traffic([Collective("all-to-all", 800, range(8), True)])
+    assert (exchanged.inside, exchanged.between) == (300, 400)
     copies = Processes(4, 2, ParallelConfig(shard=4, replicate=2))
     summed = copies.traffic([Collective("all-reduce", 100, (0, 4), False)])
     assert (summed.inside, summed.between) == (0, 100)
@@ -172,6 +190,13 @@ def test_a_plan_tells_of_each_gpu_and_of_its_links(wide):
     ):
         assert line in " ".join(text.split()).replace("  ", " "), line
     assert "limited by" in text and "between nodes, at 80% of 50 GB/s" in text
+
+
+def test_groups_that_share_rows_read_as_many_as_there_are(wide):
+    plan = plan_run(wide(parallel={"context": 2}), gpu="L4", gpus=4)
+    phase = plan.phases[0]
+    assert (plan.context, phase.micro_batch, phase.schedule.tokens_per_step) == (2, 128, 2 * 256)
+    assert "rows divided over │ 2 GPUs" in " ".join(printed(plan).split())
 
 
 def test_gpus_that_parallel_does_not_divide_are_refused(wide):

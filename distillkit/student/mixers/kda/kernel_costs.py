@@ -25,18 +25,19 @@ def kda_flops(tokens: int, heads: int, head_dim: int) -> int:
 def mix_as_kernels_do(kda: KimiDeltaAttention, count_flops: Callable[[int], None]) -> None:
     """Make a layer on the meta device allocate as on CUDA with fla; `count_flops` gets the kernels' operations."""
 
-    def mix(x: Tensor, documents: Any, cache: Any) -> Tensor:
-        projections = ((kda.q_proj, kda.q_conv1d), (kda.k_proj, kda.k_conv1d), (kda.v_proj, kda.v_conv1d))
-        convolved = [_Convolution.apply(project(x), convolve.weight) for project, convolve in projections]
-        query, key, value = (each.unflatten(-1, (-1, kda.head_dim)) for each in convolved)
-        if kda.num_kv_heads != kda.num_heads:
-            repeats = kda.num_heads // kda.num_kv_heads
-            key, value = key.repeat_interleave(repeats, dim=-2), value.repeat_interleave(repeats, dim=-2)
-        gate = kda.f_proj(x).unflatten(-1, (-1, kda.head_dim))
-        inputs = [each.contiguous() for each in (query, key, value, gate, kda.b_proj(x))]
-        return _Kernel.apply(*inputs, kda.A_log, kda.dt_bias, kda.keep_intermediates, count_flops)
+    def mix_heads(
+        projected: list[Tensor],
+        weights: list[Tensor],
+        gates: list[Tensor],
+        vectors: list[Tensor],
+        documents: Any,
+        cache: Any,
+    ) -> Tensor:
+        convolved = [_Convolution.apply(x, weight) for x, weight in zip(projected, weights, strict=True)]
+        inputs = [each.contiguous() for each in (*kda._heads(convolved), *gates)]
+        return _Kernel.apply(*inputs, *vectors, kda.keep_intermediates, count_flops)
 
-    kda._mix = mix  # type: ignore[method-assign]
+    kda._mix_heads = mix_heads  # type: ignore[method-assign]
 
 
 class _Convolution(torch.autograd.Function):
