@@ -26,13 +26,13 @@ class Processes:
 
     @classmethod
     def of(cls, parallel: ParallelConfig | None, gpus: int | None, nodes: int) -> "Processes":
-        """Those of a run. gpus: None for as many as `parallel` names.
+        """Those of a run. gpus: None for as many as `parallel` names at least.
 
         Raises `UserError` where `parallel` divides the models over another number.
         """
         if gpus is None:
-            named = 1 if parallel is None else parallel.replicate * (1 if parallel.shard == "auto" else parallel.shard)
-            gpus = max(named // nodes, 1)
+            given = parallel or ParallelConfig(shard=1)
+            gpus = max(given.replicate * (given.context if given.shard == "auto" else given.shard) // nodes, 1)
         found = cls(gpus, nodes, parallel)
         if parallel is not None:
             parallel.sizes(found.count)

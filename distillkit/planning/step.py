@@ -203,9 +203,11 @@ def _step(
     optimizer = optimizer_memory(settings.optim, here, cuda=cuda)
     with ledger.making("optimizer states"):
         states = _bytes(optimizer.states)
-    whole = sum(each.numel() * each.element_size() for each in trained) if processes.count > processes.shard == 1 else 0
+    reduced = 0
+    if processes.count > processes.shard == 1:  # by DDP, which has buckets of that size
+        reduced = sum(each.numel() * each.element_size() for each in trained)
     with ledger.making("gradients"):
-        buckets = _bytes(whole)  # of DDP
+        buckets = _bytes(reduced)
         if settings.accumulation > 1:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
@@ -217,7 +219,8 @@ def _step(
     hidden_states = ledger.live["activations"]
     with ledger.during(FORWARD):
         padding = _padding(distiller.student, ledger, "activations", cuda) if distiller.objective.terms else []
-        autocast = torch.autocast("cpu", settings.compute_dtype, enabled=settings.compute_dtype != torch.float32)
+        narrow, whole = settings.compute_dtype != torch.float32, processes.shard == 1
+        autocast = torch.autocast("cpu", settings.compute_dtype, enabled=narrow, cache_enabled=whole)
         with autocast, CudaAutocast() if cuda else nullcontext():
             output = distiller(
                 **batch,
@@ -238,8 +241,8 @@ def _step(
     memory = {kind: size for kind, size in ledger.peak.items() if size}
     memory["activations"] = round(share * memory["activations"])
     sent = ledger.collectives
-    if whole:
-        sent.append(Collective(ALL_REDUCE, whole // settings.accumulation, range(processes.count), alone=False))
+    if reduced:
+        sent.append(Collective(ALL_REDUCE, reduced // settings.accumulation, range(processes.count), alone=False))
     return StepCost(
         memory=memory,
         moment=ledger.peak_moment,

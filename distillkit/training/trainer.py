@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -88,6 +88,8 @@ class DistillationTrainer(Trainer):
         super().__init__(model=distiller, **others)
         if is_divided(distiller):  # which reduces its own gradients, and must not be wrapped in DDP
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            # Of each layer whose turn was, autocast would keep a bf16 copy of the weights that train.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.remove_callback(PrinterCallback)
         self.teacher = teacher
         self.request = request

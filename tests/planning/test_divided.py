@@ -23,6 +23,7 @@ from tests.planning.small import ATTENTION, DISTRIBUTION, FROZEN, HIDDEN, run, t
 from tests.planning.test_plan import printed
 from tests.planning.test_step import models, simulated
 from tests.training.test_parallel import forks
+from tests.training.test_trainer import make_trainer
 
 TWICE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 CASES = {
@@ -66,9 +67,19 @@ def held(config):
     return dict(zip(KINDS, map(bytes_of, (*whole, gradients, states)), strict=True))
 
 
+def caches(folder):
+    """Whether autocast keeps copies of weights in the passes of a real run."""
+    trainer = make_trainer(folder, parallel=THREE.parallel, bf16=True, per_device_train_batch_size=1)
+    found = []
+    decoder = trainer.model.student.get_decoder()
+    decoder.register_forward_pre_hook(lambda *_: found.append(torch.is_autocast_cache_enabled()))
+    trainer.train()
+    return found
+
+
 def count(folder):
     torch.distributed.init_process_group("gloo")
-    found = {name: held(config) for name, config in CASES.items()}
+    found = {name: held(config) for name, config in CASES.items()} | {"caches": caches(folder)}
     (folder / os.environ["RANK"]).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -85,6 +96,10 @@ def counted(tmp_path_factory):
 def test_a_process_holds_what_the_plan_says(name, counted):
     planned = simulated(CASES[name], "llama", processes=THREE).memory
     assert {kind: planned[kind] for kind in KINDS} == counted[name]
+
+
+def test_autocast_keeps_no_copies_of_divided_weights(counted):
+    assert counted["caches"] == [False]
 
 
 EMBEDDINGS, NORM = 512 * 64, 64
