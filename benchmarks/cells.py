@@ -55,7 +55,8 @@ def source(file: str, content: Json, command: str) -> str:
     device = " and ".join(gpus) or f"{cpu}{threads}"
     recorded = "; ".join(all_of("command", content)) or command
     commands = [*dict.fromkeys(recorded.split("; "))]
-    origin = f"Source: [{file}](../benchmarks/results/{file}), measured on {device}"
+    how = "estimated" if content.get("estimate") else f"measured on {device}"
+    origin = f"Source: [{file}](../benchmarks/results/{file}), {how}"
     if not recorded:
         return f"{origin}."
     if len(commands) == 1:

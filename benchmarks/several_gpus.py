@@ -39,11 +39,7 @@ from distillkit.training.precision import cast_for_training, compute_dtype
 from distillkit.training.setup import checkpoint_layers
 from distillkit.training.wiring import objective_of
 from frame import DEVICE, GIB, Json, Options, option, parse, peak_memory, run, start_peak
-from steps import KL, SHAPES, StepClock, llama, one_phase_run, random_rows, run_config, trainer_of
-
-QWEN = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": False}
-QWEN14 = llama(5120, 17408, 40, 40, 8, 128, 151936, max_position_embeddings=40960, **QWEN)
-MODELS = {"afm-4.5b": SHAPES["afm-4.5b"], "qwen3-14b": QWEN14, "tiny": SHAPES["tiny"]}
+from steps import KL, SHAPES, StepClock, one_phase_run, random_rows, run_config, trainer_of
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 WHOLE = {"frozen_res": [], "loss_functions": KL, "layer_mapping": None}
@@ -96,7 +92,7 @@ def described(name: str, options: SeveralOptions, folder: Path) -> RunConfig:
     tokens, model = (min(row.tokens, 256), "tiny") if options.tiny else (row.tokens, row.model)
     arguments = {**CHECKPOINTED, "torch_compile": row.compiled and not options.tiny, "logging_steps": 1}
     arguments |= {"max_steps": options.warm_up + options.steps, "optim": "adamw_torch", "bf16": True}
-    return run_config(folder, one_phase_run(row.batch, tokens, arguments, **row.changes), MODELS[model])
+    return run_config(folder, one_phase_run(row.batch, tokens, arguments, **row.changes), SHAPES[model])
 
 
 def measure(options: SeveralOptions) -> Iterator[Json]:
@@ -135,7 +131,8 @@ def take_row(options: SeveralOptions) -> None:
         given = {**config.training_args, "use_cpu": DEVICE.type == "cpu"}
         arguments, techniques = build_training_arguments(given, Path(config.output_path), uses_logits=True)
         device, dtype = arguments.device, compute_dtype(arguments)
-        mesh, context = mesh_of(config.parallel, arguments), context_of(config.parallel, arguments)
+        mesh = mesh_of(config.parallel, arguments.world_size, device)
+        context = context_of(config.parallel, arguments)
         shape = read_config(config.teacher.path, "teacher.path", {}, False)
         teacher = teacher_on_meta(shape, config.teacher, False)
         student = student_model(config, student_config(config, shape))
@@ -148,11 +145,11 @@ def take_row(options: SeveralOptions) -> None:
             checkpoint_layers(student, dict(techniques.gradient_checkpointing_kwargs))
         teacher.get_output_embeddings().to_empty(device=device)
         if mesh is not None:
-            teacher = place_teacher(teacher, arguments, mesh)
+            teacher = place_teacher(teacher, device, mesh)
         fill(teacher, device, seed=0)
         live = LiveTeacher(teacher)
         objective = objective_of(config, student, live, student.config.vocab_size)
-        distiller = divide(Distiller(student, objective), arguments, mesh)
+        distiller = divide(Distiller(student, objective), device, mesh)
         fill(distiller, device, seed=1)
         groups = 1 if context is None else context.size
         number = row.batch * arguments.max_steps * arguments.world_size // groups

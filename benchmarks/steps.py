@@ -38,7 +38,9 @@ def llama(*sizes: int, **changes: Any) -> Json:
 ARCEE = {"architectures": ["ArceeForCausalLM"], "model_type": "arcee", "tie_word_embeddings": False}
 SMOLLM2 = llama(576, 1536, 30, 9, 3, 64, 49152)
 AFM = llama(2560, 18432, 36, 20, 4, 128, 128005, max_position_embeddings=65536, **ARCEE)
-SHAPES = {"tiny": llama(64, 128, 4, 2, 1, 32, 515), "smollm2-135m": SMOLLM2, "afm-4.5b": AFM}
+QWEN = llama(5120, 17408, 40, 40, 8, 128, 151936, max_position_embeddings=40960)
+QWEN |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": False}
+SHAPES = {"tiny": llama(64, 128, 4, 2, 1, 32, 515), "smollm2-135m": SMOLLM2, "afm-4.5b": AFM, "qwen3-14b": QWEN}
 
 FROZEN = ["embed_tokens", "lm_head", r"norm\.weight", r"\.mlp\."]
 KL = [{"function": "kl", "weight": 1.0}]

@@ -1,4 +1,4 @@
-"""docs/results.md from the files in benchmarks/results, so that no number is typed.
+"""docs/results.md, and tables of other pages, from the files in benchmarks/results, so that no number is typed.
 
     python benchmarks/tables.py
 
@@ -25,7 +25,7 @@ from distillkit.reporting.plots import Axis, Series, line_chart
 from frame import GIB, RESULTS, ROOT
 from replicated import TITLES, replication, title
 
-PAGE = ROOT / "docs" / "results.md"
+PAGES = [ROOT / "docs" / name for name in ("results.md", "several_gpus.md")]
 PICTURES = "pictures"
 
 LABELS = {"row": "step", "file": "measured in", "kl_before": "KL before training", "kl_after": "KL after training"}
@@ -218,6 +218,39 @@ def plan_times(content: Json) -> list[Part]:
     return flat(*columns)({"rows": [{**row, "step": step(row["step"])} for row in content["rows"]]})
 
 
+def divided(content: Json) -> list[Part]:
+    """Speed and what is sent, and the memory of those with short rows, by kind."""
+    names = {"afm-4.5b": "AFM-4.5B", "qwen3-14b": "Qwen3-14B"}
+    speeds, sent, memory = [], [], {}
+    for row in content["rows"]:
+        parallel, hosts = row["parallel"], f"{row['nodes']} hosts" if row["nodes"] > 1 else "1 host"
+        shard = 1 if parallel is None else parallel.get("shard", row["gpus"])
+        copies = "whole models" if parallel is None else f"a copy on {shard}"
+        copies += f", a row on {parallel['context']}" if parallel and "context" in parallel else ""
+        case = [names[row["models"]], f"{row['rows']} {numbers.TIMES} {numbers.length(row['tokens'])}"]
+        case.append(f"{hosts}, {copies}")
+        memory_of_gpu = number(row["total_gib"]) + ("" if row["fits"] else ", does not fit")
+        speeds.append([*case, memory_of_gpu, number(row["step_seconds"]), numbers.rate(row["tokens_per_second"])])
+        traffic = (row[f"sent_{where}_gib"] for where in ("inside", "between"))
+        busy = [row["computed_seconds"], row["communicated_seconds"], row["alone_seconds"]]
+        sent.append([", ".join(case), *map(number, [*traffic, *busy])])
+        if row["tokens"] == 2048 and row["nodes"] == 1:
+            memory[f"{case[0]}, {copies}"] = row["memory_gib"]
+    kinds = dict.fromkeys(kind for each in memory.values() for kind in each)
+    by_kind = [[kind, *(number(each.get(kind)) for each in memory.values())] for kind in kinds]
+    header = ["GiB sent in a host", "between hosts", "s computed", "s communicated", "of these alone"]
+    return [
+        grid(
+            ["models", "rows of a GPU", f"{content['planned_for']}s", "GiB per GPU", "s per step", "tokens/s"], speeds
+        ),
+        "What a GPU sends in a step (and receives as much), and how long that takes beside computing; a part of it "
+        "while there is nothing to compute:",
+        grid(["", *header], sent),
+        "Memory of a GPU by kind, GiB, on one host with rows of 2k:",
+        grid(["", *memory], by_kind),
+    ]
+
+
 def served_text(content: Json) -> list[Part]:
     """Of vLLM beside transformers; what `vllm serve` answered is for the reader of the file."""
     rows = [row for row in content["rows"] if row["step"] == "parity"]
@@ -250,6 +283,7 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "initialization_short": starts,
     "memory": flat("row", "estimated_gib", "measured_gib", "ratio", "tokens_per_second"),
     "plan_times": plan_times,
+    "divided": divided,
     "losses": flat("method", "tokens", "peak_mib", "seconds"),
     "attention": flat("attention", "tokens", "tokens_per_second", "peak_mib"),
     "delta_rule": flat("form", "tokens", "peak_mib", "seconds"),
@@ -327,11 +361,12 @@ def written(page: str, results: Path = RESULTS) -> tuple[str, list[Picture]]:
 
 if __name__ == "__main__":
     ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
-    page, pictures = written(PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(page, encoding="utf-8")
-    folder = PAGE.parent / PICTURES
+    folder = ROOT / "docs" / PICTURES
     folder.mkdir(exist_ok=True)
-    for picture in pictures:
-        for end, mode in (("", "light"), ("-dark", "dark")):
-            (folder / f"{picture.name}{end}.svg").write_text(paint(picture.svg, mode), encoding="utf-8")
-    print(f"{PAGE} and {len(pictures)} pictures are written")
+    for path in PAGES:
+        page, pictures = written(path.read_text(encoding="utf-8"))
+        path.write_text(page, encoding="utf-8")
+        for picture in pictures:
+            for end, mode in (("", "light"), ("-dark", "dark")):
+                (folder / f"{picture.name}{end}.svg").write_text(paint(picture.svg, mode), encoding="utf-8")
+        print(f"{path} and {len(pictures)} pictures are written")

@@ -1,4 +1,4 @@
-"""docs/results.md says what the files in benchmarks/results say: nobody types a number."""
+"""docs/results.md, and tables of other pages, say what the files in benchmarks/results say: nobody types a number."""
 
 import importlib
 import json
@@ -24,10 +24,11 @@ def tables():
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def test_the_page_is_what_its_script_makes_of_the_result_files(tables):
-    page = PAGE.read_text(encoding="utf-8")
-    assert tables.written(page)[0] == page, "run: python benchmarks/tables.py"
-    shown = {*tables.SECTION.findall(page)}
+def test_pages_are_what_their_script_makes_of_the_result_files(tables):
+    pages = [path.read_text(encoding="utf-8") for path in tables.PAGES]
+    for page in pages:
+        assert tables.written(page)[0] == page, "run: python benchmarks/tables.py"
+    shown = {name for page in pages for name in tables.SECTION.findall(page)}
     assert shown <= {*tables.SECTIONS, "conclusions", "contents"}
     assert {name for name in tables.SECTIONS if (tables.RESULTS / f"{name}.json").exists()} <= shown
 

@@ -28,8 +28,9 @@ from tests.training.test_trainer import make_trainer
 TWICE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 CASES = {
     "all trained": run(losses=DISTRIBUTION, arguments=TWICE, sequence_length=32),
-    "frozen in bfloat16": run(losses=HIDDEN, arguments=TWICE, sequence_length=32, frozen_res=FROZEN),
-    "projections": run(losses=HIDDEN, arguments=TWICE, sequence_length=32, force_hidden_state_projection=True),
+    "frozen in bfloat16, with projections": run(
+        losses=HIDDEN, arguments=TWICE, sequence_length=32, frozen_res=FROZEN, force_hidden_state_projection=True
+    ),
     "attention": run(losses=ATTENTION, arguments=TWICE, sequence_length=32),
 }
 KINDS = ("teacher weights", "student weights", "gradients", "optimizer states")
@@ -91,7 +92,7 @@ def counted(tmp_path_factory):
     return json.loads((folder / "0").read_text())
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", CASES)
 def test_a_process_holds_what_the_plan_says(name, counted):
     planned = simulated(CASES[name], "llama", processes=THREE).memory
@@ -163,8 +164,8 @@ def test_the_slower_of_work_and_communication_limits_a_step():
 
 @pytest.fixture
 def wide(tmp_path):
-    """A run whose whole models do not fit on an L4, and whose halves do."""
-    shape = {"hidden_size": 2048, "intermediate_size": 98304, "num_hidden_layers": 4}
+    """A run whose whole models do not fit on an RTX-5090, and whose quarters do."""
+    shape = {"hidden_size": 2048, "intermediate_size": 196608}
     teacher = teacher_folder(tmp_path / "wide", "arcee", **shape)
     arguments = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
 
@@ -175,11 +176,11 @@ def wide(tmp_path):
 
 
 def test_several_gpus_are_told_to_divide_what_does_not_fit_on_one(wide):
-    whole, divided = plan_run(wide(), gpu="L4", gpus=4), plan_run(wide(parallel={"shard": "auto"}), gpu="L4", gpus=4)
+    whole, divided = (plan_run(wide(**keys), gpu="RTX-5090", gpus=4) for keys in ({}, {"parallel": {"shard": "auto"}}))
     memory = [plan.phases[0].memory / 2**30 for plan in (whole, divided)]
     said = next(line for line in whole.warnings if line.startswith("parallel: "))
     assert said == (
-        f"parallel: is missing, and whole models do not fit: {memory[0]:.1f} GiB of L4's 22.0; "
+        f"parallel: is missing, and whole models do not fit: {memory[0]:.1f} GiB of RTX-5090's 31.4; "
         f"write parallel: {{shard: auto}}, with which each GPU has {memory[1]:.1f} GiB"
     )
     assert divided.fits and not any(line.startswith("parallel: ") for line in divided.warnings)
