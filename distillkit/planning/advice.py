@@ -288,11 +288,12 @@ def remedies(
     quantised = "8bit" in settings.optim or "4bit" in settings.optim
     # Bytes that a trained weight takes beyond those of a frozen one, its gradient and states apart.
     masters = 2.0 if config.trained_weights == "float32" and settings.compute_dtype == torch.bfloat16 else 0.0
-    if masters and config.parallel is None:
+    here = plan.trained / shard
+    if masters:
         halved = gradients + (0 if quantised else states)
-        options.append((masters * plan.trained + halved / 2, "trained_weights: bfloat16"))
-    if not quantised and states > 2.03 * plan.trained and config.parallel is None:
-        options.append((states - 2.03 * plan.trained, "training_args.optim: adamw_torch_8bit"))
+        options.append((masters * here + halved / 2, "trained_weights: bfloat16"))
+    if not quantised and states > 2.03 * here:
+        options.append((states - 2.03 * here, "training_args.optim: adamw_torch_8bit"))
     if memory.get("teacher weights"):
         options.append((memory["teacher weights"], "a captured teacher (distillkit capture, teacher.kind: dataset)"))
     if of_mlp := plan.groups.get("MLP", (0, 0))[1]:

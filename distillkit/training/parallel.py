@@ -72,9 +72,7 @@ def place_student(model: PreTrainedModel, device: torch.device, mesh: Mesh) -> P
     return model if mesh is not None else model.to(device)
 
 
-def divide(
-    distiller: Distiller, device: torch.device, mesh: Mesh, stored: StoredModel | None = None
-) -> Distiller:
+def divide(distiller: Distiller, device: torch.device, mesh: Mesh, stored: StoredModel | None = None) -> Distiller:
     """The student and its projections, frozen and cast as they train, divided over the mesh.
 
     stored: the files of a student on the meta device. Raises `UserError` for NaN and infinity in them.

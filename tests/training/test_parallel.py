@@ -283,14 +283,14 @@ def memory(name):
 def read_parts(folder):
     """By one of four processes: what it needs for two models, their weights as they are then, and damaged ones."""
     arguments, _ = build_training_arguments({"use_cpu": True}, folder, uses_logits=True)
-    mesh = mesh_of(ParallelConfig(), arguments)
+    mesh = mesh_of(ParallelConfig(), arguments.world_size, arguments.device)
 
     def models(name):
         teacher, stored = (open_stored(folder / name, key=name, trust_remote_code=False) for _ in range(2))
         shape = ModelShape(teacher.model.config.hidden_size, teacher.model.config.num_hidden_layers)
         objective = Objective(ALL_KINDS, "all", shape, shape)
-        placed = place_teacher(teacher.model, arguments, mesh, teacher)
-        return placed, divide(Distiller(stored.model, objective), arguments, mesh, stored)
+        placed = place_teacher(teacher.model, arguments.device, mesh, teacher)
+        return placed, divide(Distiller(stored.model, objective), arguments.device, mesh, stored)
 
     models("small")
     peak, (teacher, distiller) = peak_of(lambda: models("large"))
