@@ -1,12 +1,11 @@
 """Tests marked `gpu` are skipped where there is no CUDA device, and where there is one no kernel is tuned for them.
 
 What takes time in every run and is the same in each is done once in a process: pictures of reports. None waits for the
-disk, for no test cuts the power, and none fingerprints the steps in which rows are made, for their cache is off.
+disk, for no test cuts the power.
 """
 
 import gc
 import os
-import sys
 from collections.abc import Iterator
 from functools import cache
 
@@ -17,10 +16,6 @@ os.fsync = lambda descriptor: None  # processes that tests fork and run do not h
 
 def pytest_collection_finish() -> None:
     """What was imported is there to stay, and is not looked through each time that a run collects garbage."""
-    if "datasets" in sys.modules:
-        from tests.fingerprints import leave_out_fingerprints
-
-        leave_out_fingerprints()
     gc.collect()
     gc.freeze()
 

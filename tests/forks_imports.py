@@ -15,13 +15,11 @@ import distillkit.planning
 import distillkit.reporting
 import distillkit.training  # noqa: F401
 from distillkit.reporting import training_section
-from tests.fingerprints import leave_out_fingerprints
 from tests.pictures import drawn, drawn_once
 
 os.fsync = lambda descriptor: None
 training_section.line_chart = drawn_once
 drawn()
-leave_out_fingerprints()
 
 gc.collect()
 gc.freeze()  # Trainer collects garbage at the start of each phase; what is here is none

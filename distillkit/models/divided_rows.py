@@ -18,7 +18,6 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.nn.functional import all_to_all_single
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from distillkit.models.labels import IGNORED_LABEL
@@ -73,9 +72,23 @@ class DividedRows:
         return padded.chunk(self.processes)[self.group.rank()]
 
     def _exchange(self, sent: Shaped[Tensor, "processes numbers"]) -> Shaped[Tensor, "processes numbers"]:
-        sent = sent.contiguous()
-        exchanged: Tensor = all_to_all_single(torch.empty_like(sent), sent, group=self.group)
+        exchanged: Tensor = _Exchange.apply(sent.contiguous(), self.group)
         return exchanged
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all: the i-th row goes to process i. What comes back of a gradient goes the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(sent)
+        torch.distributed.all_to_all_single(received, sent, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Exchange.apply(gradient.contiguous(), ctx.group), None
 
 
 def _padded_heads(x: Shaped[Tensor, "batch part _ _"], processes: int) -> Shaped[Tensor, "batch part _ _"]:

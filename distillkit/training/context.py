@@ -6,13 +6,13 @@ computed for single tokens, the losses too, stays where these are. What mixes to
 """
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, TrainingArguments
 
 from distillkit.config import UserError
 from distillkit.config.parallel import ParallelConfig
 from distillkit.models.divided_rows import DIVIDED, Context, set_divided_rows
 from distillkit.student.mixers.registry import mixed_layers
+from distillkit.training.parallel import mesh_over
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 MOVING_ROPE = ("dynamic", "longrope")
@@ -42,8 +42,7 @@ def context_among(parallel: ParallelConfig | None, processes: int, device: torch
     if parallel is None or parallel.context == 1:
         return None
     parallel.sizes(processes)
-    shape = (processes // parallel.context, parallel.context)
-    return Context(init_device_mesh(device.type, shape, mesh_dim_names=("dp_shard", "cp")))
+    return Context(mesh_over(device, dp_shard=processes // parallel.context, cp=parallel.context))
 
 
 def divide_rows_of(model: PreTrainedModel, key: str) -> None:

@@ -10,7 +10,8 @@ losses compare its outputs, for the same reason. All processes must do the same 
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -43,7 +44,19 @@ def mesh_of(parallel: ParallelConfig | None, processes: int, device: torch.devic
     if shard == 1:
         return None
     sizes = {"replicate": replicate, "shard": shard} if replicate > 1 else {"shard": shard}
-    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return mesh_over(device, **sizes)
+
+
+def mesh_over(device: torch.device, **sizes: int) -> DeviceMesh:
+    """All processes in axes of these names and sizes. One is made once: its groups keep memory of a GPU."""
+    return _mesh(torch.distributed.group.WORLD, device.type, tuple(sizes.items()))
+
+
+@lru_cache(maxsize=4)
+def _mesh(processes: Any, device_type: str, sizes: tuple[tuple[str, int], ...]) -> DeviceMesh:
+    """processes: the group of all of them, another after they have parted and met again."""
+    names, numbers = zip(*sizes, strict=True)
+    return init_device_mesh(device_type, numbers, mesh_dim_names=names)
 
 
 def place_teacher(
