@@ -35,6 +35,7 @@ from distillkit.training.distiller import Distiller
 from distillkit.training.parallel import divide, mesh_of, place_teacher, whole_state
 from distillkit.training.trainer import OPTIMIZER, SHARDS, DistillationTrainer, check_shards
 from tests.forks import environments, exit_codes, started
+from tests.shared import made_once
 from tests.student.students import student
 from tests.test_recipes import RECIPES, small
 from tests.training.test_alignment import SHAPE, STUDENTS
@@ -215,8 +216,8 @@ def changes(folder):
     for index, (number, parallel, names) in enumerate(MESHES):
         if number == int(os.environ["WORLD_SIZE"]):
             for name in names:
-                steps = len(CASES[name].rows) * parallel.context // number
-                cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}
+                rows = len(CASES[name].rows) * parallel.context // number  # of each process, in two micro-batches
+                cut = {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2}
                 found = change(folder / name, CASES[name], parallel=parallel, **cut)
                 if os.environ["RANK"] == "0":
                     save_file({key: each.clone() for key, each in found.items()}, folder / f"{name} {index}")
@@ -226,10 +227,11 @@ def changes(folder):
 
 @pytest.fixture(scope="module")
 def divided(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("divided")
-    for number in (2, 4):
-        forks(number, changes, folder)
-    return folder
+    def make(folder):
+        for number in (2, 4):
+            forks(number, changes, folder)
+
+    return made_once(tmp_path_factory, "steps of divided models", make)
 
 
 @pytest.mark.timeout(240)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from distillkit.config import LossConfig
@@ -17,6 +16,7 @@ from distillkit.losses import ATTENTION_LOSSES, DISTRIBUTION_LOSSES, HIDDEN_STAT
 from distillkit.losses.functions import RANKING_LOSSES
 from distillkit.teacher import Teacher, TeacherSignal
 from tests.forks import environments, exit_codes, started
+from tests.shared import made_once
 from tests.training.test_trainer import ALL_KINDS, UNEVEN, assert_same, gradients, make_trainer
 from tests.training.tiny import VOCAB, row
 
@@ -119,15 +119,12 @@ def steps(environment, folder):
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    """The gradients of each case, from two processes; made once for all workers of pytest."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gradients of two"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            made = tmp_path_factory.mktemp("two")
-            assert exit_codes(started(steps, [(each, made) for each in environments()]), 150) == [0, 0]
-            made.rename(folder)
-    return folder
+    """The gradients of each case, from two processes."""
+
+    def make(folder):
+        assert exit_codes(started(steps, [(each, folder) for each in environments()]), 150) == [0, 0]
+
+    return made_once(tmp_path_factory, "gradients of two", make)
 
 
 @pytest.mark.timeout(180)
