@@ -208,9 +208,14 @@ class RunConfig(WholeFile):
             )
         return self
 
+    @property
+    def divides_rows(self) -> bool:
+        """Whether several processes share the tokens of each row."""
+        return self.parallel is not None and self.parallel.context > 1
+
     @model_validator(mode="after")
     def check_context(self) -> Self:
-        if self.parallel is None or self.parallel.context == 1:
+        if not self.divides_rows:
             return self
         if self.teacher.kind == "server":
             raise KeyProblem("parallel.context", "a server reads whole rows; use a live or captured teacher, or 1")
@@ -235,7 +240,7 @@ class RunConfig(WholeFile):
         others = {
             "student": self.student is not None,
             "rollouts": self.rollouts is not None,
-            "parallel.context": self.parallel is not None and self.parallel.context > 1,
+            "parallel.context": self.divides_rows,
         }
         for key, given in others.items():
             if given:

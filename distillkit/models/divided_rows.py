@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from distillkit.models.labels import IGNORED_LABEL
 from distillkit.models.varlen_attention import attention_dtype, document_boundaries, varlen_attention, varlen_mask
@@ -181,7 +182,7 @@ def divided_attention(
         return output, None
     heads = query.shape[1]
     if key.shape[1] % rows.processes:
-        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        key, value = (repeat_kv(x, heads // x.shape[1]) for x in (key, value))
     dtype = attention_dtype(value)  # rotated queries and keys are in float32 beside masters, twice the bytes to send
     parts = rows.to_heads(*(x.to(dtype).transpose(1, 2) for x in (query, key, value)))
     cu_seqlens, longest = rows.boundaries

@@ -157,8 +157,8 @@ def _materialize(
     given = config.model_kwargs if student else getattr(config.teacher, "kwargs", {})
     dtype = settings.compute_dtype if student else model.dtype
     narrow = dtype in (torch.bfloat16, torch.float16)
-    whole_rows = config.parallel is None or config.parallel.context == 1
-    if whole_rows and config.use_flash_attention and narrow and given.get("attn_implementation") != "sdpa":
+    wanted = config.use_flash_attention and given.get("attn_implementation") != "sdpa"
+    if wanted and narrow and not config.divides_rows:
         model.set_attn_implementation(VARLEN)
 
 

@@ -51,12 +51,10 @@ def divide_rows_of(model: PreTrainedModel, key: str) -> None:
         name = type(model).__name__
         raise UserError(key, f"{name} with {problem} cannot work on rows that are divided; remove parallel.context")
     for layer, mixer in mixed_layers(model):
-        try:
-            mixer.divide_rows(layer)
-        except NotImplementedError:
+        if not mixer.divide_rows(layer):
             raise UserError(
                 key, f"the mixer {type(mixer).__name__} cannot work on rows that are divided; remove parallel.context"
-            ) from None
+            )
     model.set_attn_implementation(DIVIDED)
 
 

@@ -27,6 +27,9 @@ from distillkit.models.labels import IGNORED_LABEL
 from distillkit.training.precision import compute_dtype
 from distillkit.training.setup import Models
 
+CHANGED = ("input_ids", "targets", "position_ids", "lengths")
+"""What of a batch says which tokens its rows have."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -90,10 +93,10 @@ class Rollouts:
         prompts = [prompt for row in wanted for prompt in self._prompts(step, row, rows)]
         texts = self._write(student, prompts, step)
         made = iter(zip(prompts, texts, strict=True))
-        batches = [dict(batch) for batch in batches]
+        batches = [{**batch, **{name: batch[name].clone() for name in CHANGED}} for batch in batches]
         for row in wanted:
             index, place = _place(row, sizes)
-            batches[index] = self._with_row(batches[index], place, [next(made) for _ in range(self.texts_of_row)])
+            _put(batches[index], place, [next(made) for _ in range(self.texts_of_row)])
         ends = end_tokens(student)
         return batches, Written(
             len(texts),
@@ -132,21 +135,18 @@ class Rollouts:
         student.train(training)
         return texts
 
-    def _with_row(
-        self, batch: dict[str, Tensor], place: int, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> dict[str, Tensor]:
-        """The batch with prompts and what followed them as the documents of a row."""
-        row: dict[str, Any] = {"input_ids": [], "labels": [], "seq_lengths": []}
-        for prompt, text in texts:
-            row["input_ids"] += [*prompt, *text]
-            row["labels"] += [IGNORED_LABEL] * len(prompt) + list(text)
-            row["seq_lengths"].append(len(prompt) + len(text))
-        made = collate([row], pad_token_id=0, sequence_length=batch["input_ids"].shape[1])
-        made["lengths"] = torch.tensor([len(row["input_ids"])])
-        changed = {name: batch[name].clone() for name in made}
-        for name, tensor in made.items():
-            changed[name][place] = tensor[0].to(changed[name].device)
-        return {**batch, **changed}
+
+def _put(batch: dict[str, Tensor], place: int, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Make a row of a batch of prompts and what followed them, its documents."""
+    row: dict[str, Any] = {"input_ids": [], "labels": [], "seq_lengths": []}
+    for prompt, text in texts:
+        row["input_ids"] += [*prompt, *text]
+        row["labels"] += [IGNORED_LABEL] * len(prompt) + list(text)
+        row["seq_lengths"].append(len(prompt) + len(text))
+    made = collate([row], pad_token_id=0, sequence_length=batch["input_ids"].shape[1])
+    made["lengths"] = torch.tensor([len(row["input_ids"])])
+    for name in CHANGED:
+        batch[name][place] = made[name][0].to(batch[name].device)
 
 
 def open_rollouts(config: RunConfig, models: Models, arguments: TrainingArguments) -> Rollouts | None:

@@ -182,7 +182,7 @@ def _load_student(
     # A checkpoint of the student lies elsewhere than the student itself.
     unused = ("torch_dtype", "dtype", *(() if str(path) == config.model else ORIGIN_KWARGS))
     kwargs: dict[str, Any] = {name: value for name, value in config.model_kwargs.items() if name not in unused}
-    if _wants_flash_attention(config, arguments) and (config.parallel is None or config.parallel.context == 1):
+    if _wants_flash_attention(config, arguments) and not config.divides_rows:
         kwargs.setdefault("attn_implementation", "flash_attention_2")
     options: dict[str, Any] = {
         "key": "model" if str(path) == config.model else "output_path",
@@ -248,7 +248,7 @@ def _load_teacher(
         model = offload_layers(model, arguments.device)
     elif placed:
         model = place_teacher(model, arguments.device, mesh, stored)
-    if config.parallel is not None and config.parallel.context > 1:
+    if config.divides_rows:
         divide_rows_of(model, "teacher.path")
     elif config.use_flash_attention and teacher.kwargs.get("attn_implementation") != "sdpa":
         use_varlen_attention(model, model.dtype)

@@ -7,9 +7,7 @@ tokens.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,10 +38,11 @@ from distillkit.runs import checkpoints
 from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller, DistillerOutput
+from distillkit.training.log_window import LogWindow
 from distillkit.training.lora import save_adapter
 from distillkit.training.optimizers import protect_updates
 from distillkit.training.parallel import is_divided, shards, whole_state
-from distillkit.training.rollouts import Rollouts, Written
+from distillkit.training.rollouts import Rollouts
 from distillkit.training.saving import save_student
 
 PROJECTIONS = "projections.safetensors"
@@ -99,7 +98,7 @@ class DistillationTrainer(Trainer):
         self.rollouts = rollouts
         self.adapter = adapter
         self.accelerator.state.device_mesh = None if context is None else context.mesh  # the data loader's
-        self._window = _LogWindow()
+        self._window = LogWindow()
         self._unread_tokens = torch.zeros((), dtype=torch.long)
         self._preference_pairs: dict[str, Tensor] = {}
         self._kept_signal: TeacherSignal | None = None
@@ -363,51 +362,3 @@ def check_shards(parts: Path, number: int, optim: str) -> None:
             f"{parts.parent} was written with shard {written[SHARDS]}, and {optim} keeps blocks of numbers together, "
             f"which shard {number} would divide otherwise; resume with shard {written[SHARDS]}",
         )
-
-
-class _LogWindow:
-    """What happened since the last line of the log. Sums stay on the device until the line is written."""
-
-    def __init__(self) -> None:
-        self._first_token: int | None = None
-        self._start = time.perf_counter()
-        self._totals: dict[str, Tensor] = {}
-        self._written: list[Written] = []
-
-    def add_written(self, written: Written) -> None:
-        self._written.append(written)
-
-    def add(self, output: DistillerOutput) -> None:
-        for name, total in output["sums"].items():
-            pair = torch.stack([total.float(), output["counts"][name].float()])
-            self._totals[name] = self._totals.get(name, torch.zeros_like(pair)) + pair
-
-    def begin(self, tokens: int) -> None:
-        """Open the first window, at a count of `tokens`; later it does nothing."""
-        if self._first_token is None:
-            self._first_token, self._start = tokens, time.perf_counter()
-
-    def close(self, tokens: int, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Each loss's mean over its count, and the speed in real tokens up to `tokens`; a new window opens."""
-        seconds = time.perf_counter() - self._start
-        report: dict[str, float] = {}
-        for name, pair in self._totals.items():
-            total, count = over_ranks(pair).tolist()
-            report[name] = total / max(count, 1.0)
-        report["tokens_per_second"] = (tokens - (self._first_token or 0)) / max(seconds, 1e-9)
-        if self._written:
-            texts = max(sum(each.texts for each in self._written), 1)
-            report["rollout_tokens"] = sum(each.tokens for each in self._written) / texts
-            report["rollouts_ended"] = sum(each.ended for each in self._written) / texts
-            report["rollout_time"] = sum(each.seconds for each in self._written) / max(seconds, 1e-9)
-        self._first_token, self._start, self._totals, self._written = tokens, time.perf_counter(), {}, []
-        return report
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """A stretch of time that is not training."""
-        entered = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._start += time.perf_counter() - entered

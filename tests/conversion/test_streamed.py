@@ -15,6 +15,7 @@ from distillkit.conversion import build_student, convert
 from distillkit.conversion.files import ModelFiles
 from distillkit.models.loading import load_model
 from tests.conversion.teachers import FAMILIES, teacher_of
+from tests.memory import peak_of, reset_peak
 
 KB = 30_000
 """Of one file: less than a layer, so that layers are torn apart."""
@@ -151,12 +152,6 @@ def test_a_disk_without_room_is_told_before_anything_is_computed(folder, monkeyp
         convert(folder, folder.parent / "student", StudentConfig())
 
 
-def memory(field: str) -> float:
-    """MB of this process: `VmRSS` now, `VmHWM` at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(field))
-
-
 def test_one_layer_is_in_memory_at_a_time(folder):
     """Of 100 MB in 13 files; a layer has 8 MB, and both models whole would have 200."""
     shape = {"hidden_size": 384, "intermediate_size": 1280, "num_attention_heads": 6, "num_key_value_heads": 6}
@@ -164,10 +159,9 @@ def test_one_layer_is_in_memory_at_a_time(folder):
         folder, max_shard_size="9MB"
     )
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        reset_peak()
     except OSError:
         pytest.skip("peak memory cannot be reset here")
-    before = memory("VmRSS")
-    convert(folder, folder.parent / "student", StudentConfig())
+    peak, _ = peak_of(lambda: convert(folder, folder.parent / "student", StudentConfig()))
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 90e6
-    assert memory("VmHWM") - before < 75
+    assert peak < 75e6

@@ -299,7 +299,7 @@ def test_changed_weights_and_settings_are_measured_again(places, tmp_path):
     third, _ = run(described(places, out, students=students, divergence={**divergence, "num_tokens": 200}))
     assert third["divergence"]["far"]["tokens"] == 200
     text = places / "text.jsonl"
-    os.utime(text, ns=(0, 0))  # as if it had been written anew
+    os.utime(text, ns=(0, 0))  # as if it had been written again
     before = unit_files(out)
     run(described(places, out, students=students))
     assert sorted(path.name.split("-")[0] for path in set(unit_files(out)) - set(before)) == ["divergence"] * 2

@@ -1,4 +1,4 @@
-"""Every distribution loss as slow, obvious loops over one token: the truth that the fast ones are held to.
+"""Every distribution loss as slow, obvious loops over one token: what the fast ones are compared with.
 
 A teacher's row is a dict {token: probability} over the tokens it names, at temperature 1; a dense one names them all.
 Probabilities are 0-dim tensors, so autograd gives the reference gradient too.

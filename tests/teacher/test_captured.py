@@ -33,7 +33,7 @@ def codec():
 
 @pytest.fixture(scope="module")
 def stored(teacher_model, codec):
-    """A batch with the teacher's word on each of its tokens."""
+    """A batch with the teacher's distribution of each next token."""
     made = batch(row([7, 5], seed=1), row([9], seed=2))
     with torch.no_grad():
         logits = teacher_model(

@@ -1,4 +1,4 @@
-"""A teacher behind a server is the live teacher cut to its k likeliest tokens; a server that cannot be one is told."""
+"""A teacher behind a server is the live teacher cut to its k likeliest tokens; any other server is refused."""
 
 import json
 import socket

@@ -143,7 +143,7 @@ def test_what_cannot_be_is_refused(inputs, tmp_path, changes, problem):
         run(described(inputs, tmp_path / "run", **changes))
 
 
-def test_a_damaged_adapter_is_not_begun_anew(inputs, finished, tmp_path):
+def test_an_adapter_of_another_rank_is_not_resumed(inputs, finished, tmp_path):
     whole, _, _ = finished
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoint-6")

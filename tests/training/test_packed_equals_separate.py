@@ -1,6 +1,6 @@
 """A row of packed documents has the loss and the gradients of its documents run one by one, in every loss.
 
-Nothing may cross a boundary: no attention, no state or convolution of a KDA layer, no label, no teacher's word.
+Nothing may cross a boundary: no attention, no state or convolution of a KDA layer, no label, no teacher distribution.
 """
 
 import pytest

@@ -1,6 +1,5 @@
 """Models divided over processes take the step that one process takes with whole models, and make the same run."""
 
-import gc
 import io
 import json
 import math
@@ -35,6 +34,7 @@ from distillkit.training.distiller import Distiller
 from distillkit.training.parallel import divide, mesh_of, place_teacher, whole_state
 from distillkit.training.trainer import OPTIMIZER, SHARDS, DistillationTrainer, check_shards
 from tests.forks import environments, exit_codes, started
+from tests.memory import peak_of
 from tests.shared import made_once
 from tests.student.students import student
 from tests.test_recipes import RECIPES, small
@@ -266,20 +266,6 @@ def test_bfloat16_weights_of_optimizers_that_draw_for_each_part_are_right_on_ave
     expected = stepped(optim, None, range(4), dtype=torch.float32)["4"]
     found = load_file(divided / f"{optim} two bfloat16")["4"]
     assert (found.double() - expected).mean().abs() <= 4 * 2**-6 / math.sqrt(expected.numel())
-
-
-def peak_of(work):
-    """Bytes that a process has beyond what it had before, at most; and what `work` returns."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = memory("VmRSS")
-    result = work()
-    return memory("VmHWM") - before, result
-
-
-def memory(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def read_parts(folder):

@@ -13,8 +13,9 @@ class FullAttention(Mixer):
     def initialize(self, layer: Any, attention: Any, start: Start) -> None:
         """Nothing is new."""
 
-    def divide_rows(self, layer: Any) -> None:
+    def divide_rows(self, layer: Any) -> bool:
         """The attention implementation does it."""
+        return True
 
     def state_bytes(self, layer: Any) -> int:
         return 0

@@ -69,12 +69,9 @@ class Mixer(ABC):
         output projection.
         """
 
-    def divide_rows(self, layer: Any) -> None:
-        """Let a layer work where `models.divided_rows` says that its rows are divided; where they are not, as ever.
-
-        Raises NotImplementedError for a mixer that cannot.
-        """
-        raise NotImplementedError
+    def divide_rows(self, layer: Any) -> bool:
+        """Let a layer work where `models.divided_rows` says that its rows are divided; whether it can."""
+        return False
 
     @abstractmethod
     def state_bytes(self, layer: Any) -> int:

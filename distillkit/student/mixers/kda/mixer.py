@@ -44,8 +44,9 @@ class KDA(Mixer):
     ) -> None:
         fit_output_scale(layer, hidden_states, attention_output)
 
-    def divide_rows(self, layer: Any) -> None:
+    def divide_rows(self, layer: Any) -> bool:
         divide_rows(layer)
+        return True
 
     def state_bytes(self, layer: Any) -> int:
         """Of the recurrent state in float32, and of the convolutions' last inputs."""
