@@ -9,6 +9,7 @@ need no mask, so faster kernels without masks can run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,7 +242,8 @@ def decoding_step(
         if static is not None:  # the mask of full attention is made ahead of the graph
             given = model.prepare_inputs_for_generation(tokens.unsqueeze(1), past_key_values=cache, **given)
             torch.compiler.cudagraph_mark_step_begin()
-            return forward(**given).logits[:, -1]
+            with torch.compiler.set_stance("default"):  # also where all else that is compiled runs eagerly
+                return forward(**given).logits[:, -1]
         return forward(input_ids=tokens.unsqueeze(1), past_key_values=cache, **given).logits[:, -1]
 
     return step
@@ -256,6 +258,19 @@ def decode_as_graphs(model: PreTrainedModel) -> None:
     if model.device.type == "cuda" and one_device and model.generation_config is not None:
         model.generation_config.cache_implementation = "static"
         model.generation_config.max_cache_len = GENERATED_CAPACITY
+
+
+@contextmanager
+def decoding_as_graphs(model: PreTrainedModel) -> Iterator[None]:
+    """Within, as `decode_as_graphs`; then as before. Weights may change where they are, as in training."""
+    settings = model.generation_config
+    before = None if settings is None else (settings.cache_implementation, settings.max_cache_len)
+    decode_as_graphs(model)
+    try:
+        yield
+    finally:
+        if settings is not None and before is not None:
+            settings.cache_implementation, settings.max_cache_len = before
 
 
 def _static(model: PreTrainedModel, cache: Cache, room: int) -> StaticCache | None:

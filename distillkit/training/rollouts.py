@@ -22,7 +22,7 @@ from distillkit.config.rollouts import RolloutsConfig
 from distillkit.data.collate import collate
 from distillkit.data.prompts import KEY, read_prompts
 from distillkit.evaluation.continuations import continue_prompts
-from distillkit.evaluation.generation import batches_by_length, end_tokens
+from distillkit.evaluation.generation import batches_by_length, decoding_as_graphs, end_tokens
 from distillkit.models.labels import IGNORED_LABEL
 from distillkit.training.precision import compute_dtype
 from distillkit.training.setup import Models
@@ -119,6 +119,7 @@ class Rollouts:
         with (
             torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32),
             torch.compiler.set_stance("force_eager"),  # a compiled layer is for whole rows
+            decoding_as_graphs(student),
         ):
             for batch in batches_by_length(prompts, self.settings.batch_size):
                 written = continue_prompts(

@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import CompileConfig
 
 from distillkit.config import LossConfig, UserError
 from distillkit.config.rollouts import RolloutsConfig
 from distillkit.data import prompts
+from distillkit.data.collate import collate
 from distillkit.data.prompts import read_prompts
+from distillkit.evaluation import generation
 from distillkit.evaluation.continuations import draw
 from distillkit.evaluation.generation import end_tokens
 from distillkit.models.special_tokens import encode_texts
@@ -257,3 +260,41 @@ def test_prompts_of_a_later_phase_are_read_before_the_first(inputs, tmp_path):
     with pytest.raises(UserError, match=r"^phases\[1\]\.rollouts\.prompts: no text has 9,000 tokens"):
         run(described(inputs, tmp_path / "run", rollouts=None, phases=phases))
     assert not (tmp_path / "run/phases/1-one/checkpoint-3").exists()
+
+
+def texts_while_weights_change(writing, student, batches):
+    """What is written for three steps, after each of which the weights change where they are."""
+    rows = []
+    for step in range(3):
+        made, _ = writing.write_into(batches, student, step)
+        rows += [batch["input_ids"].clone() for batch in made]
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(0.9)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_steps_write_with_the_weights_of_now(device, monkeypatch):
+    """On CUDA a step of writing is a CUDA graph; here it is compiled as well, and layers of whole rows are not."""
+    monkeypatch.setattr(generation, "CAPACITY_STEP", 16)
+    batch = collate(ROWS, pad_token_id=0, sequence_length=WIDTH)
+    batch["lengths"] = torch.tensor([len(each["input_ids"]) for each in ROWS])
+    batches = [{name: value.to(device) for name, value in batch.items()}]
+    expected = None
+    for graphs in (False, True):
+        student = STUDENTS["hybrid"]().to(device)
+        if graphs and device == "cpu":
+            student.generation_config.cache_implementation = "static"
+            student.generation_config.compile_config = CompileConfig(backend="eager", mode=None)
+            student.generation_config.compile_config._compile_all_devices = True
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        with monkeypatch.context() as patched:
+            if not graphs:
+                patched.setattr(generation, "decode_as_graphs", lambda model: None)
+            written = texts_while_weights_change(rollouts(share=1.0, batch_size=4), student, batches)
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == graphs
+        expected = written if expected is None else expected
+        assert torch.equal(written, expected)
+        assert student.generation_config.cache_implementation == ("static" if graphs and device == "cpu" else None)
