@@ -1,6 +1,7 @@
 """Single training steps: shapes of models, recipes, random weights and rows, and the product's trainer on them."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 
 from distillkit.config import RunConfig
 from distillkit.models.divided_rows import Context
+from distillkit.models.float8 import exchange, frozen_in_float8
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.planning.meta_models import read_config, student_config, student_model, teacher_on_meta
 from distillkit.teacher.live import LiveTeacher
@@ -78,10 +80,10 @@ def run_config(folder: Path, run: Json, shape: Json | None = None) -> RunConfig:
     """`run` as a whole configuration, with teacher and text in `folder`; `shape` is written there as the teacher's."""
     if shape is not None:
         (folder / "config.json").write_text(json.dumps(shape))
-    teacher = {"kind": "hf", "path": str(folder), "kwargs": {"dtype": "bfloat16"}}
+    teacher = {"kind": "hf", "path": str(folder), "kwargs": {"dtype": "bfloat16"}, **run.get("teacher", {})}
     text = {"train_dataset": {"disk_path": str(folder)}}
     whole = {"output_path": str(folder / "run"), "teacher": teacher, "student": {"layout": "hybrid"}, "dataset": text}
-    return RunConfig.parse({**whole, **run})
+    return RunConfig.parse({**whole, **run, "teacher": teacher})
 
 
 def take_steps(
@@ -103,7 +105,8 @@ def take_steps(
     distiller = Distiller(student, objective_of(config, student, live, student.config.vocab_size))
     trainer = trainer_of(config, arguments, live, distiller, rows, [clock] if clock else [])
     start_peak(device)
-    with compiled_step(student, teacher, trainer.model.objective, techniques.compilation):
+    frozen = nullcontext() if config.frozen_precision is None else frozen_in_float8(student)
+    with frozen, compiled_step(student, teacher, trainer.model.objective, techniques.compilation):
         trainer.train()
     return trainer
 
@@ -125,6 +128,8 @@ def random_models(
         for buffer in model.buffers():
             buffer.fill_(0.1)  # rotary frequencies
         use_varlen_attention(model, dtype)
+    if config.teacher.kind == "hf" and config.teacher.quantization == "float8":
+        exchange(teacher, "teacher.quantization")
     return teacher, student
 
 

@@ -44,6 +44,7 @@ HALF = {**CHECKPOINTED, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}
 COMPILED = {"torch_compile": True}
 BOTH = {**CHECKPOINTED, **COMPILED}
 EIGHT_BIT = {**BOTH, "optim": "adamw_torch_8bit"}
+FLOAT8 = {"frozen_precision": "float8", "teacher": {"quantization": "float8"}}
 KL_ALONE = {"frozen_res": [], "loss_functions": KL}
 ALL = {"frozen_res": [], "trained_weights": "bfloat16"}
 """All parameters: in bf16 with stochastic rounding, for 16 bytes a parameter do not fit beside the activations."""
@@ -54,6 +55,7 @@ ROWS: dict[str, tuple[Json, Json]] = {
     "compiled": (BOTH, {}),
     "compiled, every second layer checkpointed": ({**HALF, **COMPILED}, {}),
     "compiled, nothing checkpointed": (COMPILED, {}),
+    "float8 frozen": (COMPILED, FLOAT8),
     "eager, nothing checkpointed": ({}, {}),
     "all parameters": (BOTH, ALL),
     "all parameters, 8-bit": (EIGHT_BIT, ALL),

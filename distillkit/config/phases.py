@@ -44,6 +44,7 @@ class PhaseConfig(Section):
     force_hidden_state_projection: Any = Field(None, description="whether hs_ losses use a learned projection")
     training_args: dict[str, Any] = Field(default={}, description="training arguments that differ")
     trained_weights: Any = Field(None, description="another storage of weights that train")
+    frozen_precision: Any = Field(None, description="whether frozen linear layers compute in float8; null for no")
     evaluation: Any = Field(None, description="keys of evaluation that differ; null measures nothing")
 
     @model_validator(mode="before")

@@ -47,8 +47,8 @@ def _check_inputs(config: RunConfig, *, check_model: bool) -> None:
 
 
 def _check_quantization(kind: Quantization | None) -> None:
-    package = PACKAGE_OF.get(str(kind), "bitsandbytes")
-    if kind is not None and importlib.util.find_spec(package) is None:
+    package = None if kind is None else PACKAGE_OF.get(kind)
+    if package is not None and importlib.util.find_spec(package) is None:
         raise UserError("teacher.quantization", f"{kind} needs {package}: pip install {package}")
 
 

@@ -113,6 +113,11 @@ class RunConfig(WholeFile):
         description="how trained weights are stored: float32, also under training_args.bf16; or bfloat16 with "
         "stochastic rounding: half the memory for weights, gradients and optimizer, and more noise",
     )
+    frozen_precision: Literal["float8"] | None = Field(
+        None,
+        description="float8: linear layers of the student that are frozen, but for the head, compute in it and take "
+        "half the memory while others train; what is saved is as without it",
+    )
     parallel: ParallelConfig | None = Field(
         None, description="divides models over several GPUs; without it each GPU holds them whole"
     )
@@ -197,6 +202,16 @@ class RunConfig(WholeFile):
         return self
 
     @model_validator(mode="after")
+    def check_frozen_precision(self) -> Self:
+        if self.frozen_precision is None:
+            return self
+        if not self.training_args.get("bf16"):
+            raise KeyProblem("frozen_precision", "float8 needs training_args.bf16: true; set it, or remove this")
+        if self.parallel is not None:
+            raise KeyProblem("frozen_precision", "float8 weights are not divided over GPUs; remove parallel, or this")
+        return self
+
+    @model_validator(mode="after")
     def check_parallel(self) -> Self:
         if self.parallel is None:
             return self
@@ -278,7 +293,7 @@ class RunConfig(WholeFile):
             return self
         if self.model is not None:
             raise KeyProblem("model", "student is given too; keep one of the two")
-        if self.teacher.kind == "hf" and self.teacher.quantization is not None:
+        if self.teacher.kind == "hf" and self.teacher.quantization not in (None, "float8"):
             raise KeyProblem(
                 "teacher.quantization",
                 "the student would be converted from quantised weights; convert the teacher first "

@@ -18,8 +18,8 @@ _BACKGROUND = (
 
 Quantization = Literal["int8", "float8", "bitsandbytes_8bit", "bitsandbytes_4bit"]
 
-PACKAGE_OF = {"int8": "torchao", "float8": "torchao"}
-"""That quantises; for the others bitsandbytes."""
+PACKAGE_OF = {"int8": "torchao", "bitsandbytes_8bit": "bitsandbytes", "bitsandbytes_4bit": "bitsandbytes"}
+"""That quantises; float8 needs none."""
 
 
 class HFTeacherConfig(Section):
@@ -34,8 +34,8 @@ class HFTeacherConfig(Section):
     )
     quantization: Quantization | None = Field(
         None,
-        description="weights of the linear layers, but for the head, are quantised as they are loaded: int8, float8 "
-        "(by torchao), bitsandbytes_8bit, bitsandbytes_4bit",
+        description="weights of the linear layers, but for the head, are quantised: float8 (products are float8, too), "
+        "int8 (by torchao), bitsandbytes_8bit, bitsandbytes_4bit",
     )
     offload: Literal["cpu"] | None = Field(
         None, description="cpu: layers lie in the CPU's memory, and each is on the GPU while it computes"
@@ -60,7 +60,7 @@ class HFTeacherConfig(Section):
         for name in ("quantization_config", "load_in_8bit", "load_in_4bit"):
             if name in self.kwargs:
                 raise KeyProblem("quantization", f"kwargs.{name} is given too; keep one of the two")
-        if self.path.endswith(".gguf") or "gguf_file" in self.kwargs:
+        if self.quantization != "float8" and (self.path.endswith(".gguf") or "gguf_file" in self.kwargs):
             raise KeyProblem("quantization", "is not for GGUF files, which are loaded as ordinary weights; remove it")
         return self
 

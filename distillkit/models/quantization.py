@@ -1,4 +1,5 @@
-"""A teacher whose linear layers are quantised while it is loaded, by what transformers offers for that.
+"""A teacher whose linear layers are quantised while it is loaded, by what transformers offers for that; but for float8,
+which comes later (`models.float8`).
 
 Embeddings and head stay as they are, so logits have the head's precision. Only a model that is never trained or saved
 is loaded so.
@@ -11,7 +12,7 @@ from transformers import BitsAndBytesConfig
 
 from distillkit.config.teacher import Quantization
 
-BYTES_PER_WEIGHT = {"int8": 1.0, "float8": 1.0, "bitsandbytes_8bit": 1.0, "bitsandbytes_4bit": 0.5}
+BYTES_PER_WEIGHT = {"int8": 1.0, "bitsandbytes_8bit": 1.0, "bitsandbytes_4bit": 0.5}
 """Without the scales, which are some hundredths of that."""
 
 
@@ -33,8 +34,8 @@ def _configuration(kind: Quantization, dtype: torch.dtype | None) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype is None else dtype,
         )
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    of_kind = Int8WeightOnlyConfig if kind == "int8" else Float8WeightOnlyConfig
-    return TorchAoConfig(of_kind(set_inductor_config=False))  # which would be that of the student's compilation too
+    # Inductor's configuration would be that of the student's compilation too.
+    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))

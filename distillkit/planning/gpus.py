@@ -39,6 +39,11 @@ class GPU:
     def cuda(self) -> bool:
         return self.name != "CPU"
 
+    @property
+    def float8(self) -> bool:
+        """Whether it multiplies float8: NVIDIA's do from Ada and Hopper on."""
+        return self.name not in _WITHOUT_FLOAT8
+
 
 _TABLE = {
     "A100-40GB": (39.4, 312.0, 300.0),
@@ -56,6 +61,8 @@ _TABLE = {
     "RTX-3090": (23.5, 71.0, 32.0),
 }
 
+_WITHOUT_FLOAT8 = ("A100-40GB", "A100-80GB", "A10G", "RTX-A6000", "RTX-3090")
+
 _EAGER = ((576, 0.060), (2560, 0.24))
 _COMPILED = ((576, 0.16), (2560, 0.43))
 """(hidden size, share of the peak) of all but attention in runs on one H100 (benchmarks/results: memory.json,
@@ -69,6 +76,10 @@ half of a step, and at most 0.0172 at AFM-4.5B's, where it hardly does."""
 
 _ATTENTION_SHARE = 0.29
 """The share of flash attention, heads of 64 numbers: what rows of 32,768 tokens took longer than those of 2,048."""
+
+_FLOAT8 = 1.5
+"""How many times faster products in float8 are than those in bf16, in compiled layers, their scales included: teacher
+and frozen MLPs at AFM-4.5B's shapes, one H100. Eager ones are taken for as fast, which was not measured."""
 
 _CPU_TFLOPS = 0.2
 """SmolLM2-135M on two cores: 730 tokens/s forward, in bf16."""
@@ -98,18 +109,20 @@ def seconds(
     *,
     compiled: bool = False,
     trained_layers: int = 0,
+    float8: float = 0.0,
 ) -> float | None:
     """Estimated time of so many operations; not for float32, whose peak rates differ.
 
-    attention: those of the operations that are softmax attention. trained_layers: of a student whose layers run forward
-    and backward; their kernels take a processor some time to start.
+    attention, float8: those of the operations that are softmax attention, and products in float8. trained_layers: of a
+    student whose layers run forward and backward; their kernels take a processor some time to start.
     """
     if not gpu.cuda:
         return flops / (gpu.tflops * 1e12)
     if dtype == torch.float32:
         return None
     peak = gpu.tflops * 1e12
-    work = (flops - attention) / (peak * share_of_peak(hidden_size, compiled)) + attention / (peak * _ATTENTION_SHARE)
+    other = flops - attention - (float8 * (1 - 1 / _FLOAT8) if compiled else 0.0)
+    work = other / (peak * share_of_peak(hidden_size, compiled)) + attention / (peak * _ATTENTION_SHARE)
     return max(work, trained_layers * _LAUNCHING)
 
 

@@ -57,8 +57,8 @@ class Ledger(TorchDispatchMode):
     """Enter it, and make and use tensors.
 
     live: bytes alive now, by kind. peak: the same at the moment when most were alive, and `peak_moment` what was done
-    then. flops: floating point operations (a multiplication with its addition is two), by moment. attention_flops:
-    those of them that are softmax attention.
+    then. flops: floating point operations (a multiplication with its addition is two), by moment. attention_flops,
+    float8_flops: those of them that are softmax attention, and products in float8.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
-        self.attention_flops = 0
+        self.attention_flops = self.float8_flops = 0
         self.peak_moment = ""
         self.moment = ""
         self.kind = "activations"
@@ -107,6 +107,8 @@ class Ledger(TorchDispatchMode):
         self.flops[self.moment] += flops
         if func._overloadpacket in (_ATTENTION, _ATTENTION_BACKWARD):
             self.attention_flops += flops
+        elif func._overloadpacket is torch.ops.aten._scaled_mm:
+            self.float8_flops += flops
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor):
                 self._see(tensor)

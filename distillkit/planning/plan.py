@@ -10,6 +10,7 @@ from distillkit.compression import build_codec
 from distillkit.config import HFTeacherConfig, Phase, RunConfig, ServerTeacherConfig, UserError
 from distillkit.config.losses import align_attention_alone
 from distillkit.config.resolve import AnyRun, as_run
+from distillkit.models.float8 import no_float8
 from distillkit.planning.advice import about_phase, about_run, remedies
 from distillkit.planning.disk import disk_use
 from distillkit.planning.gpus import GPU, find_gpu, seconds
@@ -120,6 +121,11 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, proces
     except UserError as error:
         errors.append(error)
         freeze_matching(student, config.frozen_res, config.frozen_modules)
+    if not gpu.float8:
+        remedies_of = {"frozen_precision": "remove it", "teacher.quantization": "use int8, or remove it"}
+        wanted = (config.frozen_precision, getattr(config.teacher, "quantization", None))
+        pairs = zip(remedies_of.items(), wanted, strict=True)
+        errors += [no_float8(key, gpu.name, remedy) for (key, remedy), kind in pairs if kind == "float8"]
     reached = reached_by(student, config)
     if not errors and not reached:
         problem = "none of them reaches a parameter that is not frozen; freeze less, or add a loss"
@@ -192,6 +198,7 @@ def _batch_seconds(
         settings.compute_dtype,
         compiled=settings.torch_compile and whole_layers,
         trained_layers=student.num_hidden_layers if whole_layers else 0,
+        float8=cost.float8_flops,
     )
 
 

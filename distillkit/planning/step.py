@@ -23,6 +23,7 @@ from distillkit.losses.objective import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from distillkit.models.attention import trained_attention
 from distillkit.models.chunked_logits import chunk_tokens_within
 from distillkit.models.decoder import head
+from distillkit.models.float8 import exchange
 from distillkit.models.labels import shifted_labels
 from distillkit.models.quantization import BYTES_PER_WEIGHT
 from distillkit.models.varlen_attention import VARLEN
@@ -59,8 +60,8 @@ class StepCost:
     memory: bytes at the worst moment, by kind; they lie at that moment together. moment: when that is.
     kept: bytes kept from the student's forward pass for its backward pass. hidden_states: bytes of the teacher's
     hidden states and attention records. flops: floating point operations of a micro-batch, by moment.
-    attention_flops: those of them that are softmax attention. chunk_tokens: tokens whose logits exist at one time.
-    traffic: what the GPU sends to others in a micro-batch.
+    attention_flops, float8_flops: those of them that are softmax attention, and products in float8. chunk_tokens:
+    tokens whose logits exist at one time. traffic: what the GPU sends to others in a micro-batch.
     """
 
     memory: dict[str, int]
@@ -69,6 +70,7 @@ class StepCost:
     hidden_states: int
     flops: dict[str, float]
     attention_flops: float
+    float8_flops: float
     chunk_tokens: int
     traffic: Traffic
 
@@ -94,10 +96,16 @@ def simulate_step(
     vocabulary = min(teacher.vocabulary_size, _rows(student))
     with processes.meshes() as (mesh, context), ledger:
         _materialize(student, ledger, STUDENT_WEIGHTS, config, settings, cuda)
+        if config.frozen_precision is not None:
+            with ledger.making(STUDENT_WEIGHTS):
+                exchange(student, "frozen_precision")
         if context is not None:
             divide_rows_of(student, "model")
         if teacher.model is not None:
             _materialize(teacher.model, ledger, TEACHER_WEIGHTS, config, settings, cuda)
+            if config.teacher.kind == "hf" and config.teacher.quantization == "float8":
+                with ledger.making(TEACHER_WEIGHTS):
+                    exchange(teacher.model, "teacher.quantization")
             if context is not None:
                 divide_rows_of(teacher.model, "teacher.path")
             with ledger.making(TEACHER_WEIGHTS):
@@ -130,8 +138,8 @@ def _with_smaller_teacher(cost: StepCost, config: RunConfig, teacher: PreTrained
     saved = 0
     if config.teacher.devices is not None:
         saved = cost.memory[TEACHER_WEIGHTS]
-    elif (quantization := config.teacher.quantization) is not None:
-        heads, per_weight = {teacher.get_output_embeddings()}, BYTES_PER_WEIGHT[quantization]
+    elif (per_weight := BYTES_PER_WEIGHT.get(str(config.teacher.quantization))) is not None:
+        heads = {teacher.get_output_embeddings()}
         weights = [part.weight for part in teacher.modules() if isinstance(part, nn.Linear) and part not in heads]
         saved = int(sum(weight.numel() * (weight.itemsize - per_weight) for weight in weights))
     elif config.teacher.offload is not None:
@@ -250,6 +258,7 @@ def _step(
         hidden_states=hidden_states,
         flops={moment: float(count) for moment, count in ledger.flops.items() if count},
         attention_flops=float(ledger.attention_flops),
+        float8_flops=float(ledger.float8_flops),
         chunk_tokens=distiller.objective.chunk_tokens or 0,
         traffic=processes.traffic(sent),
     )

@@ -144,6 +144,8 @@ def _summary(run: Run) -> str:
     parts = [f"{trained} parameters trained, {frozen} frozen"]
     quantization = section(run.config, "teacher").get("quantization")
     parts += [f"linear layers of the teacher quantised to {quantization}"] if quantization else []
+    in_float8 = any(phase.config.get("frozen_precision") for phase in run.phases)
+    parts += ["frozen linear layers computed in float8"] if in_float8 else []
     if not tokens:
         return f"{'; '.join(parts)}; no training steps."
     parts.append(f"{numbers.count(tokens)} tokens in {numbers.shown(seconds, numbers.seconds)}")

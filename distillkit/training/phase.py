@@ -7,7 +7,9 @@ phase's folder or is checkpointed, so a phase killed anywhere ends, after `--res
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TypeVar
 
 import datasets
@@ -22,6 +24,7 @@ from distillkit.console import INTERRUPTED, print_line
 from distillkit.data.signals import TensorRows
 from distillkit.evaluation import Divergence, Sample, generate_samples, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
+from distillkit.models.float8 import frozen_in_float8
 from distillkit.reporting import write_run_report
 from distillkit.runs.checkpoints import flush_files
 from distillkit.runs.fingerprints import fingerprint
@@ -229,7 +232,10 @@ def _train(context: PhaseContext, models: Models, trainer: DistillationTrainer) 
     if checkpoint is not None and checkpoint.reached_the_end():
         return
     compilation = context.arguments.techniques.compilation
-    with compiled_step(models.student, models.teacher.model, trainer.model.objective, compilation):
+    float8 = context.phase.config.frozen_precision is not None
+    say = partial(print_line, context.console)
+    frozen = frozen_in_float8(models.student, say) if float8 else nullcontext()
+    with frozen, compiled_step(models.student, models.teacher.model, trainer.model.objective, compilation):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
 
 

@@ -21,6 +21,7 @@ from distillkit.conversion.convert import convert, convert_model
 from distillkit.models.attention import trained_attention
 from distillkit.models.decoder import check_head, head
 from distillkit.models.divided_rows import Context
+from distillkit.models.float8 import check_float8, exchange
 from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.placement import offload_layers, own_devices, refuse_spilled
@@ -78,6 +79,8 @@ def load_models(
 ) -> Models:
     """Load what a run needs. The student of a resumed run comes from its checkpoint, float32 masters and all."""
     trainer, techniques = arguments.trainer, arguments.techniques
+    if config.frozen_precision is not None:
+        check_float8(trainer.device, "frozen_precision", "remove it")
     mesh = mesh_of(config.parallel, trainer.world_size, trainer.device)
     context = context_of(config.parallel, trainer)
     model = _load_teacher(config, folder, trainer, console, mesh)
@@ -230,7 +233,10 @@ def _load_teacher(
     if config.student is not None:
         check_linear_mixer(config.student.mixer)
     options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
-    if teacher.quantization is not None:
+    float8 = teacher.quantization == "float8"
+    if float8:
+        check_float8(arguments.device, "teacher.quantization", "use int8, or remove it")
+    elif teacher.quantization is not None:
         quantized = quantization_arguments(teacher.quantization, compute_dtype(arguments), arguments.device)
         options = {**quantized, **options}
     if teacher.devices is not None:
@@ -239,11 +245,15 @@ def _load_teacher(
     model, stored = _open(teacher.path, console, mesh if placed else None, key="teacher.path", **options)
     if teacher.devices is not None:
         refuse_spilled(model)
-    if teacher.quantization is not None:
-        print_line(console, f"teacher: linear layers are {teacher.quantization}, embeddings and head {model.dtype}")
     if config.student is not None:
         whole = model if stored is None else None
         main_process_first(arguments, lambda: _convert(config, teacher, whole, folder, console))
+    if float8:
+        own = teacher.devices is not None or "device_map" in options
+        exchange(model.requires_grad_(False), "teacher.quantization", device=None if own else arguments.device)
+        model = model if own else place_teacher(model, arguments.device, None)
+    if teacher.quantization is not None:
+        print_line(console, f"teacher: linear layers are {teacher.quantization}, embeddings and head {model.dtype}")
     if teacher.offload is not None:
         model = offload_layers(model, arguments.device)
     elif placed:
