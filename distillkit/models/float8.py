@@ -55,7 +55,7 @@ def _product(x: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
 
     scale: `[1, outputs]`.
     """
-    rows, row_scale = quantize_rows(x.flatten(0, -2))
+    rows, row_scale = quantize_rows(x.flatten(0, -2).contiguous())
     product = torch._scaled_mm(
         rows, columns, scale_a=row_scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
     )
@@ -117,22 +117,29 @@ class Float8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def float8_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def float8_layers(model: PreTrainedModel, key: str) -> dict[str, nn.Linear]:
     """The linear layers that can be exchanged, by name: frozen ones, whose weights no other module has; not the head.
 
-    Inputs and outputs are multiples of `MULTIPLE`.
+    Inputs and outputs are multiples of `MULTIPLE`. What the architecture keeps in float32 stays. key: of the YAML.
+
+    Raises `UserError` where there is none.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     users = Counter(id(each) for module in modules.values() for each in module._parameters.values() if each is not None)
-    head = model.get_output_embeddings()
-    return {
+    head, kept = model.get_output_embeddings(), {*(model._keep_in_fp32_modules_strict or ())}
+    layers = {
         name: module
         for name, module in modules.items()
         if type(module) is nn.Linear
         and module is not head
         and not any(each.requires_grad or users[id(each)] > 1 for each in module.parameters())
         and module.in_features % MULTIPLE == module.out_features % MULTIPLE == 0
+        and not kept & {*name.split(".")}
     }
+    if not layers:
+        problem = f"there is no frozen linear layer but the head with multiples of {MULTIPLE} inputs and outputs"
+        raise UserError(key, f"{problem}; remove it")
+    return layers
 
 
 @torch.no_grad()
@@ -145,12 +152,8 @@ def exchange(
 
     Raises `UserError` where there is none, or one is not in memory.
     """
-    layers = float8_layers(model)
-    if not layers:
-        problem = f"there is no frozen linear layer but the head with multiples of {MULTIPLE} inputs and outputs"
-        raise UserError(key, f"{problem}; remove it")
     made = {}
-    for name, linear in layers.items():
+    for name, linear in float8_layers(model, key).items():
         if linear.weight.is_meta:
             raise UserError(key, f"{name} is not in memory (device_map); float8 needs all layers on GPUs")
         made[name] = Float8Linear(linear if device is None else linear.to(device), keep)

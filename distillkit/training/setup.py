@@ -21,7 +21,7 @@ from distillkit.conversion.convert import convert, convert_model
 from distillkit.models.attention import trained_attention
 from distillkit.models.decoder import check_head, head
 from distillkit.models.divided_rows import Context
-from distillkit.models.float8 import check_float8, exchange
+from distillkit.models.float8 import check_float8, exchange, float8_layers
 from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.placement import offload_layers, own_devices, refuse_spilled
@@ -111,6 +111,8 @@ def load_models(
         )
     if align_attention_alone(config.loss_functions):
         freezing = _freeze_all_but_attention(student, freezing, console)
+    if config.frozen_precision is not None:
+        float8_layers(student, "frozen_precision")  # which it refuses to be without
     student = place_student(student, trainer.device, mesh)
     if context is not None:
         divide_rows_of(student, "model")

@@ -96,7 +96,10 @@ def test_compiled_it_is_the_same_and_keeps_no_second_copy_of_a_weight():
 
 def test_frozen_linear_layers_are_exchanged_and_come_back_bit_for_bit():
     model = frozen_student([r"\.mlp\.", r"layers\.1\.self_attn\.o_proj", "lm_head"])
-    before, layers = {name: each.clone() for name, each in model.state_dict().items()}, {**float8_layers(model)}
+    before, layers = (
+        {name: each.clone() for name, each in model.state_dict().items()},
+        float8_layers(model, "frozen_precision"),
+    )
     parts = {f"model.layers.{index}.mlp.{part}_proj" for index in (0, 1) for part in ("gate", "up", "down")}
     assert layers.keys() == {*parts, "model.layers.1.self_attn.o_proj"}  # not the head
     said = []
@@ -119,7 +122,10 @@ def test_layers_that_train_or_have_odd_sizes_or_share_weights_stay():
     layers = model.model.layers
     layers[0].mlp.up_proj = nn.Linear(32, 72, dtype=BF16).requires_grad_(False)
     layers[1].mlp.up_proj.weight = layers[1].mlp.gate_proj.weight.requires_grad_(False)
-    assert set(float8_layers(model)) == {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
+    found = set(float8_layers(model, "frozen_precision"))
+    assert found == {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
+    model._keep_in_fp32_modules_strict = {"0"}
+    assert set(float8_layers(model, "frozen_precision")) == {"model.layers.1.mlp.down_proj"}
 
 
 def test_what_cannot_be_is_refused(monkeypatch):
