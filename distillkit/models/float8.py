@@ -152,8 +152,9 @@ def exchange(
 
     Raises `UserError` where there is none, or one is not in memory.
     """
-    made = {}
-    for name, linear in float8_layers(model, key).items():
+    layers, made = float8_layers(model, key), {}
+    for name in list(layers):
+        linear = layers.pop(name)  # the last that holds it: one layer at a time is in memory twice
         if linear.weight.is_meta:
             raise UserError(key, f"{name} is not in memory (device_map); float8 needs all layers on GPUs")
         made[name] = Float8Linear(linear if device is None else linear.to(device), keep)

@@ -79,7 +79,7 @@ _ATTENTION_SHARE = 0.29
 
 _FLOAT8 = 1.5
 """How many times faster products in float8 are than those in bf16, in compiled layers, their scales included: teacher
-and frozen MLPs at AFM-4.5B's shapes, one H100. Eager ones are taken for as fast, which was not measured."""
+and frozen MLPs at AFM-4.5B's shapes, one H100. Eager ones, which were not measured, are counted as bf16's."""
 
 _CPU_TFLOPS = 0.2
 """SmolLM2-135M on two cores: 730 tokens/s forward, in bf16."""

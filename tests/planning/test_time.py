@@ -10,10 +10,8 @@ from tests.planning.small import ATTENTION, run, teacher_folder, text_file
 H100 = find_gpu("H100")
 
 
-def step(flops, *, attention=0.0, hidden_size=2560, compiled=False, trained_layers=36):
-    return seconds(
-        flops, attention, H100, hidden_size, torch.bfloat16, compiled=compiled, trained_layers=trained_layers
-    )
+def step(flops, *, attention=0.0, hidden_size=2560, **others):
+    return seconds(flops, attention, H100, hidden_size, torch.bfloat16, **{"trained_layers": 36, **others})
 
 
 def test_a_small_step_takes_as_long_as_its_kernels_to_start_and_a_large_one_as_its_work():
@@ -27,6 +25,12 @@ def test_compiled_work_is_quicker_and_its_kernels_start_no_sooner():
     assert step(1e9, compiled=True) == step(1e9)
     narrow, wide = (step(1e15, compiled=True, hidden_size=size) for size in (576, 2560))
     assert narrow > 2 * wide
+
+
+def test_products_in_float8_are_quicker_where_they_are_compiled():
+    assert step(1e15, float8=1e15) == step(1e15)
+    whole, half = (step(1e15, float8=share * 1e15, compiled=True) for share in (1, 0.5))
+    assert step(1e15, compiled=True) == pytest.approx(1.5 * whole) == pytest.approx(2 * half - whole)
 
 
 def test_softmax_attention_takes_a_share_of_its_own():
