@@ -25,6 +25,7 @@ from distillkit.config.sharing import find_share
 from distillkit.config.student import KVHeads, Layout
 from distillkit.config.synthetic import check_synthetic_ready, load_synthetic_config
 from distillkit.console import FAILED, INTERRUPTED, USAGE_ERROR, sigterm_as_ctrl_c
+from distillkit.runs.clock import command_clock
 from distillkit.runs.writing import json_text
 
 Overrides = Annotated[
@@ -76,9 +77,10 @@ def distill(
     check_processes(run)
     from distillkit.training import distill
 
+    clock = command_clock()
     if not gc.get_freeze_count():  # Trainer collects garbage in each phase, for a second; what is imported is none
         gc.freeze()
-    distill(run)
+    distill(run, clock=clock)
 
 
 @app.command()

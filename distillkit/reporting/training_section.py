@@ -10,6 +10,7 @@ from distillkit.reporting.document import Cell, Code, Gallery, Part, Picture, Ro
 from distillkit.reporting.numbers import Form
 from distillkit.reporting.plots import Axis, Mark, Series, line_chart, wide
 from distillkit.reporting.reading import Json, Phase, Run, number, rows, section, shown
+from distillkit.runs.clock import clock_text
 from distillkit.runs.metrics import NOT_LOSSES
 
 OTHER_CURVES = {"learning_rate": "Learning rate", "grad_norm": "Norm of the gradient"}
@@ -45,7 +46,9 @@ def training_section(runs: Sequence[Run]) -> Section | None:
         generated = [
             Code(f"{each.get('prompt', '')}▸{each.get('continuation', '')}") for each in rows(run.results, "samples")
         ]
+        clock = {part: each for part in section(run.results, "clock") if (each := number(run.results, "clock", part))}
         one: list[Part] = [_summary(run), *tables]
+        one += [f"Time of the command that finished it: {clock_text(clock)}."] if "total" in clock else []
         one += [Section("Text that the student generates (after ▸)", generated, folded=True)] if generated else []
         parts += [Section(run.name, one)] if len(runs) > 1 else one
     return Section("Training", parts)

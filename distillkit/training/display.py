@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distillkit.progress import ProgressReporter
+from distillkit.runs.clock import STEPS, Clock
 from distillkit.runs.metrics import NOT_LOSSES, append_metrics, truncate_metrics
 
 
@@ -40,6 +41,19 @@ class MetricsFile(TrainerCallback):
             return
         seconds = self._seconds_before + time.perf_counter() - self._start
         append_metrics(self._folder, {"step": state.global_step, **logs, "seconds": round(seconds, 3)})
+
+
+class FirstSteps(TrainerCallback):
+    """Tells a run's clock when the first steps are made, in which kernels are compiled and tuned."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._made = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._made += 1
+        if self._made == 3:
+            self._clock.turn_to(STEPS)
 
 
 def finish_trackers(arguments: TrainingArguments) -> None:

@@ -27,6 +27,18 @@ from distillkit.evaluation.held_out import held_out_batches
 from distillkit.models.float8 import frozen_in_float8
 from distillkit.reporting import write_run_report
 from distillkit.runs.checkpoints import flush_files
+from distillkit.runs.clock import (
+    EVALUATION,
+    FILES,
+    FIRST_STEPS,
+    MODELS,
+    REPORT,
+    SAMPLES,
+    SAVING,
+    TEXT,
+    Clock,
+    clock_text,
+)
 from distillkit.runs.fingerprints import fingerprint
 from distillkit.runs.folder import PhaseFolder, open_phase
 from distillkit.runs.names import HTML, PREPARED
@@ -34,7 +46,7 @@ from distillkit.training.arguments import SAVE_MINUTES, Arguments, saves_by_the_
 from distillkit.training.batches import Collator, padding_token
 from distillkit.training.budget import set_steps
 from distillkit.training.compilation import compiled_step
-from distillkit.training.display import MetricsFile, ProgressDisplay, finish_trackers
+from distillkit.training.display import FirstSteps, MetricsFile, ProgressDisplay, finish_trackers
 from distillkit.training.distiller import Distiller
 from distillkit.training.embeddings import level_padding
 from distillkit.training.interruption import SaveRequests
@@ -63,6 +75,7 @@ class PhaseContext:
     folder: PhaseFolder
     arguments: Arguments
     console: Console
+    clock: Clock
 
 
 def train_phase(
@@ -70,6 +83,7 @@ def train_phase(
     phase: Phase,
     arguments: Arguments,
     console: Console,
+    clock: Clock,
     check: Callable[[PreTrainedModel, PreTrainedTokenizerBase], None],
 ) -> None:
     """Train one phase, whose student is then in its folder. A phase that is finished already is left alone.
@@ -80,25 +94,31 @@ def train_phase(
         UserError: something in the configuration cannot be; the line names the key.
         SystemExit: with code 130, after Ctrl-C or SIGTERM and a last checkpoint.
     """
-    context = _begin(run, phase, arguments, console)
+    context = _begin(run, phase, arguments, console, clock)
     if context.folder.finished:
         return
     config, folder = phase.config, context.folder
-    main_process_first(arguments.trainer, lambda: settle_files(phase, folder))
-    models = load_models(config, folder, arguments, console)
+    with clock.span(FILES):
+        main_process_first(arguments.trainer, lambda: settle_files(phase, folder))
+    with clock.span(MODELS):
+        models = load_models(config, folder, arguments, console, clock)
     check(models.student, models.tokenizer)
-    main_process_first(arguments.trainer, lambda: settle_models(config, folder, models))
-    distiller = build_distiller(config, models, arguments.trainer)
-    train_rows, held_out = load_text(config, folder, arguments.trainer, models)
+    with clock.span(FILES):
+        main_process_first(arguments.trainer, lambda: settle_models(config, folder, models))
+    with clock.span(MODELS):
+        distiller = build_distiller(config, models, arguments.trainer)
+    with clock.span(TEXT):
+        train_rows, held_out = load_text(config, folder, arguments.trainer, models)
     measure = _measurement(context, models, distiller, held_out)
     by_the_clock = saves_by_the_clock(config.training_args)
     requests = SaveRequests(SAVE_MINUTES if by_the_clock else None)
     display = ProgressDisplay(console)
     trainer = _trainer(context, models, distiller, train_rows, held_out, measure)
-    for callback in (requests, MetricsFile(folder.path), display, OptimizerLine(console)):
+    for callback in (requests, MetricsFile(folder.path), display, OptimizerLine(console), FirstSteps(clock)):
         trainer.add_callback(callback)
 
-    schedule = set_steps(trainer, train_rows, config.tokens, folder, console)
+    with clock.span(TEXT):
+        schedule = set_steps(trainer, train_rows, config.tokens, folder, console)
     saved_dtype = trainer.weights_dtype if phase.is_last else torch.float32
     checkpoints = (schedule.steps, by_the_clock, saved_dtype, models.adapter is not None)
     main_process_first(arguments.trainer, lambda: check_room(models.student, arguments.trainer, folder, *checkpoints))
@@ -118,7 +138,7 @@ def train_phase(
         raise SystemExit(INTERRUPTED)
 
 
-def _begin(run: Run, phase: Phase, arguments: Arguments, console: Console) -> PhaseContext:
+def _begin(run: Run, phase: Phase, arguments: Arguments, console: Console, clock: Clock) -> PhaseContext:
     """Open the phase's folder, and set what holds for the whole process."""
     trainer = arguments.trainer
     os.environ.setdefault("WANDB_PROJECT", phase.config.project_name)
@@ -144,7 +164,7 @@ def _begin(run: Run, phase: Phase, arguments: Arguments, console: Console) -> Ph
         print_line(console, f"{folder.path}: {phase} is finished already, nothing is left to do")
         if main_process and not (folder.path / HTML).exists():  # it was killed meanwhile
             print_line(console, write_run_report(folder.path))
-        return PhaseContext(phase, folder, arguments, console)
+        return PhaseContext(phase, folder, arguments, console, clock)
     if run.has_phase_folders:
         print_line(console, str(phase))
     if folder.checkpoint is not None:
@@ -152,7 +172,7 @@ def _begin(run: Run, phase: Phase, arguments: Arguments, console: Console) -> Ph
     elif run.config.resume and not (run.has_phase_folders and phase.index > 0):
         print_line(console, f"{folder.path}: no checkpoint to resume from, the run starts from the beginning")
     set_seed(trainer.seed)
-    return PhaseContext(phase, folder, arguments, console)
+    return PhaseContext(phase, folder, arguments, console, clock)
 
 
 def _measurement(
@@ -199,6 +219,7 @@ def _trainer(
         context=models.context,
         rollouts=open_rollouts(config, models, arguments),
         adapter=models.adapter,
+        clock=context.clock,
         args=arguments,
         train_dataset=TensorRows(train_rows, teacher.columns),
         eval_dataset=None if held_out is None else held_out.rows,
@@ -221,7 +242,8 @@ def _divergence_before(context: PhaseContext, measure: Measurement | None) -> Di
         return Divergence(**kept)
     if folder.checkpoint is not None:
         return None
-    before = measure()
+    with context.clock.span(EVALUATION):
+        before = measure()
     folder.update_record(divergence_before=asdict(before))
     return before
 
@@ -235,7 +257,8 @@ def _train(context: PhaseContext, models: Models, trainer: DistillationTrainer) 
     float8 = context.phase.config.frozen_precision is not None
     say = partial(print_line, context.console)
     frozen = frozen_in_float8(models.student, say) if float8 else nullcontext()
-    with frozen, compiled_step(models.student, models.teacher.model, trainer.model.objective, compilation):
+    compiled = compiled_step(models.student, models.teacher.model, trainer.model.objective, compilation)
+    with frozen, compiled, context.clock.span(FIRST_STEPS):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
 
 
@@ -246,19 +269,44 @@ def _finish(
     measure: Measurement | None,
     before: Divergence | None,
 ) -> None:
-    """Save the student, measure it as saved, generate samples, and write the results.
-
-    A student with which another phase goes on keeps its float32 masters, so that phases round nothing.
-    """
-    folder, config, console = context.folder, context.phase.config, context.console
+    """Save the student, measure it as saved, generate samples, and write the results."""
+    folder, config, console, clock = context.folder, context.phase.config, context.console, context.clock
     arguments = context.arguments.trainer
+    with clock.span(SAVING):
+        _save(context, models, trainer)
+    after = None
+    if measure is not None and config.evaluation is not None:
+        with clock.span(EVALUATION):
+            after = _or_line(console, "the student could not be measured", measure)
+    samples: list[Sample] | None = None
+    if folder.main_process or is_divided(models.student):
+        with clock.span(SAMPLES):
+            samples = _or_line(console, "there are no samples", lambda: _samples(context, models, trainer))
+    trainer.accelerator.wait_for_everyone()  # until nobody reads the prepared rows
+    if folder.main_process:
+        shutil.rmtree(folder.path / PREPARED, ignore_errors=True)
+        results = write_phase_results(
+            context.phase, folder.path, models.freezing, before, after, samples or [], clock.lap(), arguments.device
+        )
+        print_results(console, results)
+        if context.phase.changes is not None:
+            print_line(console, f"time of {context.phase.name}: {clock_text(results['clock'])}")
+        print_line(console, f"the student is in {folder.path}")
+        with clock.span(REPORT):
+            print_line(console, write_run_report(folder.path))
+    finish_trackers(arguments)
+
+
+def _save(context: PhaseContext, models: Models, trainer: DistillationTrainer) -> None:
+    """A student with which another phase goes on keeps its float32 masters, so that phases round nothing."""
+    folder = context.folder
     if models.adapter is not None:
         if folder.main_process:
             save_adapter(models.adapter, folder.path)
         merge_adapter(models.adapter)
     if context.phase.is_last:
         cast_for_saving(models.student, trainer.weights_dtype)
-    if config.resize_embeddings_to_multiple_of is not None:
+    if context.phase.config.resize_embeddings_to_multiple_of is not None:
         level_padding(models.student, models.embedding_rows)
     state = whole_state(models.student)
     if context.phase.is_last:
@@ -268,22 +316,6 @@ def _finish(
         models.tokenizer.save_pretrained(folder.path)
         flush_files(folder.path.iterdir())
         folder.update_record(saved=fingerprint(student_files(folder.path), limit=None))
-    after = None
-    if measure is not None and config.evaluation is not None:
-        after = _or_line(console, "the student could not be measured", measure)
-    samples: list[Sample] | None = None
-    if folder.main_process or is_divided(models.student):
-        samples = _or_line(console, "there are no samples", lambda: _samples(context, models, trainer))
-    trainer.accelerator.wait_for_everyone()  # until nobody reads the prepared rows
-    if folder.main_process:
-        shutil.rmtree(folder.path / PREPARED, ignore_errors=True)
-        results = write_phase_results(
-            context.phase, folder.path, models.freezing, before, after, samples or [], arguments.device
-        )
-        print_results(console, results)
-        print_line(console, f"the student is in {folder.path}")
-        print_line(console, write_run_report(folder.path))
-    finish_trackers(arguments)
 
 
 def _samples(context: PhaseContext, models: Models, trainer: DistillationTrainer) -> list[Sample]:

@@ -14,6 +14,7 @@ from distillkit.config import Phase, Run, RunConfig
 from distillkit.console import print_line
 from distillkit.evaluation import Divergence, Sample
 from distillkit.evaluation.divergence import divergence_table
+from distillkit.runs.clock import Clock, clock_record
 from distillkit.runs.metrics import NOT_LOSSES, read_metrics
 from distillkit.runs.names import PHASES, RESULTS
 from distillkit.runs.provenance import commit, machine, versions
@@ -31,15 +32,20 @@ def write_phase_results(
     before: Divergence | None,
     after: Divergence | None,
     samples: list[Sample],
+    seconds: dict[str, float],
     device: torch.device,
 ) -> Json:
-    """Write `results.json` of a phase: what was measured, on what, with what, and from what."""
+    """Write `results.json` of a phase: what was measured, on what, with what, and from what.
+
+    seconds: per part, since the command started or the phase before had its results.
+    """
     config = phase.config
     last = next((line for line in reversed(read_metrics(folder)) if "loss" in line), {})
     ends = {"before": before, "after": after}
     results = {
         "divergence": {name: asdict(measured) for name, measured in ends.items() if measured is not None},
         "training": {name: last.get(name) for name in ("step", "tokens", "seconds")},
+        "clock": clock_record(seconds),
         "losses": {name: value for name, value in last.items() if name not in NOT_LOSSES},
         "parameters": {"trained": freezing.trainable, "frozen": freezing.frozen},
         "samples": [asdict(sample) for sample in samples],
@@ -51,7 +57,7 @@ def write_phase_results(
     return results
 
 
-def write_run_results(run: Run) -> Json:
+def write_run_results(run: Run, clock: Clock) -> Json:
     """Write the `results.json` of a run from those of its phases: its end is the last one's.
 
     It has a divergence from before only where the first phase measured as the last one did: in rows of another length,
@@ -66,6 +72,7 @@ def write_run_results(run: Run) -> Json:
         **last,
         "divergence": {name: measured for name, measured in ends.items() if measured is not None},
         "training": {**sums, "seconds": round(sums["seconds"], 3)},
+        "clock": clock_record(clock.seconds()),
         "phases": [_phase_row(phase, results) for phase, results in found],
         "seeds": _seeds(run.config),
         **_made_with(run.config),

@@ -23,6 +23,7 @@ from distillkit.console import INTERRUPTED, print_line, sigterm_as_ctrl_c
 from distillkit.evaluation import check_prompts
 from distillkit.losses import check_losses
 from distillkit.reporting import write_run_report
+from distillkit.runs.clock import REPORT, Clock, clock_record, clock_text
 from distillkit.runs.folder import open_run, refuse_foreign_files
 from distillkit.runs.lock import locked
 from distillkit.runs.names import HTML
@@ -43,11 +44,13 @@ def distill(
     console: Console | None = None,
     *,
     overrides: Sequence[str] = (),
+    clock: Clock | None = None,
 ) -> Path:
     """Run a distillation and return the folder of the trained student, which is `output_path`.
 
     run: the path of a YAML file, its content as a mapping, or a configuration.
     overrides: `key=value`, as on the command line; for a path.
+    clock: that of the command; a new one by default.
 
     Raises:
         UserError: something in the configuration cannot be; the line names the key.
@@ -63,7 +66,7 @@ def distill(
     remedy = "free some space, and go on with --resume"
     try:
         with full_disk_errors(lambda: f"at {str(run.folder)!r}; {remedy}"), sigterm_as_ctrl_c(), ExitStack() as lock:
-            _train(run, console, lock)
+            _train(run, console, lock, clock or Clock())
             main_process = PartialState().is_main_process
             PartialState().destroy_process_group()
             if main_process:
@@ -74,7 +77,7 @@ def distill(
     return run.folder
 
 
-def _train(run: Run, console: Console, lock: ExitStack) -> None:
+def _train(run: Run, console: Console, lock: ExitStack, clock: Clock) -> None:
     """All phases that are left, and then the results of the whole. lock: holds that of the run's folder."""
     build = partial(_build, fp32_precision=torch.backends.fp32_precision)  # type: ignore[attr-defined]  # set from C
     # What is wrong in a later phase is refused now. The first one's come last, for they set up what is global.
@@ -99,14 +102,16 @@ def _train(run: Run, console: Console, lock: ExitStack) -> None:
             _forget()
             arguments = build(phase)
         with phase.locating():
-            train_phase(run, phase, arguments, console, check=partial(_check_ahead, run, phase))
+            train_phase(run, phase, arguments, console, clock, check=partial(_check_ahead, run, phase))
     if run.has_phase_folders and main_process:
         last = run.phases[-1].folder
         check_saved(last)
         link_student(last, run.folder)
-        print_results(console, write_run_results(run))
+        print_results(console, write_run_results(run, clock))
         print_line(console, f"the student is in {run.folder}")
-        print_line(console, write_run_report(run.folder))
+        with clock.span(REPORT):
+            print_line(console, write_run_report(run.folder))
+    print_line(console, f"time: {clock_text(clock_record(clock.seconds()))}")
     PartialState().wait_for_everyone()
 
 

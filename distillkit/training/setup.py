@@ -29,6 +29,7 @@ from distillkit.models.quantization import quantization_arguments
 from distillkit.models.streaming import StoredModel, open_stored
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.models.vocabulary import common_vocabulary, load_students_tokenizer
+from distillkit.runs.clock import CONVERSION, Clock
 from distillkit.runs.fingerprints import differences, files_in, fingerprint
 from distillkit.runs.folder import PhaseFolder
 from distillkit.runs.record import read_record
@@ -76,6 +77,7 @@ def load_models(
     folder: PhaseFolder,
     arguments: Arguments,
     console: Console,
+    clock: Clock,
 ) -> Models:
     """Load what a run needs. The student of a resumed run comes from its checkpoint, float32 masters and all."""
     trainer, techniques = arguments.trainer, arguments.techniques
@@ -83,7 +85,7 @@ def load_models(
         check_float8(trainer.device, "frozen_precision", "remove it")
     mesh = mesh_of(config.parallel, trainer.world_size, trainer.device)
     context = context_of(config.parallel, trainer)
-    model = _load_teacher(config, folder, trainer, console, mesh)
+    model = _load_teacher(config, folder, trainer, console, mesh, clock)
     tokenizer, teachers_tokenizer = _load_tokenizers(config)
     teacher = open_teacher(config, model, tokenizer, teachers_tokenizer)
     origin = str(folder.untrained) if config.model is None else config.model
@@ -226,7 +228,12 @@ def _wants_flash_attention(config: RunConfig, arguments: TrainingArguments) -> b
 
 
 def _load_teacher(
-    config: RunConfig, folder: PhaseFolder, arguments: TrainingArguments, console: Console, mesh: Mesh
+    config: RunConfig,
+    folder: PhaseFolder,
+    arguments: TrainingArguments,
+    console: Console,
+    mesh: Mesh,
+    clock: Clock,
 ) -> PreTrainedModel | None:
     """The model of a live teacher, read once: the student is converted from it, unless that was done already."""
     teacher = config.teacher
@@ -249,7 +256,8 @@ def _load_teacher(
         refuse_spilled(model)
     if config.student is not None:
         whole = model if stored is None else None
-        main_process_first(arguments, lambda: _convert(config, teacher, whole, folder, console))
+        with clock.span(CONVERSION):
+            main_process_first(arguments, lambda: _convert(config, teacher, whole, folder, console))
     if float8:
         own = teacher.devices is not None or "device_map" in options
         exchange(model.requires_grad_(False), "teacher.quantization", device=None if own else arguments.device)

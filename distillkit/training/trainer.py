@@ -35,6 +35,7 @@ from distillkit.evaluation.divergence import Divergence
 from distillkit.models.divided_rows import Context
 from distillkit.models.labels import IGNORED_LABEL
 from distillkit.runs import checkpoints
+from distillkit.runs.clock import CHECKPOINTS, EVALUATION, Clock
 from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.distiller import Distiller, DistillerOutput
@@ -65,6 +66,7 @@ class DistillationTrainer(Trainer):
         context: the processes that share rows; None where each reads rows of its own.
         adapter: peft's model around the student, which checkpoints hold instead of it; None where weights are trained.
         rollouts: writes some of each step's rows with the student; None where all are of the dataset.
+        clock: of the run, for evaluations and checkpoints; a new one by default.
         others: as for Trainer. Batches are those of `training.batches.Collator`.
     """
 
@@ -82,6 +84,7 @@ class DistillationTrainer(Trainer):
         context: Context | None = None,
         rollouts: Rollouts | None = None,
         adapter: Any = None,
+        clock: Clock | None = None,
         **others: Any,
     ) -> None:
         super().__init__(model=distiller, **others)
@@ -97,6 +100,7 @@ class DistillationTrainer(Trainer):
         self.context = context
         self.rollouts = rollouts
         self.adapter = adapter
+        self.clock = clock or Clock()
         self.accelerator.state.device_mesh = None if context is None else context.mesh  # the data loader's
         self._window = LogWindow()
         self._unread_tokens = torch.zeros((), dtype=torch.long)
@@ -218,7 +222,7 @@ class DistillationTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """The divergence from the teacher, as `eval_kl`, `eval_agreement`, …"""
         assert self.divergence is not None
-        with self._window.paused():
+        with self._window.paused(), self.clock.span(EVALUATION):
             measured = self.divergence().as_metrics()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
@@ -272,7 +276,7 @@ class DistillationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._read_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        with self._window.paused():
+        with self._window.paused(), self.clock.span(CHECKPOINTS):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

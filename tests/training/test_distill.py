@@ -92,6 +92,19 @@ def test_the_student_is_closer_to_the_teacher_and_both_numbers_are_said(finished
     assert results["config"]["sequence_length"] == 64
 
 
+def test_it_says_where_its_time_went(finished):
+    """Without the report, which is written from the results."""
+    folder, said = finished
+    clock = json.loads((folder / "results.json").read_text())["clock"]
+    total, *parts = clock.values()
+    assert sum(parts) == pytest.approx(total, abs=0.1)
+    assert {"loading models", "tokenising", "first steps", "steps", "evaluation", "checkpoints", "saving"} <= set(clock)
+    (line,) = [line for line in said.splitlines() if line.startswith("time: ")]
+    assert float(line.removeprefix("time: ").partition(" s: ")[0]) >= round(total, 1)
+    assert ", steps " in line
+    assert "Time of the command that finished it: " in (folder / "report.md").read_text()
+
+
 def test_the_student_loads_with_its_tokenizer_and_is_the_one_that_was_measured(finished, inputs):
     folder, _ = finished
     student = AutoModelForCausalLM.from_pretrained(folder)

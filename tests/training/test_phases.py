@@ -163,6 +163,17 @@ def test_phases_say_where_they_are_and_for_how_long(finished):
     assert "3 phases: " in said
 
 
+def test_the_time_of_the_phases_is_that_of_the_run(finished):
+    folder, said, _ = finished
+    parts = [json.loads((each / "results.json").read_text())["clock"]["total"] for each in phase_folders(folder)]
+    whole = json.loads((folder / "results.json").read_text())["clock"]["total"]
+    assert whole - 5 < sum(parts) <= whole + 0.1  # the last one's report comes after its results
+    assert [line.partition(":")[0] for line in said.splitlines() if line.startswith("time")] == [
+        *(f"time of {name}" for name in NAMES),
+        "time",
+    ]
+
+
 def test_what_a_phase_held_is_gone_when_the_next_one_loads(finished):
     assert finished[2] == [[], [True], [False] * 2, [False] * 2 + [True], [False] * 4, [False] * 4 + [True]]
 
