@@ -53,7 +53,10 @@ def aligned_rows(rows: Dataset, columns: Sequence[str], key: str) -> Dataset:
 
 
 class TensorRows(TorchDataset[dict[str, Any]]):
-    """Rows as `build_dataset` makes them, for a data loader: the numbers as tensors, `seq_lengths` as a list."""
+    """Rows as `build_dataset` makes them, for a data loader: the numbers as tensors, `seq_lengths` as a list.
+
+    The row behind the last one has no tokens; `training.batches` fills batches with it.
+    """
 
     def __init__(self, rows: Dataset, signal_columns: Sequence[str] = ()) -> None:
         self.rows = rows.with_format("arrow")
@@ -66,6 +69,9 @@ class TensorRows(TorchDataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        if (empty := indices.count(len(self))) > 0:
+            rows = self.__getitems__([index for index in indices if index < len(self)] or [0])
+            return [*rows[: len(indices) - empty], *([{name: each[:0] for name, each in rows[0].items()}] * empty)]
         table = self.rows[indices]
         lengths = list_lengths(table["input_ids"]).tolist()
         tokens = {name: torch.tensor(_numbers(table[name])).split(lengths) for name in ("input_ids", "labels")}

@@ -1,11 +1,14 @@
-"""Batches for the trainer: those of `distillkit.data`, and how many of their tokens are real."""
+"""Batches for the trainer: those of `distillkit.data`, all of one shape, and how many of their tokens are real."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from distillkit.data.collate import collate
@@ -32,6 +35,35 @@ class Collator:
             signal_columns=self.signal_columns,
         )
         return {**self.prepare(batch), "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
+
+
+class WholeBatches(Sampler[int]):
+    """The rows of a pass in their order, and then as many empty ones as its last batch lacks.
+
+    So no batch has another shape, for which kernels would be compiled and tuned again, and no process reads a row that
+    another has read already in this pass, as accelerate would have it. An empty row has the index behind the last one
+    (`data.signals.TensorRows`); nothing of it counts.
+
+    Args:
+        rows: the sampler of a pass.
+        size: rows that all processes read at a time.
+    """
+
+    def __init__(self, rows: Sampler[int], size: int) -> None:
+        self.rows = rows
+        self.empty = -len(rows) % size  # type: ignore[arg-type]  # Trainer's have a length
+
+    def __len__(self) -> int:
+        return len(self.rows) + self.empty  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.rows
+        yield from itertools.repeat(len(self) - self.empty, self.empty)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which pass it is, by which a shuffle differs from another."""
+        if isinstance(self.rows, SeedableRandomSampler):
+            self.rows.set_epoch(epoch)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> int:

@@ -87,6 +87,7 @@ def tokens_of_steps(trainer: DistillationTrainer, lengths: np.ndarray) -> Iterat
 
     Of rows that the student will write, as many as it may write.
     """
+    lengths = np.append(lengths, 0)  # of an empty row, which fills a batch
     loader, accumulated = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
     step = 0
     for epoch in itertools.count():

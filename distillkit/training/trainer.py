@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
@@ -38,6 +39,7 @@ from distillkit.runs import checkpoints
 from distillkit.runs.clock import CHECKPOINTS, EVALUATION, Clock
 from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
+from distillkit.training.batches import WholeBatches
 from distillkit.training.distiller import Distiller, DistillerOutput
 from distillkit.training.log_window import LogWindow
 from distillkit.training.lora import save_adapter
@@ -109,6 +111,13 @@ class DistillationTrainer(Trainer):
         self._step_batches: list[Any] = []
         self._coming: list[Any] = []
         self._coming_from: Iterator[Any] | None = None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's, whose last batch is filled up with empty rows unless it is dropped."""
+        loader = super().get_train_dataloader()
+        if not self.args.dataloader_drop_last and self.args.train_sampling_strategy != "batch_rebalance":
+            loader.set_sampler(WholeBatches(loader.get_sampler(), loader.total_batch_size))
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -222,7 +231,8 @@ class DistillationTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """The divergence from the teacher, as `eval_kl`, `eval_agreement`, …"""
         assert self.divergence is not None
-        with self._window.paused(), self.clock.span(EVALUATION):
+        eager = torch.compiler.set_stance("force_eager")  # a compiled layer is for batches of the training's shape
+        with self._window.paused(), self.clock.span(EVALUATION), eager:
             measured = self.divergence().as_metrics()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
