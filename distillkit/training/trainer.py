@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import AutocastKwargs, gather_object
 from safetensors import SafetensorError
@@ -26,7 +27,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
@@ -112,7 +112,7 @@ class DistillationTrainer(Trainer):
         self._coming: list[Any] = []
         self._coming_from: Iterator[Any] | None = None
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> DataLoaderShard:
         """Trainer's, whose last batch is filled up with empty rows unless it is dropped."""
         loader = super().get_train_dataloader()
         if not self.args.dataloader_drop_last and self.args.train_sampling_strategy != "batch_rebalance":
