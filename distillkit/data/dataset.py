@@ -3,13 +3,14 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -50,6 +51,29 @@ class Preparation:
     signal_columns: tuple[str, ...] = ()
 
 
+class TokenisedTexts:
+    """Documents that one phase of a run has tokenised, for those that read the same text in another order."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Dataset, np.ndarray]] = {}
+
+    def documents(self, made_from: str, order: np.ndarray, tokenise: Callable[[], Dataset]) -> Dataset:
+        """What `tokenise` gives, or gave for the same text: one document for each row that is not empty.
+
+        order: numbers of the rows to be tokenised, in their order.
+        """
+        if made_from in self._kept:
+            documents, kept = self._kept[made_from]
+            places = np.full(1 + max(kept.max(), order.max()), -1)
+            places[kept] = np.arange(len(kept))
+            if (places[order] >= 0).all():
+                return documents.select(places[order])
+        documents = tokenise()
+        if len(documents) == len(order):  # no row was empty: each document is known by its row
+            self._kept[made_from] = documents, order
+        return documents
+
+
 def build_dataset(
     source: DatasetSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -66,6 +90,7 @@ def build_dataset(
     signal_columns: tuple[str, ...] = (),
     num_proc: int | None = None,
     prepared_path: Path | None = None,
+    tokenised: TokenisedTexts | None = None,
     key: str = "dataset.train_dataset",
 ) -> Dataset:
     """Rows of one dataset, with the columns
@@ -82,8 +107,9 @@ def build_dataset(
     eos_label_token_ids: token ids that become the EOS token in labels.
     assistant_only_loss: rows are conversations, and only the assistant's tokens count.
     signal_columns: columns of tokenised rows with a captured teacher's outputs at each token.
-    num_proc: processes that tokenise.
+    num_proc: processes that tokenise; by default as many as pay, at most one for each CPU.
     prepared_path: folder that keeps the rows; they are prepared again when anything they depend on has changed.
+    tokenised: keeps the documents for further calls.
     key: the key of the YAML that holds the source, for error messages.
 
     Raises `UserError` for any problem with the source, its rows or the tokenizer.
@@ -92,7 +118,7 @@ def build_dataset(
     preparation = Preparation(sequence_length, seed, num_samples, packing, prepacked, row_format, signal_columns)
 
     def prepare() -> Dataset:
-        return _prepare(source, tokenizer, preparation, num_proc, key)
+        return _prepare(source, tokenizer, preparation, num_proc, tokenised, key)
 
     if prepared_path is None:
         rows = prepare()
@@ -117,11 +143,13 @@ def build_datasets(
     evaluation_source: DatasetSource | None = None,
     signal_columns: tuple[str, ...] = (),
     eval_signal_columns: tuple[str, ...] = (),
+    tokenised: TokenisedTexts | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows, and held-out rows if there is a dataset of them.
 
     evaluation_source: `evaluation.dataset`, which takes precedence over `dataset.eval_dataset`.
     signal_columns, eval_signal_columns: columns of a captured teacher's outputs in training and in held-out rows.
+    tokenised: keeps the documents for further calls.
     """
     eval_key = "dataset.eval_dataset" if evaluation_source is None else "evaluation.dataset"
     eval_source = evaluation_source or config.eval_dataset
@@ -153,6 +181,7 @@ def build_datasets(
             signal_columns=signal_columns if name == "train" else eval_signal_columns,
             num_proc=config.dataset_num_proc,
             prepared_path=folder,
+            tokenised=tokenised,
             key=key,
         )
 
@@ -167,16 +196,28 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase,
     preparation: Preparation,
     num_proc: int | None,
+    tokenised: TokenisedTexts | None,
     key: str,
 ) -> Dataset:
     rows = load_source(source, key)
     seed, sequence_length, signals = preparation.seed, preparation.sequence_length, list(preparation.signal_columns)
     with _temporary_files():
         # A captured teacher's outputs are large: rows are selected last of all, when that no longer copies them.
+        source_rows = len(rows)
         rows = aligned_rows(rows, signals, key) if signals else _selected(rows, preparation)
         if preparation.prepacked and "input_ids" not in rows.column_names:
             raise UserError(key, "has no column input_ids; remove prepacked, so that rows are tokenised and packed")
-        documents = tokenize_rows(rows, tokenizer, preparation.row_format, num_proc=num_proc, key=key)
+
+        def tokenise() -> Dataset:
+            return tokenize_rows(rows, tokenizer, preparation.row_format, num_proc=num_proc, key=key)
+
+        if tokenised is None or signals or preparation.prepacked:
+            documents = tokenise()
+        else:
+            numbers = Dataset.from_dict({"row": np.arange(source_rows)})
+            order = _selected(numbers, preparation).with_format("numpy")[:]["row"]
+            text = _text_of(source, tokenizer, preparation.row_format)
+            documents = tokenised.documents(json.dumps(text), order, tokenise)
         if len(documents) == 0:
             raise UserError(key, "has only empty rows")
         if signals:
@@ -218,15 +259,20 @@ def _temporary_files() -> Iterator[None]:
 
 def _made_from(source: DatasetSource, tokenizer: PreTrainedTokenizerBase, preparation: Preparation) -> dict[str, Any]:
     """Everything that rows depend on, as it is after a round trip through JSON."""
-    made_from = {
-        "version": _VERSION,
+    text = _text_of(source, tokenizer, preparation.row_format)
+    made_from = {"version": _VERSION, **text, **asdict(preparation)}
+    restored: dict[str, Any] = json.loads(json.dumps(made_from))
+    return restored
+
+
+def _text_of(source: DatasetSource, tokenizer: PreTrainedTokenizerBase, row_format: RowFormat) -> dict[str, Any]:
+    """Everything that documents depend on."""
+    return {
         "source": source.model_dump(),
         "files": file_states(source.disk_path or source.repo_id or ""),
         "tokenizer": text_to_ids_hash(tokenizer),
-        **asdict(preparation),
+        "row_format": asdict(row_format),
     }
-    restored: dict[str, Any] = json.loads(json.dumps(made_from))
-    return restored
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

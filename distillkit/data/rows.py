@@ -7,8 +7,9 @@ part of a conversation. Rows of tokens are read as buffers of Arrow, because the
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -38,6 +39,8 @@ _EXTRA_COLUMNS = {
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
 _DOCUMENTS_AT_ONCE = 256
+_BYTES_PER_PROCESS = 2**23
+_THREADS = "TOKENIZERS_PARALLELISM"
 
 Batch = dict[str, list[Any]]
 
@@ -56,6 +59,8 @@ def tokenize_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, *, num_proc: int | None, key: str
 ) -> Dataset:
     """One document per row, of any length, in columns `input_ids` and `labels`; empty ones are dropped.
+
+    num_proc: by default as many processes as pay, at most one for each CPU.
 
     Raises `UserError` where no column is an accepted one, and for rows that do not fit their column.
     """
@@ -87,18 +92,42 @@ def tokenize_rows(
         return pa.table({name: pa.ListArray.from_arrays(bounds, values) for name, values in columns.items()})
 
     rows = rows.select_columns(wanted).with_format("arrow" if of_tokens else None)
-    documents = rows.map(
-        tokenize,
-        batched=True,
-        batch_size=_DOCUMENTS_AT_ONCE,
-        remove_columns=wanted,
-        features=DOCUMENT_FEATURES,
-        num_proc=num_proc,
-        desc="tokenising",
-    )
+    if num_proc is None and not of_tokens:
+        num_proc = _processes(rows)
+    with _one_thread_each(num_proc):
+        documents = rows.map(
+            tokenize,
+            batched=True,
+            batch_size=_DOCUMENTS_AT_ONCE,
+            remove_columns=wanted,
+            features=DOCUMENT_FEATURES,
+            num_proc=num_proc,
+            desc="tokenising",
+        )
     if row_format.assistant_only_loss and len(documents) < len(rows):
         _warn_of_missing_assistant(len(rows) - len(documents), len(rows), key)
     return documents.with_format(None)
+
+
+def _processes(rows: Dataset) -> int | None:
+    """How many processes tokenise, where nobody says: at most one for each CPU, and each with some seconds of work."""
+    size = rows.data.nbytes * len(rows) // rows.data.num_rows
+    count = min(len(os.sched_getaffinity(0)), size // _BYTES_PER_PROCESS)
+    return count if count > 1 else None
+
+
+@contextmanager
+def _one_thread_each(num_proc: int | None) -> Iterator[None]:
+    """Within it, tokenizers of several processes start no threads, of which each would start one for each CPU."""
+    before = os.environ.get(_THREADS)
+    if num_proc is not None and num_proc > 1:
+        os.environ[_THREADS] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(_THREADS, None)
+        if before is not None:
+            os.environ[_THREADS] = before
 
 
 def _warn_of_missing_assistant(silent: int, rows: int, key: str) -> None:

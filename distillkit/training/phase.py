@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from distillkit.config import Phase, Run, RunEvaluationConfig
 from distillkit.console import INTERRUPTED, print_line
+from distillkit.data.dataset import TokenisedTexts
 from distillkit.data.signals import TensorRows
 from distillkit.evaluation import Divergence, Sample, generate_samples, measure_divergence
 from distillkit.evaluation.held_out import held_out_batches
@@ -84,10 +85,12 @@ def train_phase(
     arguments: Arguments,
     console: Console,
     clock: Clock,
+    tokenised: TokenisedTexts | None,
     check: Callable[[PreTrainedModel, PreTrainedTokenizerBase], None],
 ) -> None:
     """Train one phase, whose student is then in its folder. A phase that is finished already is left alone.
 
+    tokenised: keeps documents for the phases that come.
     check: is given the student before it is trained, and its tokenizer, and may raise UserError.
 
     Raises:
@@ -108,7 +111,7 @@ def train_phase(
     with clock.span(MODELS):
         distiller = build_distiller(config, models, arguments.trainer)
     with clock.span(TEXT):
-        train_rows, held_out = load_text(config, folder, arguments.trainer, models)
+        train_rows, held_out = load_text(config, folder, arguments.trainer, models, tokenised)
     measure = _measurement(context, models, distiller, held_out)
     by_the_clock = saves_by_the_clock(config.training_args)
     requests = SaveRequests(SAVE_MINUTES if by_the_clock else None)

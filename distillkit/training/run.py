@@ -20,6 +20,7 @@ from distillkit.config import Phase, Run
 from distillkit.config.readiness import check_processes, check_ready
 from distillkit.config.resolve import AnyRun, as_run
 from distillkit.console import INTERRUPTED, print_line, sigterm_as_ctrl_c
+from distillkit.data.dataset import TokenisedTexts
 from distillkit.evaluation import check_prompts
 from distillkit.losses import check_losses
 from distillkit.reporting import write_run_report
@@ -97,12 +98,13 @@ def _train(run: Run, console: Console, lock: ExitStack, clock: Clock) -> None:
         if main_process and not (run.folder / HTML).exists():  # it was killed meanwhile
             print_line(console, write_run_report(run.folder))
         return
+    tokenised = TokenisedTexts() if len(run.phases) > 1 else None
     for phase in run.phases:
         if phase.index > 0:
             _forget()
             arguments = build(phase)
         with phase.locating():
-            train_phase(run, phase, arguments, console, clock, check=partial(_check_ahead, run, phase))
+            train_phase(run, phase, arguments, console, clock, tokenised, partial(_check_ahead, run, phase))
     if run.has_phase_folders and main_process:
         last = run.phases[-1].folder
         check_saved(last)

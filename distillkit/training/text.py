@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from distillkit.config import DatasetSource, RunConfig
 from distillkit.data import build_datasets
+from distillkit.data.dataset import TokenisedTexts
 from distillkit.data.prepared import file_states
 from distillkit.models.vocabulary import check_known_tokens
 from distillkit.runs.folder import PhaseFolder
@@ -32,9 +33,15 @@ class HeldOut:
 
 
 def load_text(
-    config: RunConfig, folder: PhaseFolder, arguments: TrainingArguments, models: Models
+    config: RunConfig,
+    folder: PhaseFolder,
+    arguments: TrainingArguments,
+    models: Models,
+    tokenised: TokenisedTexts | None,
 ) -> tuple[Dataset, HeldOut | None]:
     """Training and held-out rows; the first process prepares them, the others find them prepared.
+
+    tokenised: keeps documents for the phases that come.
 
     Raises `UserError` for rows that cannot be learnt from, and for captured ones that are not as they were captured.
     """
@@ -59,6 +66,7 @@ def load_text(
             None if config.evaluation is None else config.evaluation.dataset,
             signal_columns=teacher.columns,
             eval_signal_columns=() if measured_against is None else measured_against.columns,
+            tokenised=tokenised,
         )
         return train_rows, None if rows is None else HeldOut(rows, measured_against)
 

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from datasets import Dataset, is_caching_enabled
 
 from distillkit.config.data import DatasetConfig, DatasetSource
 from distillkit.config.errors import UserError
-from distillkit.data import build_dataset, build_datasets
+from distillkit.data import build_dataset, build_datasets, dataset, rows
 
 TEXTS = [f"the theory of relativity states that time {index} is relative " * (index % 5 + 1) for index in range(40)]
 
@@ -45,6 +46,56 @@ def test_several_processes_prepare_the_same(source, tiny_tokenizer):
     one = build_dataset(source, tiny_tokenizer, 64, seed=1)
     two = build_dataset(source, tiny_tokenizer, 64, seed=1, num_proc=2)
     assert one["input_ids"][:] == two["input_ids"][:]
+
+
+def test_long_texts_are_tokenised_by_all_cpus_with_the_same_outcome(source, tiny_tokenizer, tmp_path, monkeypatch):
+    one = build_dataset(source, tiny_tokenizer, 64, seed=1)
+    by, mapped = [], Dataset.map
+
+    def noted(self, *given, **options):
+        by.append(options.get("num_proc"))
+        return mapped(self, *given, **options)
+
+    monkeypatch.setattr(Dataset, "map", noted)
+    monkeypatch.setattr(rows, "_BYTES_PER_PROCESS", 1000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    three = build_dataset(source, tiny_tokenizer, 64, seed=1)
+    assert by[0] == 3
+    assert one.to_dict() == three.to_dict()
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps({"text": number}) + "\n" for number in range(400)))
+    with pytest.raises(UserError, match=r"^dataset\.train_dataset: column 'text' must hold text, got int$"):
+        build_dataset(DatasetSource(disk_path=str(tmp_path / "numbers.jsonl")), tiny_tokenizer, 64)
+    assert by[-1] == 3
+
+
+@pytest.mark.parametrize("texts", [TEXTS, ["", *TEXTS]])
+def test_phases_tokenise_a_text_once_and_have_the_rows_that_they_have_alone(
+    texts, tiny_tokenizer, tmp_path, monkeypatch
+):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    read, tokenise = [], dataset.tokenize_rows
+
+    def noted(given, *others, **options):
+        read.append(len(given))
+        return tokenise(given, *others, **options)
+
+    monkeypatch.setattr(dataset, "tokenize_rows", noted)
+    tokenised = dataset.TokenisedTexts()
+
+    def build(seed, length, num_samples=None, tokenised=tokenised):
+        source = DatasetSource(disk_path=str(path))
+        options = {"seed": seed, "num_samples": num_samples, "tokenised": tokenised}
+        return build_dataset(source, tiny_tokenizer, length, **options).to_dict()
+
+    phases = [(42, 64), (43, 64), (44, 128, 20), (None, 32)]
+    together = [build(*phase) for phase in phases]
+    assert read == ([40] if texts == TEXTS else [41, 41, 20, 41])  # a row without text has no document to be known by
+    assert together == [build(*phase, *[None] * (3 - len(phase)), tokenised=None) for phase in phases]
+    path.write_text(json.dumps({"text": "other text"}) + "\n")
+    assert build(42, 64) == build(42, 64, tokenised=None) != together[0]
 
 
 def test_nothing_is_written_beside_a_saved_dataset(tmp_path, tiny_tokenizer):
