@@ -62,7 +62,9 @@ class DatasetConfig(Section):
 
     packing: bool = Field(True, description="several documents share a row; none attends to another")
     dataset_text_field: str = Field("text", description="column that holds the text")
-    dataset_num_proc: int | None = Field(None, gt=0, description="processes that prepare the rows")
+    dataset_num_proc: int | None = Field(
+        None, gt=0, description="processes that tokenise; by default as many as pay, one per CPU at most"
+    )
     assistant_only_loss: bool = Field(False, description="of conversations, only the assistant's messages count")
     completion_only_loss: bool | None = Field(None, description="of prompt and completion, only the latter counts")
 

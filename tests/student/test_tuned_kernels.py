@@ -58,8 +58,9 @@ def test_fla_takes_configurations_of_the_very_key_unless_the_user_says_otherwise
     assert os.environ["FLA_CACHE_MODE"] == "disabled"
 
 
-def test_the_gpus_own_folder_is_named():
-    use_tuned_kernels(H100, TUNED_WITH)
+@pytest.mark.parametrize("gpu", [H100, "NVIDIA H200"])
+def test_the_folder_of_the_gpus_chip_is_named(gpu):
+    use_tuned_kernels(gpu, TUNED_WITH)
     assert os.environ["FLA_CONFIG_DIR"] == str(FOLDER / "NVIDIA_H100_80GB_HBM3")
 
 

@@ -14,6 +14,9 @@ FOLDER = Path(__file__).parent / "tuned"
 TUNED_WITH = "0.6.0"
 """The version of fla whose kernels these are; another may have others of the same name."""
 
+_SAME_CHIP = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
+"""GPUs that take the configurations of another, from which they differ in their memory alone."""
+
 
 def allow_tuned_kernels() -> None:
     """To be called before fla is imported, which is when it reads this: configurations for exactly a call's key."""
@@ -22,7 +25,7 @@ def allow_tuned_kernels() -> None:
 
 def folder_of(gpu: str) -> Path:
     """Where the configurations of a GPU are, if there are any; `gpu` as CUDA names it: "NVIDIA H100 80GB HBM3"."""
-    return FOLDER / re.sub(r"[^0-9A-Za-z]+", "_", gpu).strip("_")
+    return FOLDER / re.sub(r"[^0-9A-Za-z]+", "_", _SAME_CHIP.get(gpu, gpu)).strip("_")
 
 
 def use_tuned_kernels(gpu: str, fla_version: str) -> None:
