@@ -283,7 +283,7 @@ def test_an_error_of_the_system_names_a_file_only_where_it_has_one(
         (OSError(28, "No space left on device", "a/b"), "error: a/b: No space left on device\n"),
     ):
 
-        def failing(config: object, error: OSError = error) -> None:
+        def failing(config: object, clock: object, error: OSError = error) -> None:
             raise error
 
         monkeypatch.setattr("distillkit.training.distill", failing)
