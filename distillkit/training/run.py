@@ -23,6 +23,7 @@ from distillkit.console import INTERRUPTED, print_line, sigterm_as_ctrl_c
 from distillkit.data.dataset import TokenisedTexts
 from distillkit.evaluation import check_prompts
 from distillkit.losses import check_losses
+from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.reporting import write_run_report
 from distillkit.runs.clock import REPORT, Clock, clock_record, clock_text
 from distillkit.runs.folder import open_run, refuse_foreign_files
@@ -78,6 +79,7 @@ def distill(
     return run.folder
 
 
+@gguf_parsed_once()
 def _train(run: Run, console: Console, lock: ExitStack, clock: Clock) -> None:
     """All phases that are left, and then the results of the whole. lock: holds that of the run's folder."""
     build = partial(_build, fp32_precision=torch.backends.fp32_precision)  # type: ignore[attr-defined]  # set from C

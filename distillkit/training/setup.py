@@ -22,7 +22,6 @@ from distillkit.models.attention import trained_attention
 from distillkit.models.decoder import check_head, head
 from distillkit.models.divided_rows import Context
 from distillkit.models.float8 import check_float8, exchange, float8_layers
-from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.models.loading import load_model, load_tokenizer, where
 from distillkit.models.placement import offload_layers, own_devices, refuse_spilled
 from distillkit.models.quantization import quantization_arguments
@@ -71,7 +70,6 @@ class Models:
     """peft's model around the student, where `lora` trains one; else None."""
 
 
-@gguf_parsed_once()
 def load_models(
     config: RunConfig,
     folder: PhaseFolder,
