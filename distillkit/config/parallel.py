@@ -25,6 +25,11 @@ class ParallelConfig(Section):
         gt=0,
         description="processes that share the tokens of each row, for long ones; it divides the number of processes",
     )
+    async_checkpoints: bool | Literal["auto"] = Field(
+        "auto",
+        description="whether checkpoints are written in the background while training goes on, from a copy in the "
+        "host's memory; auto: on GPUs",
+    )
 
     def sizes(self, processes: int) -> tuple[int, int]:
         """(replicate, shard) for so many processes. Raises `UserError` where they are not shard × replicate.

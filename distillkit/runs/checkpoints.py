@@ -76,22 +76,29 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def begin(path: Path) -> None:
-    """Make the folder of a checkpoint, which does not count yet. Every file in it is of the run."""
+def begin(path: Path) -> dict[str, Any]:
+    """Make the folder of a checkpoint, which does not count yet. Every file in it is of the run.
+
+    Returns what `complete` will say of the metrics until now: later ones are none of the checkpoint's.
+    """
     path.mkdir(exist_ok=True)
     (path / WRITING).touch()
     flush(path)
+    metrics = path.parent / METRICS
+    if not metrics.exists():
+        return {}
+    content = metrics.read_bytes()
+    return {"metrics": {"size": len(content), "digest": digest_of(content)}}
 
 
-def mark_complete(path: Path) -> None:
-    """Declare a checkpoint complete, once all that it holds has reached the disk, and the metrics until then."""
-    files, metrics = _files(path), path.parent / METRICS
-    flush_files([*path.rglob("*"), metrics])
-    marker: dict[str, Any] = {"files": fingerprint(files, limit=None)}
-    if metrics.exists():
-        content = metrics.read_bytes()
-        marker["metrics"] = {"size": len(content), "digest": digest_of(content)}
-    write_sealed(path / COMPLETE, marker)
+def mark_complete(path: Path, begun: dict[str, Any]) -> None:
+    """Declare a checkpoint complete, once all that it holds has reached the disk, and the metrics until it began.
+
+    begun: of `begin`.
+    """
+    files = _files(path)
+    flush_files([*path.rglob("*"), path.parent / METRICS])
+    write_sealed(path / COMPLETE, {"files": fingerprint(files, limit=None), **begun})
     (path / WRITING).unlink(missing_ok=True)
     flush(path)
 

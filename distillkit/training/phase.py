@@ -49,6 +49,7 @@ from distillkit.training.budget import set_steps
 from distillkit.training.compilation import compiled_step
 from distillkit.training.display import FirstSteps, MetricsFile, ProgressDisplay, finish_trackers
 from distillkit.training.distiller import Distiller
+from distillkit.training.divided_checkpoints import writes_in_background
 from distillkit.training.embeddings import level_padding
 from distillkit.training.interruption import SaveRequests
 from distillkit.training.lora import merge_adapter, save_adapter
@@ -223,6 +224,7 @@ def _trainer(
         rollouts=open_rollouts(config, models, arguments),
         adapter=models.adapter,
         clock=context.clock,
+        async_checkpoints=writes_in_background(config.parallel, arguments),
         args=arguments,
         train_dataset=TensorRows(train_rows, teacher.columns),
         eval_dataset=None if held_out is None else held_out.rows,

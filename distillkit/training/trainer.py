@@ -41,6 +41,7 @@ from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.batches import WholeBatches
 from distillkit.training.distiller import Distiller, DistillerOutput
+from distillkit.training.divided_checkpoints import CheckpointWriter
 from distillkit.training.log_window import LogWindow
 from distillkit.training.lora import save_adapter
 from distillkit.training.optimizers import protect_updates
@@ -67,6 +68,7 @@ class DistillationTrainer(Trainer):
         divergence: measures the student, for `eval_strategy`; None without held-out text.
         context: the processes that share rows; None where each reads rows of its own.
         adapter: peft's model around the student, which checkpoints hold instead of it; None where weights are trained.
+        async_checkpoints: those of a divided student are written while training goes on.
         rollouts: writes some of each step's rows with the student; None where all are of the dataset.
         clock: of the run, for evaluations and checkpoints; a new one by default.
         others: as for Trainer. Batches are those of `training.batches.Collator`.
@@ -87,6 +89,7 @@ class DistillationTrainer(Trainer):
         rollouts: Rollouts | None = None,
         adapter: Any = None,
         clock: Clock | None = None,
+        async_checkpoints: bool = False,
         **others: Any,
     ) -> None:
         super().__init__(model=distiller, **others)
@@ -103,6 +106,7 @@ class DistillationTrainer(Trainer):
         self.rollouts = rollouts
         self.adapter = adapter
         self.clock = clock or Clock()
+        self.writer = CheckpointWriter(self.args, background=async_checkpoints)
         self.accelerator.state.device_mesh = None if context is None else context.mesh  # the data loader's
         self._window = LogWindow()
         self._unread_tokens = torch.zeros((), dtype=torch.long)
@@ -123,6 +127,7 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and the counted tokens of all of them on all ranks."""
+        self.writer.poll()
         self._window.begin(self.state.num_input_tokens_seen)
         batches = self._next_batches(epoch_iterator, num_batches)
         if self.rollouts is not None and batches:
@@ -275,38 +280,66 @@ class DistillationTrainer(Trainer):
                 totals[name] = totals.get(name, torch.zeros_like(pairs)) + pairs
         return {name: self._over_ranks(pairs) for name, pairs in totals.items()}
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's. When it returns or raises, no checkpoint is being written."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.writer.wait()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.writer.settle()
+        return super()._finalize_training(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, marked when complete; older ones are deleted after that, not before."""
+        self.writer.settle()
         folder = Path(self.args.output_dir)
         path = folder / f"{CHECKPOINT}{self.state.global_step}"
         if (path / COMPLETE).exists():
             return
-        if self.args.should_save:
-            checkpoints.begin(path)
+        begun = checkpoints.begin(path) if self.args.should_save else {}
         self.accelerator.wait_for_everyone()
         self._read_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with self._window.paused(), self.clock.span(CHECKPOINTS):
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoints.mark_complete(path)
-                checkpoints.rotate(folder, limit, self.state.best_model_checkpoint)
-            self.accelerator.wait_for_everyone()
+            best = self.state.best_model_checkpoint
+
+            def complete() -> None:
+                checkpoints.mark_complete(path, begun)
+                checkpoints.rotate(folder, limit, best)
+
+            if is_divided(self.model):
+                self._write_divided(path, complete)
+            else:
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    complete()
+                self.accelerator.wait_for_everyone()
         self.args.save_total_limit = limit
 
+    def _write_divided(self, path: Path, complete: Callable[[], None]) -> None:
+        """Each process's part of the optimizer, then the student, which the main process has whole on the CPU."""
+        student = whole_state(self.model)
+        optimizer = get_optimizer_state_dict(self.model, self._own_optimizer())
+
+        def finish() -> None:
+            self._save(str(path), student)
+            complete()
+
+        self.writer.write(path / OPTIMIZER, {**optimizer, SHARDS: shards(self.model)}, finish)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`_save`, for which all processes gather a divided student."""
-        self._save(output_dir, whole_state(self.model))
+        """`_save` of a student that each process has whole; a divided one is written with its optimizer."""
+        if not is_divided(self.model):
+            self._save(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As Trainer, but for the optimizer of a divided student, of which each process writes its part."""
+        """As Trainer, but for the optimizer of a divided student."""
         if not is_divided(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = get_optimizer_state_dict(self.model, self._own_optimizer())
-        distributed_checkpoint.save({**state, SHARDS: shards(self.model)}, checkpoint_id=Path(output_dir) / OPTIMIZER)
-        if self.args.should_save:
+        elif self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

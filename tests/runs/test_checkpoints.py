@@ -22,11 +22,11 @@ from tests.damage import damage, damages
 
 def write(folder, step, complete=True):
     path = folder / f"checkpoint-{step}"
-    begin(path)
+    begun = begin(path)
     (path / "model.safetensors").write_bytes(b"weights")
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 30}))
     if complete:
-        mark_complete(path)
+        mark_complete(path, begun)
     return path
 
 

@@ -5,11 +5,15 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
+import sys
 import time
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,14 +27,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from distillkit.config import UserError, load_run
+from distillkit.cli import main
+from distillkit.config import RunConfig, UserError, load_run
 from distillkit.config.parallel import ParallelConfig
 from distillkit.config.training_args import QUANTIZED_OPTIMIZERS, STOCHASTIC_OPTIMIZERS
+from distillkit.console import USAGE_ERROR
 from distillkit.losses import ModelShape, Objective
 from distillkit.models.streaming import open_stored
-from distillkit.training import distill, optimizers, setup
+from distillkit.runs.checkpoints import complete_checkpoints
+from distillkit.training import distill, optimizers, setup, trainer
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.distiller import Distiller
+from distillkit.training.divided_checkpoints import CheckpointWriter, _Writer
 from distillkit.training.parallel import divide, mesh_of, place_teacher, whole_state
 from distillkit.training.trainer import OPTIMIZER, SHARDS, DistillationTrainer, check_shards
 from tests.forks import environments, exit_codes, started
@@ -108,10 +116,10 @@ MESHES = [
 """Processes, how models and rows are divided over them, and cases."""
 
 
-def forks(number, function, argument):
+def forks(number, function, argument, code=0):
     """Call the function in so many processes that know of each other, forked from one that has imported all."""
     given = [(each, function, argument) for each in environments(number)]
-    assert exit_codes(started(run_as, given), 150) == [0] * number
+    assert exit_codes(started(run_as, given), 150) == [code] * number
 
 
 def run_as(environment, function, argument):
@@ -366,10 +374,10 @@ def run_on(processes, config):
     return Path(config.output_path)
 
 
-def kill_on(processes, config, moment, chance):
+def kill_on(processes, config, moment, chance, function=run_path):
     """Begin a run, or go on with it, and kill all processes by SIGKILL a little after a moment of its life."""
     path, folder = written(config), Path(config.output_path)
-    running = started(run_as, [(each, run_path, path) for each in environments(processes)])
+    running = started(run_as, [(each, function, path) for each in environments(processes)])
     while all(each.is_alive() for each in running) and not moment(folder):
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.2))
@@ -475,3 +483,86 @@ def test_a_miniature_recipe_of_divided_models_killed_and_resumed_on_one_process_
     run_on(1, miniature(inputs, folder, 1))
     for part in (".", "phases/1-alignment", "phases/2-distillation"):
         assert_same_weights(folder / part, expected / part)
+
+
+def in_background(inputs, folder, **training):
+    given = described(inputs, folder, 2).model_dump(mode="json")
+    given["parallel"]["async_checkpoints"] = True
+    given["training_args"] |= training
+    return RunConfig.parse(given)
+
+
+def output_of(path):
+    return Path(yaml.safe_load(path.read_text())["output_path"])
+
+
+def last_step(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+@pytest.mark.timeout(240)
+def test_checkpoints_written_in_the_background_leave_a_run_as_it_is(inputs, of_two, tmp_path):
+    folder = run_on(2, in_background(inputs, tmp_path / "run", save_steps=1, save_total_limit=1))
+    assert_same_run(folder, of_two)
+    assert_same_weights(folder, of_two, 0)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def run_on_a_slow_disk(path):
+    """The parts of checkpoint 2 are written when step 3 is made, the student of checkpoint 4 never."""
+    folder, write_data, save_student = output_of(path), _Writer.write_data, trainer.save_student
+
+    def late(writer, *given):
+        end = time.monotonic() + 60
+        while last_step(folder) < 3:
+            assert time.monotonic() < end, "training waits for its checkpoint"
+            time.sleep(0.01)
+        return write_data(writer, *given)
+
+    def never(student, target, *given):
+        time.sleep(120 if target.name == "checkpoint-4" else 0)
+        save_student(student, target, *given)
+
+    with patch.object(_Writer, "write_data", late), patch.object(trainer, "save_student", never):
+        run_path(path)
+
+
+@pytest.mark.timeout(240)
+def test_killed_while_a_checkpoint_is_written_in_the_background(inputs, of_one, tmp_path):
+    """The one before it counts, which is that of its step although training went on; one process resumes from it."""
+    folder, training = tmp_path / "run", {"save_steps": 2, "save_total_limit": 1, "logging_steps": 1}
+    config = in_background(inputs, folder, **training)
+    kill_on(2, config, lambda folder: last_step(folder) > 4, random.Random(0), run_on_a_slow_disk)
+    (kept,) = complete_checkpoints(folder)
+    assert kept.step == 2 and [json.loads(line)["step"] for line in kept.metrics().splitlines()] == [1, 2]
+    assert (folder / "checkpoint-4" / OPTIMIZER).exists()
+    run_on(1, described(inputs, folder, 1, resume=True))
+    assert_same_weights(folder, of_one)
+
+
+def run_on_a_full_disk(path):
+    """The second process has no room for its part of checkpoint 4."""
+    write, main_process = CheckpointWriter.write, os.environ["RANK"] == "0"
+
+    def without_room(writer, folder, *given):
+        if folder.parent.name == "checkpoint-4" and not main_process:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        write(writer, folder, *given)
+
+    said = path.with_name(f"said by {'the main' if main_process else 'another'} process")
+    with patch.object(CheckpointWriter, "write", without_room), said.open("w") as file, redirect_stderr(file):
+        sys.exit(main([str(path)]))
+
+
+@pytest.mark.timeout(240)
+def test_a_full_disk_under_one_process_ends_the_run_with_a_line_and_the_checkpoint_before(inputs, tmp_path):
+    config = in_background(inputs, tmp_path / "run", save_steps=2, save_total_limit=1)
+    forks(2, run_on_a_full_disk, written(config), code=USAGE_ERROR)
+    for said in tmp_path.glob("said by *"):
+        lines = [line for line in said.read_text().splitlines() if line.startswith("error")]
+        assert lines == [
+            f"error: output_path: the disk is full at '{config.output_path}'; free some space, and go on with --resume"
+        ]
+    (kept,) = complete_checkpoints(tmp_path / "run")
+    assert kept.step == 2 and kept.damage() == []
