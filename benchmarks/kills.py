@@ -2,28 +2,37 @@
 
     python benchmarks/kills.py
     python benchmarks/kills.py --capture-kills 4 --training-kills 4 --output small.json
+    python benchmarks/kills.py --processes 4 --training-kills 20 --output kills_divided.json
 
 A capture and a run of two phases (two layers, a tokenizer of bytes, float32 on the CPU) go to their end undisturbed,
 then again and again with five SIGKILLs each at moments drawn evenly from their duration. Compared are all files of a
 capture; of a run the weights of every phase, the losses of every step, and all results but times.
+
+With `--processes` there is instead a run of so many processes, over which models are divided, and which write their
+checkpoints in the background. All are killed at once; each time it goes on, on a number of processes that chance draws
+from the divisors of that number, at the end also on one. Weights may differ by 1e-5, other numbers by a thousandth.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
 import shutil
-import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -37,11 +46,15 @@ PER_LIFE = 5
 PHASES = ("phases/1-alignment", "phases/2-distillation")
 TIMES = ("seconds", "started", "finished", "tokens_per_second", "checksum", "command", "resumed")
 
+Work = Callable[[Path, Path], None]
+"""Is given the folders of inputs and output."""
+
 
 @dataclass(kw_only=True)
 class KillsOptions(Options):
     capture_kills: int = option(100)
     training_kills: int = option(40)
+    processes: int = option(1, "of a run that is divided over them")
     seed: int = option(0, "of the moments")
 
 
@@ -74,7 +87,7 @@ def captured(inputs: Path, output: Path) -> None:
     capture(described, console=Console(file=StringIO()))
 
 
-def trained(inputs: Path, output: Path) -> None:
+def trained(inputs: Path, output: Path, training: Json | None = None, **changes: Any) -> None:
     alignment = {"loss_functions": [{"function": "attn_mse", "weight": 1.0}], "frozen_res": ["mlp", "embed_tokens"]}
     described = {
         "teacher": {"path": str(inputs / "teacher")},
@@ -90,12 +103,22 @@ def trained(inputs: Path, output: Path) -> None:
             "save_steps": 3,
             "save_total_limit": 1,
             "use_cpu": True,
+            **(training or {}),
         },
         "phases": [{"name": "alignment", **alignment}, {"name": "distillation"}],
         "resume": True,
         "output_path": str(output),
+        **changes,
     }
     distill(described, Console(file=StringIO()))
+
+
+def divided(inputs: Path, output: Path, rows: int) -> None:
+    """The same run with so many rows in a step, on as many processes as there are."""
+    number = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel = {"parallel": {"async_checkpoints": True}} if number > 1 else {}
+    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows // number}
+    trained(inputs, output, training, **parallel)
 
 
 FILES = {"train": "train", "eval": "valid"}
@@ -106,8 +129,8 @@ def files_of_capture(folder: Path) -> Json:
 
 
 def files_of_run(folder: Path) -> Json:
-    """Digests of weights, losses by step, and results without times."""
-    found: Json = {part: sha256(folder / part / "model.safetensors") for part in (".", *PHASES)}
+    """Weights, losses by step, and results without times."""
+    found: Json = {part: load_file(folder / part / "model.safetensors") for part in (".", *PHASES)}
     for part in PHASES:
         found[f"{part} metrics"] = [timeless(line) for line in read_metrics(folder / part)]
     for part in (".", *PHASES):
@@ -124,38 +147,81 @@ def timeless(content: Json) -> Json:
     }
 
 
-def started(work: Callable[[Path, Path], None], inputs: Path, output: Path) -> multiprocessing.Process:
-    process = processes.Process(target=work, args=(inputs, output))
-    process.start()
-    return process
+def equal(ours: Any, theirs: Any, *, nearly: bool) -> bool:
+    """To the last bit, or nearly so: as sums in another order are."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key], nearly=nearly) for key in ours)
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(partial(equal, nearly=nearly), ours, theirs))
+    if isinstance(ours, torch.Tensor):
+        return torch.allclose(ours, theirs, rtol=0, atol=1e-5 if nearly else 0)
+    if nearly and isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-6)
+    return bool(ours == theirs)
 
 
-def lives(work: Callable[[Path, Path], None], inputs: Path, folder: Path, kills: int, chance: random.Random) -> Json:
-    """How many kills there were, and how many of the lives that they interrupted ended otherwise than undisturbed."""
+def started(work: Work, inputs: Path, output: Path, number: int = 1) -> list[multiprocessing.Process]:
+    """So many processes at one work, which know of each other as those of torchrun do."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    environments = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    forks = [
+        processes.Process(target=as_one_of, args=(environment if number > 1 else {}, work, inputs, output))
+        for environment in environments
+    ]
+    for fork in forks:
+        fork.start()
+    return forks
+
+
+def as_one_of(environment: dict[str, str], work: Work, inputs: Path, output: Path) -> None:
+    os.environ |= environment
+    work(inputs, output)
+
+
+def ended(forks: list[multiprocessing.Process]) -> list[int | None]:
+    """Exit codes of processes that end by themselves."""
+    for fork in forks:
+        fork.join()
+    return [fork.exitcode for fork in forks]
+
+
+def lives(work: Work, inputs: Path, folder: Path, kills: int, chance: random.Random, most: int = 1) -> Json:
+    """How many kills there were, and how many of the lives that they interrupted ended otherwise than undisturbed.
+
+    most: the number of processes, undisturbed.
+    """
     compare = files_of_capture if work is captured else files_of_run
+    divisors = [number for number in range(1, most + 1) if most % number == 0]
     seconds = []
     for name in ("warm", "undisturbed"):  # the first one also starts the fork server
         began = time.monotonic()
-        started(work, inputs, folder / name).join()
+        ended(started(work, inputs, folder / name, most))
         seconds.append(time.monotonic() - began)
-    expected, done, ended, differing = compare(folder / "undisturbed"), 0, 0, []
+    expected, done, ends, differing = compare(folder / "undisturbed"), 0, 0, []
     while done < kills:
-        output, killed = folder / f"life{ended}", 0
+        output, killed = folder / f"life{ends}", 0
         while killed < PER_LIFE and done < kills:
-            process = started(work, inputs, output)
-            process.join(chance.uniform(0, seconds[-1]))
-            if process.exitcode is not None:  # it came to its end first: the next life
+            # What one process has written without the others they cannot go on with.
+            forks = started(work, inputs, output, chance.choice(divisors[1:] or [1]))
+            forks[0].join(chance.uniform(0, seconds[-1]))
+            if forks[0].exitcode is not None:  # it came to its end first: the next life
+                ended(forks)
                 break
-            os.kill(process.pid or 0, signal.SIGKILL)
-            process.join()
+            for fork in forks:
+                fork.kill()
+            ended(forks)
             killed, done = killed + 1, done + 1
-        process = started(work, inputs, output)
-        process.join()
-        files = compare(output) if process.exitcode == 0 else {"exit code": process.exitcode}
-        differing += [sorted(key for key in {*expected, *files} if expected.get(key) != files.get(key))]
-        ended += 1
+        codes = ended(started(work, inputs, output, chance.choice(divisors)))
+        files = {"exit codes": codes} if any(codes) else compare(output)
+        differing += [
+            sorted(key for key in {*expected, *files} if not equal(files.get(key), expected.get(key), nearly=most > 1))
+        ]
+        ends += 1
         shutil.rmtree(output)
-    found = {"kills": done, "ends": ended, "equal": sum(not each for each in differing)}
+    found = {"kills": done, "ends": ends, "equal": sum(not each for each in differing)}
     return found | ({"differing": differing} if any(differing) else {})
 
 
@@ -165,11 +231,14 @@ def measure(options: KillsOptions) -> Iterator[Json]:
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder, "inputs")
         write_inputs(inputs)
-        for name, work, kills in (
-            ("captures", captured, options.capture_kills),
-            ("runs of two phases", trained, options.training_kills),
-        ):
-            yield {"what": name, **lives(work, inputs, Path(folder, name.split()[0]), kills, chance)}
+        most, runs = options.processes, Path(folder, "runs")
+        if most > 1:
+            work = partial(divided, rows=most)
+            found = lives(work, inputs, runs, options.training_kills, chance, most)
+            yield {"what": f"runs of two phases, divided over {most} processes", **found}
+            return
+        yield {"what": "captures", **lives(captured, inputs, Path(folder, "captures"), options.capture_kills, chance)}
+        yield {"what": "runs of two phases", **lives(trained, inputs, runs, options.training_kills, chance)}
 
 
 # Imports torch once, and forks a clean process from there for each life.
