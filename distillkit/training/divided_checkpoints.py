@@ -42,13 +42,15 @@ class CheckpointWriter:
     """Writes one checkpoint after another. All processes call the same methods in the same order.
 
     Args:
-        background: `write` returns when the state is copied, and errors are raised by a later call.
+        background: `write` returns when the state is copied, and a later call raises what fails.
     """
 
     def __init__(self, arguments: TrainingArguments, *, background: bool) -> None:
         self.arguments = arguments
-        self.background = background
         self._group: Any = None
+        if background:  # now, so that a network that does not let them meet is noticed before anything is trained
+            timeout = timedelta(seconds=arguments.ddp_timeout)
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         self._writing: Future[Any] | None = None
         self._folder = Path()
 
@@ -59,17 +61,13 @@ class CheckpointWriter:
         """
         self.settle()
         self._folder, writer = folder, _Writer(folder, finish)
-        if not self.background:
-            with self._one_line():
-                distributed_checkpoint.save(state, storage_writer=writer)
-            return
         if self._group is None:
-            timeout = timedelta(seconds=self.arguments.ddp_timeout)
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        with self._one_line():
+            with self._causes_raised():
+                distributed_checkpoint.save(state, storage_writer=writer)
+        else:
             writing = distributed_checkpoint.async_save(state, storage_writer=writer, process_group=self._group)
-        assert isinstance(writing, Future)
-        self._writing = writing
+            assert isinstance(writing, Future)
+            self._writing = writing
 
     def poll(self) -> None:
         """Once in a step: raises as `settle` does, as soon as the writing has ended on all processes."""
@@ -79,25 +77,25 @@ class CheckpointWriter:
     def settle(self) -> None:
         """Wait until nothing is being written.
 
-        Raises what failed on any process: `UserError` where a file could not be written, `OSError` for a full disk.
+        Raises on all processes what failed on one, as `UserError` where a file could not be written.
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            with self._one_line():
+            with self._causes_raised():
                 writing.result()
 
     def wait(self) -> None:
-        """As `settle`, where training has failed: what else failed is not raised."""
+        """Wait as `settle` does, and raise nothing."""
         if self._writing is not None:
             wait([self._writing])
 
     @contextmanager
-    def _one_line(self) -> Iterator[None]:
+    def _causes_raised(self) -> Iterator[None]:
         try:
             yield
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
-            if isinstance(cause, OSError) and not is_full_disk(cause):
+            if isinstance(cause, OSError) and not is_full_disk(cause):  # of a full disk the run itself has a line
                 problem = f"{self._folder} could not be written: {cause}; earlier checkpoints are whole"
                 raise UserError("output_path", f"{problem}; go on with --resume") from error
             raise cause from error

@@ -106,7 +106,7 @@ class DistillationTrainer(Trainer):
         self.rollouts = rollouts
         self.adapter = adapter
         self.clock = clock or Clock()
-        self.writer = CheckpointWriter(self.args, background=async_checkpoints)
+        self.writer = CheckpointWriter(self.args, background=async_checkpoints and is_divided(distiller))
         self.accelerator.state.device_mesh = None if context is None else context.mesh  # the data loader's
         self._window = LogWindow()
         self._unread_tokens = torch.zeros((), dtype=torch.long)
@@ -293,7 +293,8 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, marked when complete; older ones are deleted after that, not before."""
-        self.writer.settle()
+        with self._window.paused():
+            self.writer.settle()
         folder = Path(self.args.output_dir)
         path = folder / f"{CHECKPOINT}{self.state.global_step}"
         if (path / COMPLETE).exists():
@@ -310,8 +311,8 @@ class DistillationTrainer(Trainer):
                 checkpoints.mark_complete(path, begun)
                 checkpoints.rotate(folder, limit, best)
 
-            if is_divided(self.model):
-                self._write_divided(path, complete)
+            if self._writes_parts:
+                self._write_parts(path, complete)
             else:
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
@@ -319,7 +320,12 @@ class DistillationTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
         self.args.save_total_limit = limit
 
-    def _write_divided(self, path: Path, complete: Callable[[], None]) -> None:
+    @property
+    def _writes_parts(self) -> bool:
+        """Whether each process writes its part of the optimizer."""
+        return is_divided(self.model) and not self.args.save_only_model
+
+    def _write_parts(self, path: Path, complete: Callable[[], None]) -> None:
         """Each process's part of the optimizer, then the student, which the main process has whole on the CPU."""
         student = whole_state(self.model)
         optimizer = get_optimizer_state_dict(self.model, self._own_optimizer())
@@ -331,9 +337,9 @@ class DistillationTrainer(Trainer):
         self.writer.write(path / OPTIMIZER, {**optimizer, SHARDS: shards(self.model)}, finish)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`_save` of a student that each process has whole; a divided one is written with its optimizer."""
-        if not is_divided(self.model):
-            self._save(output_dir)
+        """`_save`, for which all processes gather a divided student, unless it is written with its optimizer."""
+        if not self._writes_parts:
+            self._save(output_dir, whole_state(self.model))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As Trainer, but for the optimizer of a divided student."""
