@@ -139,11 +139,11 @@ def files_of_run(folder: Path) -> Json:
 
 
 def timeless(content: Json) -> Json:
-    """Without what a clock decides, and without the folder."""
+    """Without what a clock decides, the folder, and the number of processes."""
     return {
         key: timeless(value) if isinstance(value, dict) else value
         for key, value in content.items()
-        if key not in (*TIMES, "phases", "config", "losses", "samples")
+        if key not in (*TIMES, "phases", "config", "losses", "samples", "processes")
     }
 
 
