@@ -45,6 +45,8 @@ PER_LIFE = 5
 """Kills before a capture or run may go to its end."""
 PHASES = ("phases/1-alignment", "phases/2-distillation")
 TIMES = ("seconds", "started", "finished", "tokens_per_second", "checksum", "command", "resumed")
+DIVIDED = ("processes", "epoch")
+"""What the number of processes decides: `epoch` counts the micro-batches of one."""
 
 Work = Callable[[Path, Path], None]
 """Is given the folders of inputs and output."""
@@ -135,15 +137,16 @@ def files_of_run(folder: Path) -> Json:
         found[f"{part} metrics"] = [timeless(line) for line in read_metrics(folder / part)]
     for part in (".", *PHASES):
         found[f"{part} results"] = timeless(json.loads((folder / part / "results.json").read_text()))
-    return found | {"hidden": sorted(path.name for path in folder.rglob(".*") if path.is_file())}
+    hidden = sorted(path.name for path in folder.rglob(".*") if path.is_file() and path.name != ".metadata")
+    return found | {"hidden": hidden}  # but for that of a divided optimizer
 
 
 def timeless(content: Json) -> Json:
-    """Without what a clock decides, the folder, and the number of processes."""
+    """Without what a clock decides, or the number of processes, and without the folder."""
     return {
         key: timeless(value) if isinstance(value, dict) else value
         for key, value in content.items()
-        if key not in (*TIMES, "phases", "config", "losses", "samples", "processes")
+        if key not in (*TIMES, *DIVIDED, "phases", "config", "losses", "samples")
     }
 
 
