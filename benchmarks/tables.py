@@ -288,6 +288,7 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "attention": flat("attention", "tokens", "tokens_per_second", "peak_mib"),
     "delta_rule": flat("form", "tokens", "peak_mib", "seconds"),
     "kills": flat("what", "kills", "ends", "equal"),
+    "kills_divided": flat("what", "kills", "ends", "equal"),
     "compression": compression,
 }
 """What is shown of each result file."""
