@@ -44,7 +44,7 @@ from frame import ROOT, Json, Options, option, read_metrics, run
 PER_LIFE = 5
 """Kills before a capture or run may go to its end."""
 PHASES = ("phases/1-alignment", "phases/2-distillation")
-TIMES = ("seconds", "started", "finished", "tokens_per_second", "checksum", "command", "resumed")
+TIMES = ("clock", "seconds", "started", "finished", "tokens_per_second", "checksum", "command", "resumed")
 DIVIDED = ("processes", "epoch")
 """What the number of processes decides: `epoch` counts the micro-batches of one."""
 

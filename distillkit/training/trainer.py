@@ -288,12 +288,13 @@ class DistillationTrainer(Trainer):
             self.writer.wait()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self.writer.settle()
+        with self.clock.span(CHECKPOINTS):
+            self.writer.settle()
         return super()._finalize_training(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, marked when complete; older ones are deleted after that, not before."""
-        with self._window.paused():
+        with self._window.paused(), self.clock.span(CHECKPOINTS):
             self.writer.settle()
         folder = Path(self.args.output_dir)
         path = folder / f"{CHECKPOINT}{self.state.global_step}"
