@@ -6,6 +6,9 @@ from typing import Any
 
 from cells import Part, grid
 from distillkit.reporting import numbers
+from distillkit.reporting.evaluated import Model, merge_models
+from distillkit.reporting.reading import Evaluation
+from distillkit.reporting.shares import comparable_tasks, share_of_teacher
 from frame import Json
 from replicated import (
     NOISE,
@@ -24,7 +27,7 @@ from replicated import (
 
 
 def conclusions(results: Path) -> list[Part]:
-    """At most six lines; those whose files are missing are left out."""
+    """At most seven lines; those whose files are missing are left out."""
 
     def content(name: str) -> Any:
         return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
@@ -33,6 +36,7 @@ def conclusions(results: Path) -> list[Part]:
         line(*map(content, files))
         for line, files in (
             (closeness, ["replication"]),
+            (answering, ["answers"]),
             (retrieval, ["replication"]),
             (speed, ["throughput"]),
             (writing, ["decoding_afm", "serving_afm"]),
@@ -54,6 +58,26 @@ def closeness(content: Json) -> list[str]:
         f"after conversion: KL {numbers.decimals(before['kl'])}, {numbers.percent(before['agreement'])}",
         f"SmolLM2-135M; {title(name)}; {numbers.seconds(done[name]['seconds'])} of training, {done[name]['device']}",
         "[divergence](#divergence-from-the-teacher)",
+    ]
+
+
+def answering(content: Json) -> list[str]:
+    models = merge_models([Evaluation(Path(), each) for each in content["evaluations"]])
+    teacher, *students = models
+    tasks = comparable_tasks(models)
+
+    def shown(model: Model) -> str:
+        kept, unparsed = share_of_teacher(model, teacher, tasks), model.generation["choices"]["unparsed"]
+        assert kept.value is not None
+        name = TITLES.get(model.name, model.name)
+        return f"{name}: {numbers.percent(kept.value)} kept, {numbers.percent(unparsed)} of answers are no letter"
+
+    return [
+        f"What is kept of the teacher's scores above chance ({len(tasks)} benchmarks) and of the format of answers?",
+        "; ".join(map(shown, students)),
+        f"teacher: {numbers.percent(teacher.generation['choices']['unparsed'])} of answers are no letter",
+        f"SmolLM2-135M; {content['machine']['gpu']}",
+        "[answers](#what-students-answer)",
     ]
 
 

@@ -20,8 +20,13 @@ from cells import Json, Part, grid, named_now, number, source
 from conclusions import conclusions
 from distillkit.reporting import numbers
 from distillkit.reporting.colours import paint, series
+from distillkit.reporting.comparison import LEGEND, comparison
 from distillkit.reporting.document import Picture
+from distillkit.reporting.document import table as markdown_table
+from distillkit.reporting.evaluated import merge_models, the_teacher
 from distillkit.reporting.plots import Axis, Series, line_chart
+from distillkit.reporting.reading import Evaluation
+from distillkit.reporting.shares import main_metric, share_of_teacher
 from frame import GIB, RESULTS, ROOT
 from replicated import TITLES, replication, title
 
@@ -167,6 +172,46 @@ def served_speed(content: Json) -> list[Part]:
     return [grid(header, lines)]
 
 
+WRITE_UP = {"mmlu": (25, 63.1, 55.8), "arc_challenge": (25, 55.6, 49.9), "hellaswag": (25, 78.0, 74.3)}
+WRITE_UP["gsm8k"] = (0, 52.1, 26.8)
+"""Percent by guessing, of AFM-4.5B and of AFM-4.5B-Base-KDA-Only, as its model card has them (December 2025)."""
+
+
+def answers(content: Json) -> list[Part]:
+    """Runs; the report's own comparison; four benchmarks beside what was published."""
+    models = merge_models([Evaluation(Path(), each) for each in content["evaluations"]])
+    table, teacher = comparison(models), the_teacher(models)
+    assert table is not None and teacher is not None
+    students = [model for model in models if not model.is_teacher]
+    runs = []
+    for name, run in content["runs"].items():
+        held_out = numbers.nats(run["phases"][-1]["divergence"]["after"]["kl"])
+        seconds = [numbers.seconds(each) for each in (run["seconds"], run["clock"]["total"])]
+        runs.append([name, run["recipe"], numbers.count(run["tokens"]), *seconds, held_out])
+    lines = []
+    for task, (chance, theirs, ours) in WRITE_UP.items():
+        cells = [f"{ours - theirs:+.1f}, {numbers.percent((ours - chance) / (theirs - chance))}"]
+        metric = main_metric(teacher.benchmarks[task])
+        for student in students:
+            ends = [each.benchmarks[task]["metrics"][metric]["value"] for each in (teacher, student)]
+            share = share_of_teacher(student, teacher, [task]).value
+            kept = "teacher at chance" if share is None else numbers.percent(share)
+            cells.append(f"{100 * (ends[1] - ends[0]):+.1f}, {kept}")
+        lines.append([task, *cells])
+    others = {task: found["note"] for task, found in teacher.benchmarks.items() if "note" in found}
+    header = ["student", "recipe", "tokens", "training", "from command to end", "KL in its last rows"]
+    return [
+        grid(header, runs, words=True),
+        markdown_table(table),
+        LEGEND,
+        "Points that are lost, and the share of the teacher's score above chance that is left:",
+        grid(["benchmark", "AFM-4.5B, KDA only", *(student.name for student in students)], lines, words=True),
+        "Local files that differ from the hub's: "
+        + "; ".join(f"{task}: {note}" for task, note in others.items())
+        + ".",
+    ]
+
+
 def before_and_after(content: Json) -> list[Part]:
     """A single run of the product."""
     rows = (
@@ -267,6 +312,8 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "throughput": throughput,
     "throughput_policies": throughput,
     "throughput_all": throughput,
+    "throughput_float8": throughput,
+    "quantization": flat("quantization", "kl", "agreement", "perplexity_in_bfloat16", "perplexity", "tokens"),
     "throughput_smollm2": throughput,
     "start_up": start_up,
     "decoding_afm": partial(decoding, name="decoding-afm"),
@@ -278,6 +325,7 @@ SECTIONS: dict[str, Callable[[Json], list[Part]]] = {
     "decoding_filled": batches,
     "serving_afm": served_speed,
     "serving_parity": served_text,
+    "answers": answers,
     "initialization": flat("short_convolution", "output_scale", "decay", "kl_before", "kl_after", key="results"),
     "initialization_memory": starts,
     "initialization_short": starts,

@@ -56,8 +56,8 @@ def test_conclusions_are_those_of_the_result_files(tables, tmp_path):
         return part.splitlines()[2:]
 
     lines = table(tables.RESULTS)
-    assert len(lines) == 6 and "\n".join(lines) in PAGE.read_text(encoding="utf-8")
-    for file in ("replication", "throughput", "decoding_afm", "serving_afm", "memory", "plan_times"):
+    assert len(lines) == 7 and "\n".join(lines) in PAGE.read_text(encoding="utf-8")
+    for file in ("replication", "answers", "throughput", "decoding_afm", "serving_afm", "memory", "plan_times"):
         shutil.copy(tables.RESULTS / f"{file}.json", tmp_path)
 
     def changed(file, change):
@@ -69,6 +69,8 @@ def test_conclusions_are_those_of_the_result_files(tables, tmp_path):
     changed(
         "replication", lambda each: each["teacher"]["needles"]["niah_single_1"]["16384"].update(correct=5, total=20)
     )
+    unparsed = {"unparsed": 0.123}
+    changed("answers", lambda each: each["evaluations"][0]["generation"]["hybrid"]["choices"].update(unparsed))
     changed("throughput", lambda each: each["rows"][0].update(tokens_per_second=4321))
     changed("decoding_afm", lambda each: each["models"]["teacher"]["rows"][-1].update(kv_cache_bytes=3 * 2**30))
     changed("serving_afm", lambda each: each["rows"][-1].update(tokens_per_second=5432))
@@ -76,12 +78,20 @@ def test_conclusions_are_those_of_the_result_files(tables, tmp_path):
     found = table(tmp_path)
     for line, now in zip(
         found,
-        ("KL 0.125", "25.0% at 16k", "4,321", "hybrid 5,432", "teacher: 3 GiB", "tokens/s within 50.0%"),
+        (
+            "KL 0.125",
+            "12.3% of answers",
+            "25.0% at 16k",
+            "4,321",
+            "hybrid 5,432",
+            "teacher: 3 GiB",
+            "tokens/s within 50.0%",
+        ),
         strict=True,
     ):
         assert now in line and line not in lines
     (tmp_path / "plan_times.json").unlink()
-    assert table(tmp_path) == found[:5]
+    assert table(tmp_path) == found[:6]
 
 
 def test_files_that_the_page_and_the_notes_name_exist(tables):
