@@ -33,9 +33,16 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def check_float8(device: torch.device, key: str, remedy: str) -> None:
-    """Raises `UserError` for a GPU that does not multiply float8. A CPU does, slowly."""
+    """Raises `UserError` for a device that does not multiply float8. A CPU does, slowly, with a recent PyTorch."""
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
         raise no_float8(key, f"{torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]})", remedy)
+    if device.type == "cpu":
+        rows, scale = quantize_rows(torch.ones(MULTIPLE, MULTIPLE))
+        try:
+            _product(torch.ones(MULTIPLE, MULTIPLE), rows.t(), scale.t())
+        except RuntimeError:
+            problem = f"PyTorch {torch.__version__} has no float8 products of rows on a CPU"
+            raise UserError(key, f"{problem}; use a newer one, or {remedy}") from None
 
 
 def no_float8(key: str, gpu: str, remedy: str) -> UserError:

@@ -31,9 +31,11 @@ ROUNDING = ["adamw_torch", *LOW_BIT]
 
 def make_optimizer(optim, parameters, **options):
     """As Trainer makes it."""
-    from torchao.optim import AdamW4bit, AdamW8bit
+    chosen = torch.optim.AdamW
+    if optim in LOW_BIT:
+        from torchao.optim import AdamW4bit, AdamW8bit
 
-    chosen = {"adamw_torch_8bit": AdamW8bit, "adamw_torch_4bit": AdamW4bit}.get(optim, torch.optim.AdamW)
+        chosen = {"adamw_torch_8bit": AdamW8bit, "adamw_torch_4bit": AdamW4bit}[optim]
     chosen, options = protect_updates(optim, chosen, options, parameters)
     return chosen(parameters, **options)
 
