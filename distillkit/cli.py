@@ -24,6 +24,7 @@ from distillkit.config.schema import Kind, json_schema
 from distillkit.config.sharing import find_share
 from distillkit.config.student import KVHeads, Layout
 from distillkit.config.synthetic import check_synthetic_ready, load_synthetic_config
+from distillkit.config.written import check_written_ready, load_written_config
 from distillkit.console import FAILED, INTERRUPTED, USAGE_ERROR, sigterm_as_ctrl_c
 from distillkit.runs.clock import command_clock
 from distillkit.runs.writing import json_text
@@ -31,6 +32,15 @@ from distillkit.runs.writing import json_text
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Keys to change: training_args.learning_rate=3e-4", metavar="KEY=VALUE"),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        help="Make only part i of n: files i - 1, i - 1 + n, i - 1 + 2n, ... Several processes or machines can "
+        "share the work, in one folder or in several that are put together; processes of torchrun do "
+        "so automatically. [default: all missing files]",
+        metavar="i/n",
+    ),
 ]
 GgufFile = Annotated[str | None, typer.Option(help="Name of the GGUF file in the teacher's folder.")]
 TrustRemoteCode = Annotated[
@@ -138,7 +148,7 @@ def _print_plan(
 @app.command()
 def schema(
     kind: Annotated[
-        Kind, typer.Argument(help="Kind of YAML file: run, capture, evaluate or synthesize.", metavar="KIND")
+        Kind, typer.Argument(help="Kind of YAML file: run, capture, evaluate, synthesize or write.", metavar="KIND")
     ] = "run",
 ) -> None:
     """Print the JSON schema of a kind of YAML file, for editors that complete and check keys and values.
@@ -265,6 +275,25 @@ def synthesize(
 
 
 @app.command()
+def write(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="The text, as YAML, and keys to change: documents=1000. Or all keys, without a file.",
+            metavar="[CONFIG.yaml] [KEY=VALUE]",
+        ),
+    ],
+    shard: Shard = None,
+) -> None:
+    """Let the teacher write text to train on. The same command continues after a kill."""
+    config = load_written_config(*_file_and_overrides(words))
+    check_written_ready(config)
+    from distillkit.capture.written_text import write_text
+
+    write_text(config, shard)
+
+
+@app.command()
 def report(
     results: Annotated[
         list[Path],
@@ -344,15 +373,7 @@ def capture(
         list[str] | None,
         typer.Argument(help="Keys to change: compression.logprob_compressor.k=64", metavar="KEY=VALUE"),
     ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            help="Capture only part i of n: shards i - 1, i - 1 + n, i - 1 + 2n, ... Several processes or machines can "
-            "share a capture in this way, in one folder or in folders that are merged later; processes of torchrun do "
-            "so automatically. [default: all missing shards]",
-            metavar="i/n",
-        ),
-    ] = None,
+    shard: Shard = None,
 ) -> None:
     """Store a teacher's outputs for a text. The same command continues after an interruption."""
     find_share(shard)

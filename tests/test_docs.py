@@ -15,6 +15,7 @@ from distillkit.config import RunConfig
 from distillkit.config.capture import CaptureConfig
 from distillkit.config.evaluate import EvaluateConfig
 from distillkit.config.synthetic import SyntheticTextConfig
+from distillkit.config.written import WrittenTextConfig
 from distillkit.config.yaml_files import read_yaml
 from tests.pages import ROOT, blocks, text_of
 
@@ -25,6 +26,7 @@ OTHER_KINDS = {
     "compression": CaptureConfig,
     "students": EvaluateConfig,
     "tokenizer": SyntheticTextConfig,
+    "documents": WrittenTextConfig,
 }
 """What a YAML is that has one of these keys at its top level; all others are runs, or parts of one."""
 

@@ -24,8 +24,9 @@ from distillkit.config.training_args import (
     WITHOUT_EFFECT,
 )
 from distillkit.config.transformers_arguments import Argument, known_arguments
+from distillkit.config.written import WrittenTextConfig
 
-Kind = Literal["run", "capture", "evaluate", "synthesize"]
+Kind = Literal["run", "capture", "evaluate", "synthesize", "write"]
 Schema = dict[str, Any]
 
 SECTIONS: dict[Kind, type[Section]] = {
@@ -33,6 +34,7 @@ SECTIONS: dict[Kind, type[Section]] = {
     "capture": CaptureConfig,
     "evaluate": EvaluateConfig,
     "synthesize": SyntheticTextConfig,
+    "write": WrittenTextConfig,
 }
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -54,7 +56,7 @@ _JSON_TYPES = {
 
 
 def json_schema(kind: Kind) -> Schema:
-    """The schema (draft 2020-12) of the YAML of a run, a capture, an evaluation or a synthetic text.
+    """The schema (draft 2020-12) of the YAML of a run, a capture, an evaluation, a synthetic or a written text.
 
     A file that extends another need not be complete, at any depth: it is checked against variants of the sections in
     which nothing is required.

@@ -59,6 +59,7 @@ _KINDS = {
         ("students", "divergence", "generation", "benchmarks", "needles", "long_context", "speed"),
     ),
     "a synthetic text": ("distillkit synthesize", ("tokenizer", "repeated_passages", "questions_about_facts")),
+    "a written text": ("distillkit write", ("documents", "temperatures", "documents_per_file")),
 }
 """For each kind of file, the command that reads it, and keys that others do not have."""
 

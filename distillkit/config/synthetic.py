@@ -37,6 +37,12 @@ class QuestionsAboutFactsConfig(Section):
     share: float = Field(gt=0, le=1, description="share of the documents that are rewritten so")
 
 
+class AddedTextConfig(DatasetSource):
+    """`added`: documents of another text, such as one that the teacher wrote."""
+
+    share: float = Field(gt=0, lt=1, description="share of all tokens that come from it; its first documents are taken")
+
+
 class SyntheticTextConfig(WholeFile):
     """One text. The documents that no section rewrites stay as they are."""
 
@@ -49,6 +55,9 @@ class SyntheticTextConfig(WholeFile):
     output_path: PathText = Field(description="new folder for the parquet files; then the disk_path of a dataset")
     repeated_passages: RepeatedPassagesConfig | None = Field(None, description="let passages return word for word")
     questions_about_facts: QuestionsAboutFactsConfig | None = Field(None, description="state facts and ask for them")
+    added: AddedTextConfig | None = Field(
+        None, description="documents of another text: repo_id or disk_path, and share"
+    )
     document_length: int | None = Field(
         None, gt=0, description="tokens of each rewritten document: short ones are joined, long ones cut; as they are"
     )
@@ -79,5 +88,7 @@ def check_synthetic_ready(config: SyntheticTextConfig) -> None:
     """Raises `UserError` for files that do not exist, and for an output folder that does."""
     check_model_path("tokenizer.path", config.tokenizer.path)
     check_source("dataset.disk_path", config.dataset)
+    if config.added is not None:
+        check_source("added.disk_path", config.added)
     if os.path.exists(config.output_path):
         raise UserError("output_path", f"{config.output_path!r} exists; remove it or name a new folder")

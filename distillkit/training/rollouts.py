@@ -20,12 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from distillkit.config import RunConfig, UserError
 from distillkit.config.rollouts import RolloutsConfig
 from distillkit.data.collate import collate
-from distillkit.data.prompts import KEY, read_prompts
+from distillkit.data.prompts import read_prompts
 from distillkit.evaluation.continuations import continue_prompts
 from distillkit.evaluation.generation import batches_by_length, decoding_as_graphs, end_tokens
 from distillkit.models.labels import IGNORED_LABEL
 from distillkit.training.precision import compute_dtype
 from distillkit.training.setup import Models
+
+KEY = "rollouts.prompts"
 
 CHANGED = ("input_ids", "targets", "position_ids", "lengths")
 """What of a batch says which tokens its rows have."""
@@ -172,7 +174,16 @@ def open_rollouts(config: RunConfig, models: Models, arguments: TrainingArgument
 def prompts_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The prompts of a phase that has rollouts; each leaves room in a row. Raises `UserError` where there are none."""
     assert config.rollouts is not None
-    return read_prompts(config.rollouts, tokenizer, config.sequence_length - config.rollouts.max_new_tokens)
+    settings = config.rollouts
+    return read_prompts(
+        settings.prompts,
+        tokenizer,
+        config.sequence_length - settings.max_new_tokens,
+        text_field=settings.text_field,
+        prompt_tokens=settings.prompt_tokens,
+        seed=settings.seed,
+        key=KEY,
+    )
 
 
 def _place(row: int, sizes: Sequence[int]) -> tuple[int, int]:

@@ -199,37 +199,42 @@ def test_a_budget_counts_what_may_be_written(inputs, tmp_path):
     assert "4 steps, 512 tokens" in said
 
 
+def prompts_of(settings, tokenizer, longest):
+    keys = {name: getattr(settings, name) for name in ("text_field", "prompt_tokens", "seed")}
+    return read_prompts(settings.prompts, tokenizer, longest, **keys, key="rollouts.prompts")
+
+
 def test_prompts_are_read_from_conversations_and_columns(tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(save_chat_model(tmp_path / "model", 0))
     chats = settings(prompts={"disk_path": save_chats(tmp_path / "chats.jsonl", 3)})
-    found = sorted(tokenizer.decode(ids) for ids in read_prompts(chats, tokenizer, 1000))
+    found = sorted(tokenizer.decode(ids) for ids in prompts_of(chats, tokenizer, 1000))
     assert len(found) == 3
     assert all("And one?" in text and text.rstrip().endswith("<|im_start|>assistant") for text in found)
     assert "It is 0." in found[0] and "1." not in found[0].rsplit("And one?", 1)[1]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "12 24"}\n{"prompt": "7"}\n{"prompt": ""}\n')
     asked = settings(prompts={"disk_path": str(tmp_path / "prompts.jsonl")})
-    assert sorted(tokenizer.decode(ids) for ids in read_prompts(asked, tokenizer, 1000)) == ["12 24", "7"]
+    assert sorted(tokenizer.decode(ids) for ids in prompts_of(asked, tokenizer, 1000)) == ["12 24", "7"]
     with pytest.raises(UserError, match=r"^rollouts\.prompts: no prompt has at most 0 tokens"):
-        read_prompts(asked, tokenizer, 0)
+        prompts_of(asked, tokenizer, 0)
     (tmp_path / "other.jsonl").write_text('{"story": "12 24"}\n')
     other = settings(prompts={"disk_path": str(tmp_path / "other.jsonl")})
     with pytest.raises(
         UserError, match=r"^rollouts\.prompts: has the columns story; one of these is needed: text, mess"
     ):
-        read_prompts(other, tokenizer, 100)
+        prompts_of(other, tokenizer, 100)
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "ab " * 10**6}))
     began = settings(prompts={"disk_path": str(tmp_path / "long.jsonl")}, prompt_tokens=4)
     with monkeypatch.context() as patch:
         given = []
         patch.setattr(prompts, "encode_texts", lambda of, texts: given.append(texts) or encode_texts(of, texts))
-        assert read_prompts(began, tokenizer, 100) == [tokenizer("ab ab ab ab").input_ids[:4]]
+        assert prompts_of(began, tokenizer, 100) == [tokenizer("ab ab ab ab").input_ids[:4]]
     assert max(map(len, given[0])) < 100  # a long text is not read to its end
     (tmp_path / "short.jsonl").write_text('{"text": "12 24"}\n')
     short = settings(prompts={"disk_path": str(tmp_path / "short.jsonl")})
     with pytest.raises(UserError, match=r"^rollouts\.prompts: no text has 64 tokens \(rollouts\.prompt_tokens\)"):
-        read_prompts(short, tokenizer, 100)
+        prompts_of(short, tokenizer, 100)
 
 
 @pytest.mark.parametrize(

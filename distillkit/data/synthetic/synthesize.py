@@ -3,12 +3,17 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from distillkit.config.synthetic import SyntheticTextConfig
+from distillkit.config.errors import UserError
+from distillkit.config.synthetic import AddedTextConfig, SyntheticTextConfig
 from distillkit.console import print_line
+from distillkit.data.rows import list_entries
 from distillkit.data.synthetic.facts import QuestionsAboutFacts
 from distillkit.data.synthetic.files import count_tokens, tokenize_documents, write_parts
 from distillkit.data.synthetic.passages import RepeatedPassages, numbered_entries
@@ -42,6 +47,8 @@ def synthesize(config: SyntheticTextConfig, console: Console | None = None) -> l
         rewriters.append((config.questions_about_facts.share, QuestionsAboutFacts(tokenizer)))
     if rewriters:
         documents = rewrite_documents(documents, rewriters, config.seed, config.document_length)
+    if config.added is not None:
+        documents = _with_added(documents, config.added, tokenizer, config.num_proc)
     print_line(console, f"{count_tokens(documents):,} tokens in {len(documents):,} documents")
     folder = Path(config.output_path)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -55,3 +62,21 @@ def synthesize(config: SyntheticTextConfig, console: Console | None = None) -> l
     unfinished.rename(folder)
     print_line(console, f"{folder} is complete")
     return sorted(folder.glob("*.parquet"))
+
+
+def _with_added(
+    documents: pa.Table, added: AddedTextConfig, tokenizer: PreTrainedTokenizerBase, num_proc: int | None
+) -> pa.Table:
+    """The documents, and behind them the first of another text, as many as have its share of all tokens, at least.
+
+    Raises `UserError` where that text has too few.
+    """
+    others = tokenize_documents(added, tokenizer, num_proc, key="added")
+    ends = np.cumsum(list_entries(others["input_ids"])[0])
+    own = count_tokens(documents)
+    wanted = own * added.share / (1 - added.share)
+    if ends[-1] < wanted:
+        most = ends[-1] / (own + ends[-1])
+        problem = f"takes {round(wanted):,} tokens, and the text has {ends[-1]:,}"
+        raise UserError("added.share", f"{problem}; at most {int(most * 1000) / 1000:g} are possible")
+    return pa.concat_tables([documents, others.slice(0, int(np.searchsorted(ends, wanted)) + 1)])
