@@ -55,7 +55,8 @@ def aligned_rows(rows: Dataset, columns: Sequence[str], key: str) -> Dataset:
 class TensorRows(TorchDataset[dict[str, Any]]):
     """Rows as `build_dataset` makes them, for a data loader: the numbers as tensors, `seq_lengths` as a list.
 
-    The row behind the last one has no tokens; `training.batches` fills batches with it.
+    For `__getitems__`, which a data loader calls, the row behind the last one has no tokens: `training.batches` fills
+    batches with it. Whoever walks over the rows does not meet it.
     """
 
     def __init__(self, rows: Dataset, signal_columns: Sequence[str] = ()) -> None:
@@ -66,7 +67,7 @@ class TensorRows(TorchDataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
+        return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         if (empty := indices.count(len(self))) > 0:

@@ -98,6 +98,8 @@ def build_training_arguments(
             raise UserError(
                 "training_args.report_to", f"{tracker!r} is not installed; there is {', '.join(installed) or 'none'}"
             )
+    if arguments.accelerator_config.dispatch_batches:
+        raise UserError("training_args.accelerator_config", "dispatch_batches: each process reads its rows; remove it")
     _check_optimizer_is_installed(arguments)
     _check_schedule(arguments)
     return arguments, student_techniques(given)

@@ -25,10 +25,9 @@ def context_of(parallel: ParallelConfig | None, arguments: TrainingArguments) ->
     Raises `UserError` for data loading in which the processes of a group may read different rows: each its share, or
     in an order by random numbers that processes of a resumed run do not have in common.
     """
-    loading = arguments.accelerator_config
     for key, same in (
         ("train_sampling_strategy", arguments.train_sampling_strategy in ("random", "sequential")),
-        ("accelerator_config", loading.use_seedable_sampler and not loading.dispatch_batches),
+        ("accelerator_config", arguments.accelerator_config.use_seedable_sampler),
     ):
         if parallel is not None and parallel.context > 1 and not same:
             problem = "does not give the processes that share a row the same rows; remove it or parallel.context"

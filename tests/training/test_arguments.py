@@ -51,6 +51,10 @@ def test_parameters_without_gradient_are_expected_only_without_losses_on_logits(
         ({"learning_rate": 1e-4, "optim": "adamw_torhc"}, r"training_args\.optim: adamw_torhc is not a valid"),
         ({"bf16": True, "fp16": True}, r"training_args\.bf16: At most one of fp16 and bf16"),
         ({"report_to": "nowhere"}, r"training_args\.report_to: 'nowhere' is not installed"),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            r"training_args\.accelerator_config: dispatch_batches: each",
+        ),
     ],
 )
 def test_what_trainer_refuses_names_its_key(tmp_path, given, message):

@@ -71,6 +71,25 @@ def test_an_empty_row_has_no_tokens_and_no_signals():
     assert [len(each) for each in empty.values()] == [0] * 3
 
 
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length", "batch_rebalance"])
+@pytest.mark.parametrize("count", [3, 4])
+def test_samplers_that_look_at_the_rows_see_no_empty_one(strategy, count, tmp_path):
+    rows = [row([3 + index, 5], seed=index) for index in range(count)]
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        losses=CE_KL,
+        sequence_length=12,
+        per_device_train_batch_size=2,
+        train_sampling_strategy=strategy,
+    )
+    trainer.train_dataset = TensorRows(trainer.train_dataset)
+    assert len(list(trainer.train_dataset)) == count
+    batches = [batch["lengths"].tolist() for batch in trainer.get_train_dataloader()]
+    assert sorted(filter(None, itertools.chain(*batches))) == [8 + index for index in range(count)]
+    assert len(batches) == 2 and all(map(any, batches))
+
+
 def test_empty_rows_change_no_gradient_and_a_micro_batch_of_nothing_else_has_one(tmp_path):
     rows = [row([7, 5], seed=1), row([12], seed=2), row([3, 9], seed=3)]
     shape = {"losses": CE_KL, "sequence_length": 12}

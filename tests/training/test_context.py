@@ -79,7 +79,6 @@ def test_students_of_mixers_and_full_attention_are_not():
     [
         ("train_sampling_strategy", "batch_rebalance"),
         ("train_sampling_strategy", "group_by_length"),
-        ("accelerator_config", {"dispatch_batches": True}),
         ("accelerator_config", {"use_seedable_sampler": False}),
     ],
 )
