@@ -112,15 +112,18 @@ def tokenize_rows(
 def _processes(rows: Dataset) -> int | None:
     """How many processes tokenise, where nobody says: at most one for each CPU, and each with some seconds of work."""
     size = rows.data.nbytes * len(rows) // rows.data.num_rows
-    count = min(len(os.sched_getaffinity(0)), size // _BYTES_PER_PROCESS)
+    count = min(len(os.sched_getaffinity(0)), len(rows), size // _BYTES_PER_PROCESS)
     return count if count > 1 else None
 
 
 @contextmanager
 def _one_thread_each(num_proc: int | None) -> Iterator[None]:
-    """Within it, tokenizers of several processes start no threads, of which each would start one for each CPU."""
+    """Within it, tokenizers of other processes start no threads, of which each would start one for each CPU.
+
+    datasets sees to that, too, even for one process, but leaves it so for this one.
+    """
     before = os.environ.get(_THREADS)
-    if num_proc is not None and num_proc > 1:
+    if num_proc is not None:
         os.environ[_THREADS] = "false"
     try:
         yield

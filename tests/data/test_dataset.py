@@ -1,9 +1,11 @@
 import json
 import logging
 import os
+import subprocess
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, is_caching_enabled
 
@@ -68,6 +70,26 @@ def test_long_texts_are_tokenised_by_all_cpus_with_the_same_outcome(source, tiny
     with pytest.raises(UserError, match=r"^dataset\.train_dataset: column 'text' must hold text, got int$"):
         build_dataset(DatasetSource(disk_path=str(tmp_path / "numbers.jsonl")), tiny_tokenizer, 64)
     assert by[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "cpus", "processes"),
+    [(100, 10, 64, None), (1000, 20, 64, 2), (100, 1000, 64, 12), (100, 1000, 8, 8), (3, 10**5, 64, 3)],
+)
+def test_as_many_processes_tokenise_as_have_work(count, size, cpus, processes, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cpus)))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(rows, "_BYTES_PER_PROCESS", 2**13)
+    texts = pa.chunked_array([pa.repeat("x" * size, count)])
+    Dataset(pa.table({"text": texts, "other": texts})).save_to_disk(tmp_path / "saved")
+    read = Dataset.load_from_disk(tmp_path / "saved").shuffle(seed=1).select_columns(["text"])
+    assert rows._processes(read) == processes
+
+
+def test_one_process_leaves_this_ones_threads_as_they_were(source, tiny_tokenizer, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    build_dataset(source, tiny_tokenizer, 64, num_proc=1)
+    assert subprocess.run(["printenv", "TOKENIZERS_PARALLELISM"], check=False).returncode == 1
 
 
 @pytest.mark.parametrize("texts", [TEXTS, ["", *TEXTS]])
