@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from distillkit.config.data import DatasetConfig, DatasetSource, move_dataset_keys
 from distillkit.config.errors import KeyProblem, did_you_mean, shown
 from distillkit.config.lora import LoraConfig
-from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig
+from distillkit.config.losses import ATTENTION_FUNCTIONS, HIDDEN_STATE_FUNCTIONS, LossConfig, align_attention_alone
 from distillkit.config.parallel import ParallelConfig
 from distillkit.config.phases import PhaseConfig
 from distillkit.config.rollouts import RolloutsConfig, check_rollouts
@@ -209,6 +209,10 @@ class RunConfig(WholeFile):
             raise KeyProblem("frozen_precision", "float8 needs training_args.bf16: true; set it, or remove this")
         if self.parallel is not None:
             raise KeyProblem("frozen_precision", "float8 weights are not divided over GPUs; remove parallel, or this")
+        freezes = self.frozen_res or self.frozen_modules or self.lora or align_attention_alone(self.loss_functions)
+        if not freezes and not self.phases:
+            problem = "float8 is for what is frozen, and all is trained; freeze some by frozen_res, or set it to null"
+            raise KeyProblem("frozen_precision", problem)
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from distillkit.config import RunConfig, UserError
+from distillkit.config.resolve import resolve
 from distillkit.models.float8 import Float8Linear
 from distillkit.planning import plan_run
 from distillkit.training.distiller import Distiller
@@ -125,11 +126,20 @@ def test_the_plan_counts_its_memory_and_its_work(inputs, tmp_path):
         ({"training": {"bf16": False}}, r"frozen_precision: float8 needs training_args\.bf16: true; set it"),
         ({"parallel": {}}, r"frozen_precision: float8 weights are not divided over GPUs; remove parallel, or this"),
         ({"frozen_precision": "float16"}, r"frozen_precision: "),
+        ({"frozen_res": []}, r"frozen_precision: float8 is for what is frozen, and all is trained; freeze some"),
     ],
 )
 def test_what_cannot_be_is_refused(inputs, tmp_path, changes, problem):
     with pytest.raises(UserError, match=f"^{problem}"):
         configuration(inputs, tmp_path, **changes)
+
+
+def test_a_later_phase_that_trains_all_is_refused_before_the_first_begins(inputs, tmp_path):
+    phases = [{"name": "alignment", "loss_functions": [{"function": "attn_mse", "weight": 1}]}, {"name": "all"}]
+    with pytest.raises(UserError, match=r"^frozen_precision: float8 is for what is frozen.* \(in phase 'all'\)$"):
+        resolve(configuration(inputs, tmp_path, frozen_res=[], phases=phases))
+    phases[1]["frozen_precision"] = None
+    assert len(resolve(configuration(inputs, tmp_path, frozen_res=[], phases=phases)).phases) == 2
 
 
 def test_nothing_frozen_is_refused_before_training(inputs, tmp_path):
