@@ -215,6 +215,14 @@ class RunConfig(WholeFile):
             raise KeyProblem("frozen_precision", problem)
         return self
 
+    @property
+    def in_float8(self) -> dict[str, str]:
+        """The keys that ask for products in float8, each with what to do where there are none."""
+        keys = {} if self.frozen_precision is None else {"frozen_precision": "remove it"}
+        if self.teacher.kind == "hf" and self.teacher.quantization == "float8":
+            keys["teacher.quantization"] = "use int8, or remove it"
+        return keys
+
     @model_validator(mode="after")
     def check_parallel(self) -> Self:
         if self.parallel is None:

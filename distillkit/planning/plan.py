@@ -122,10 +122,7 @@ def _plan_phase(phase: Phase, student_config: PreTrainedConfig, gpu: GPU, proces
         errors.append(error)
         freeze_matching(student, config.frozen_res, config.frozen_modules)
     if not gpu.float8:
-        remedies_of = {"frozen_precision": "remove it", "teacher.quantization": "use int8, or remove it"}
-        wanted = (config.frozen_precision, getattr(config.teacher, "quantization", None))
-        pairs = zip(remedies_of.items(), wanted, strict=True)
-        errors += [no_float8(key, gpu.name, remedy) for (key, remedy), kind in pairs if kind == "float8"]
+        errors += [no_float8(key, gpu.name, remedy) for key, remedy in config.in_float8.items()]
     reached = reached_by(student, config)
     if not errors and not reached:
         problem = "none of them reaches a parameter that is not frozen; freeze less, or add a loss"

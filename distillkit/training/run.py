@@ -23,6 +23,7 @@ from distillkit.console import INTERRUPTED, print_line, sigterm_as_ctrl_c
 from distillkit.data.dataset import TokenisedTexts
 from distillkit.evaluation import check_prompts
 from distillkit.losses import check_losses
+from distillkit.models.float8 import check_float8
 from distillkit.models.gguf_files import gguf_parsed_once
 from distillkit.reporting import write_run_report
 from distillkit.runs.clock import REPORT, Clock, clock_record, clock_text
@@ -138,7 +139,7 @@ def _build(phase: Phase, fp32_precision: str) -> Arguments:
 
 def _check_ahead(run: Run, phase: Phase, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises `UserError` where this phase or a later one asks for a continuation of nothing, or a later one freezes
-    what the student does not have: now, not when its turn comes.
+    what the student does not have, or wants float8 that is not: now, not when its turn comes.
     """
     for later in run.phases[phase.index :]:
         with later.locating():
@@ -148,6 +149,8 @@ def _check_ahead(run: Run, phase: Phase, student: PreTrainedModel, tokenizer: Pr
                 if later.config.rollouts is not None:
                     prompts_of(later.config, tokenizer)
                 check_frozen(student, later.config.frozen_res, later.config.frozen_modules)
+                for key, remedy in later.config.in_float8.items():
+                    check_float8(student.device, key, remedy)
 
 
 def _forget() -> None:

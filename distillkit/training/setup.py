@@ -79,8 +79,8 @@ def load_models(
 ) -> Models:
     """Load what a run needs. The student of a resumed run comes from its checkpoint, float32 masters and all."""
     trainer, techniques = arguments.trainer, arguments.techniques
-    if config.frozen_precision is not None:
-        check_float8(trainer.device, "frozen_precision", "remove it")
+    for key, remedy in config.in_float8.items():
+        check_float8(trainer.device, key, remedy)
     mesh = mesh_of(config.parallel, trainer.world_size, trainer.device)
     context = context_of(config.parallel, trainer)
     model = _load_teacher(config, folder, trainer, console, mesh, clock)
@@ -241,9 +241,7 @@ def _load_teacher(
         check_linear_mixer(config.student.mixer)
     options = {"trust_remote_code": config.trust_remote_code, **teacher.kwargs}
     float8 = teacher.quantization == "float8"
-    if float8:
-        check_float8(arguments.device, "teacher.quantization", "use int8, or remove it")
-    elif teacher.quantization is not None:
+    if teacher.quantization is not None and not float8:
         quantized = quantization_arguments(teacher.quantization, compute_dtype(arguments), arguments.device)
         options = {**quantized, **options}
     if teacher.devices is not None:

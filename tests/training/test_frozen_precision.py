@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from distillkit.config import RunConfig, UserError
 from distillkit.config.resolve import resolve
+from distillkit.models import float8
 from distillkit.models.float8 import Float8Linear
 from distillkit.planning import plan_run
 from distillkit.training.distiller import Distiller
@@ -140,6 +141,19 @@ def test_a_later_phase_that_trains_all_is_refused_before_the_first_begins(inputs
         resolve(configuration(inputs, tmp_path, frozen_res=[], phases=phases))
     phases[1]["frozen_precision"] = None
     assert len(resolve(configuration(inputs, tmp_path, frozen_res=[], phases=phases)).phases) == 2
+
+
+def test_a_later_phase_without_float8_is_refused_before_the_first_begins(inputs, tmp_path, exchanged, monkeypatch):
+    def without(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(float8, "_product", without)
+    phases = [{"name": "whole", "frozen_precision": None}, {"name": "float8"}]
+    with pytest.raises(
+        UserError, match=r"^frozen_precision: PyTorch .* has no float8 products .* \(in phase 'float8'\)$"
+    ):
+        run(configuration(inputs, tmp_path, phases=phases))
+    assert not exchanged
 
 
 def test_nothing_frozen_is_refused_before_training(inputs, tmp_path):
