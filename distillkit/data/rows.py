@@ -8,6 +8,7 @@ part of a conversation. Rows of tokens are read as buffers of Arrow, because the
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import multiprocess
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -83,7 +85,11 @@ def tokenize_rows(
     _check_eos_labels(row_format.eos_label_token_ids, tokenizer)
     eos_token_id = _eos_token_id(tokenizer, key) if row_format.eos_label_token_ids else None
 
+    owner = os.getpid()
+
     def tokenize(batch: Any) -> pa.Table:
+        if os.getpid() != owner:  # Ctrl-C reaches all processes of a terminal; the owner ends the others
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         offsets, input_ids, labels = read(batch)
         if eos_token_id is not None:
             labels = np.where(np.isin(labels, row_format.eos_label_token_ids), np.int32(eos_token_id), labels)
@@ -94,7 +100,7 @@ def tokenize_rows(
     rows = rows.select_columns(wanted).with_format("arrow" if of_tokens else None)
     if num_proc is None and not of_tokens:
         num_proc = _processes(rows)
-    with _one_thread_each(num_proc):
+    with _one_thread_each(num_proc), _interruptions_as_they_are():
         documents = rows.map(
             tokenize,
             batched=True,
@@ -131,6 +137,17 @@ def _one_thread_each(num_proc: int | None) -> Iterator[None]:
         os.environ.pop(_THREADS, None)
         if before is not None:
             os.environ[_THREADS] = before
+
+
+@contextmanager
+def _interruptions_as_they_are() -> Iterator[None]:
+    """Within it a KeyboardInterrupt stays one: datasets asks processes for results then, and has none in time."""
+    try:
+        yield
+    except multiprocess.TimeoutError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
 def _warn_of_missing_assistant(silent: int, rows: int, key: str) -> None:

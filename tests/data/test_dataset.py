@@ -1,10 +1,14 @@
 import json
 import logging
 import os
+import signal
 import subprocess
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 from datasets import Dataset, is_caching_enabled
@@ -90,6 +94,27 @@ def test_one_process_leaves_this_ones_threads_as_they_were(source, tiny_tokenize
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     build_dataset(source, tiny_tokenizer, 64, num_proc=1)
     assert subprocess.run(["printenv", "TOKENIZERS_PARALLELISM"], check=False).returncode == 1
+
+
+def test_an_interruption_of_several_processes_is_one_and_they_say_nothing(source, tiny_tokenizer, monkeypatch, capfd):
+    read = rows._read_documents
+
+    def slowly(*given):
+        time.sleep(1.5)
+        return read(*given)
+
+    def interrupt():  # as a terminal does
+        for process in (*psutil.Process().children(recursive=True), psutil.Process()):
+            process.send_signal(signal.SIGINT)
+
+    monkeypatch.setattr(rows, "_read_documents", slowly)
+    timer = threading.Timer(1.0, interrupt)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(source, tiny_tokenizer, 64, num_proc=2)
+    timer.join()
+    assert not psutil.Process().children()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("texts", [TEXTS, ["", *TEXTS]])
