@@ -100,22 +100,35 @@ def _evaluate(
     from lm_eval import simple_evaluate
 
     _report_answers(harness, progress)
-
-    results = simple_evaluate(
-        harness,
-        tasks=[task],
-        task_manager=tasks.manager,
-        num_fewshot=settings.num_fewshot,
-        apply_chat_template=settings.apply_chat_template,
-        limit=limit,
-        log_samples=True,  # from which chance is known
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-        fewshot_random_seed=settings.seed,
-    )
+    with _without_detours():
+        results = simple_evaluate(
+            harness,
+            tasks=[task],
+            task_manager=tasks.manager,
+            num_fewshot=settings.num_fewshot,
+            apply_chat_template=settings.apply_chat_template,
+            limit=limit,
+            log_samples=True,  # from which chance is known
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+        )
     note = {"note": tasks.notes[task]} if task in tasks.notes else {}
     return {name: {**scores, **note} for name, scores in _scores(results).items()}
+
+
+@contextmanager
+def _without_detours() -> Iterator[None]:
+    """lm-eval compiles a prompt's template for each text of each document, and asks pip and others of the machine."""
+    from lm_eval import evaluator, utils
+
+    from_string, add_env_info = utils.env.from_string, evaluator.add_env_info
+    utils.env.from_string, evaluator.add_env_info = cache(from_string), lambda results: None
+    try:
+        yield
+    finally:
+        utils.env.from_string, evaluator.add_env_info = from_string, add_env_info
 
 
 def _report_answers(harness: Any, progress: Progress) -> None:
@@ -181,6 +194,8 @@ def _from_files(known: Any, settings: BenchmarksConfig, folder: str, names: Sequ
         for part, task in tasks.items():
             own = documents if len(tasks) == 1 else documents.of_subject(task["dataset_name"])
             task["custom_dataset"] = _dataset(part, task, own, shots)
+            if "process_docs" in task:  # lm-eval asks for the documents again and again
+                task["process_docs"] = cache(task["process_docs"])
             index[part] = replace(index[part], yaml_path=None, cfg=task)
         if documents.note:
             notes[name] = documents.note

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
@@ -27,6 +27,11 @@ from distillkit.student.network.mixers import with_mixer_layers
 
 CAPACITY_STEP = 1024
 """Static caches hold a multiple of so many tokens, so that prompts of about one length need one graph."""
+
+CHUNK_BYTES = 2**24
+"""Of a float32 copy of logits at most: more is no faster on a GPU, and slower on a CPU."""
+
+NOT_NUMBERS = "the model's logits are not numbers (NaN)"
 
 GENERATED_CAPACITY = 2048
 """Tokens that a static cache of `generate` holds at least: questions and answers of most tasks need one graph."""
@@ -55,7 +60,39 @@ def batches_by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list
 def check_numbers(logits: Tensor) -> None:
     """Raises `UserError` where logits are NaN, whose largest would be a token like any other."""
     if logits.isnan().any():
-        raise UserError(None, "the model's logits are not numbers (NaN)")
+        raise UserError(None, NOT_NUMBERS)
+
+
+def likelihoods(
+    logits: Float[Tensor, "batch tokens vocab"],
+    asked: Sequence[tuple[int, int, int]],
+    *,
+    temperature: float = 1.0,
+    in_dtype: bool = False,
+) -> Float64[Tensor, "2 asked"]:
+    """The log-probability in nats of each token that is asked for, and 1 where it is the likeliest, else 0; on the CPU.
+
+    So many of them at a time that a float32 copy of their logits has at most `CHUNK_BYTES`.
+
+    Args:
+        asked: row, column and token.
+        in_dtype: as lm-eval does it: log-probabilities are rounded to the dtype of the logits (else they are of float32
+            at least), and the likeliest is the largest of these.
+
+    Raises `UserError` where one is NaN, as all of a row are if any of its logits is.
+    """
+    found = []
+    at_once = max(CHUNK_BYTES // (4 * logits.shape[-1]), 1)
+    for rows, columns, tokens in (part.unbind(1) for part in torch.tensor(asked, device=logits.device).split(at_once)):
+        each = logits[rows, columns]
+        log_probabilities = ((each if in_dtype else at_least_float32(each)) / temperature).log_softmax(-1)
+        chosen = log_probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).double()
+        likeliest = (log_probabilities if in_dtype else each).argmax(-1) == tokens
+        found.append(torch.stack([chosen, likeliest.double()]))
+    on_cpu = torch.cat(found, dim=1).cpu()
+    if on_cpu.isnan().any():
+        raise UserError(None, NOT_NUMBERS)
+    return on_cpu
 
 
 @torch.no_grad()
@@ -79,14 +116,16 @@ def log_probability(
     for batch in batches_by_length(rows, batch_size):
         input_ids, mask = left_padded([rows[index] for index in batch], next(model.parameters()).device)
         padding = {} if mask is None else _padding(mask, input_ids.shape[1])
-        kept = max(len(continuations[index]) for index in batch) + 1
-        output = model(input_ids=input_ids, use_cache=False, logits_to_keep=kept, **padding)
-        for position, index in enumerate(batch):
-            tokens = len(continuations[index])
-            logits = at_least_float32(output.logits[position, -tokens - 1 : -1, :columns])
-            check_numbers(logits)
-            chosen = (logits / temperature).log_softmax(-1).gather(-1, input_ids[position, -tokens:].unsqueeze(-1))
-            found[index] = chosen.cpu().double().sum().item()
+        lengths = [len(continuations[index]) for index in batch]
+        output = model(input_ids=input_ids, use_cache=False, logits_to_keep=max(lengths) + 1, **padding)
+        asked = [
+            (place, column - len(continuations[index]) - 1, token)
+            for place, index in enumerate(batch)
+            for column, token in enumerate(continuations[index])
+        ]
+        chosen, _ = likelihoods(output.logits[..., :columns], asked, temperature=temperature)
+        for index, each in zip(batch, chosen.split(lengths), strict=True):
+            found[index] = each.sum().item()
     return found
 
 
@@ -128,9 +167,11 @@ def score_continuations(
         first, cache = prefill(model, input_ids, piece, mask)
         asked = [(row, index, list(each)) for row, index in enumerate(batch) for each in continuations[index]]
         longest = max(len(tokens) for *_, tokens in asked)
-        rows, rest = torch.tensor([row for row, *_ in asked]), None  # on the CPU: layers may lie on several devices
+        likely = torch.zeros(2, len(asked), longest, dtype=torch.float64)
+        likely[..., 0] = likelihoods(first.unsqueeze(1), [(row, 0, tokens[0]) for row, _, tokens in asked])
         if longest > 1:
             if len(asked) > len(batch):
+                rows = torch.tensor([row for row, *_ in asked])  # on the CPU: layers may lie on several devices
                 cache.batch_select_indices(rows)
                 mask = None if mask is None else mask[rows]
             padded = [tokens[:-1] + [0] * (longest - len(tokens)) for *_, tokens in asked]  # nothing comes behind it
@@ -141,18 +182,52 @@ def score_continuations(
                 use_cache=True,
                 **padding,
             ).logits
-        for place, (row, index, tokens) in enumerate(asked):
-            logits = first[row].unsqueeze(0)
-            if rest is not None:
-                logits = torch.cat([logits, rest[place, : len(tokens) - 1]])
-            check_numbers(logits)
-            wanted = torch.tensor(tokens, device=logits.device)
-            chosen = at_least_float32(logits).log_softmax(-1).gather(-1, wanted.unsqueeze(-1))
-            score = Score(chosen.double().sum().item(), bool((logits.argmax(-1) == wanted).all()))
-            found[index].append(score)
+            behind = [
+                (place, column, token)
+                for place, (*_, tokens) in enumerate(asked)
+                for column, token in enumerate(tokens[1:])
+            ]
+            places, columns, _ = torch.tensor(behind).unbind(1)
+            likely[:, places, columns + 1] = likelihoods(rest, behind)
+        for (_, index, tokens), log_probabilities, likeliest in zip(asked, *likely, strict=True):
+            count = len(tokens)
+            found[index].append(Score(log_probabilities[:count].sum().item(), bool(likeliest[:count].all())))
         done += len(batch)
         progress(done, len(contexts))
     return found
+
+
+@torch.no_grad()
+def score_last_tokens(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+) -> list[list[Score]]:
+    """The scores of continuations that a batch of rows was read for, as lm-eval has them: in the dtype of the logits.
+
+    A row lacks its last token: of a continuation, the first token stands for the next of all but so many tokens of the
+    row, the last for the next of the whole row. Padding is on the right, where causal models do not see it.
+
+    Raises `UserError` where logits are NaN.
+    """
+    longest = max(map(len, rows))
+    kept = longest - min(
+        len(row) - len(each) for row, options in zip(rows, continuations, strict=True) for each in options
+    )
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    logits = model(padded.to(next(model.parameters()).device), use_cache=False, logits_to_keep=kept).logits
+    asked, lengths = [], []
+    for place, (row, options) in enumerate(zip(rows, continuations, strict=True)):
+        for tokens in options:
+            start = logits.shape[1] - longest + len(row) - len(tokens)
+            asked += [(place, start + index, token) for index, token in enumerate(tokens)]
+            lengths.append(len(tokens))
+    chosen, likeliest = (each.split(lengths) for each in likelihoods(logits, asked, in_dtype=True))
+    scores = (
+        Score(one.to(logits.dtype).sum().item(), bool(other.all()))
+        for one, other in zip(chosen, likeliest, strict=True)
+    )
+    return [[next(scores) for _ in options] for options in continuations]
 
 
 @torch.no_grad()

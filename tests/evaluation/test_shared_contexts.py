@@ -3,15 +3,19 @@
 import random
 
 import pytest
+import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distillkit.evaluation.generation import can_fork
+from distillkit.config.errors import UserError
+from distillkit.evaluation.generation import can_fork, likelihoods, score_continuations, score_last_tokens
 from distillkit.evaluation.shared_contexts import SharedContextLM
 
 from ..student.students import VOCABULARY, student
 from ..training.tiny import llama
 from ..training.tiny import tokenizer as byte_tokenizer
+from .largest_tensor import LargestTensor
 
 
 def requests():
@@ -67,3 +71,70 @@ def test_models_without_a_cache_that_can_be_repeated_are_left_to_lm_eval(kind):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **sizes)
     assert not can_fork(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_a_context_of_many_requests_leaves_other_batches_full(monkeypatch):
+    """As where one context stands in several questions."""
+    contexts = [[*range(3, 23), first] for first in range(30, 43)]
+    asked = [
+        (("", ""), context, [7 + option, 9]) for context in contexts for option in range(9 if context[-1] == 35 else 2)
+    ]
+    batches = []
+    monkeypatch.setattr(
+        "distillkit.evaluation.shared_contexts.score_continuations",
+        lambda model, read, *rest, **options: (
+            batches.append(len(read)) or score_continuations(model, read, *rest, **options)
+        ),
+    )
+    lm = SharedContextLM(pretrained=llama(3, vocab=VOCABULARY), tokenizer=byte_tokenizer(), batch_size=8)
+    assert len(lm._loglikelihood_tokens(asked)) == len(asked)
+    assert batches == [4, 1, 1, 4, 3]
+
+
+def test_texts_are_encoded_as_one_by_one(monkeypatch):
+    texts = [("How many?", " two"), ("How many? ", "two"), ("", "so"), ("<s>once", " more"), ("How many?", " two")]
+    seen = []
+    for kind in (HFLM, SharedContextLM):
+        lm = kind(pretrained=llama(3, vocab=VOCABULARY), tokenizer=byte_tokenizer(), batch_size=8)
+        lm.tokenizer.add_special_tokens({"bos_token": "<s>"})
+        monkeypatch.setattr(kind, "_loglikelihood_tokens", lambda self, asked, **options: seen.append(asked))
+        lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in texts])
+    assert seen[0] == seen[1] and len(seen[0]) == len(texts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_likelihoods_need_little_memory(dtype, monkeypatch):
+    """A few logits at a time, rounded as they are; the first of equal logits is the likeliest."""
+    monkeypatch.setattr("distillkit.evaluation.generation.CHUNK_BYTES", 4 * 50 * 3)
+    logits = torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
+    logits[1, 5, [7, 30]] = 20
+    asked = [(row, column, (7 * column) % 50) for row in (1, 0) for column in range(6)] + [(1, 5, 7), (1, 5, 30)]
+    for in_dtype in (False, True):
+        with LargestTensor() as largest:
+            chosen, likeliest = likelihoods(logits, asked, in_dtype=in_dtype)
+        assert largest.elements <= 3 * 50
+        rounded = logits.log_softmax(-1) if in_dtype else logits.float().log_softmax(-1)
+        assert chosen.tolist() == [rounded[place].item() for place in asked]
+        best = (rounded if in_dtype else logits).argmax(-1)
+        assert likeliest.tolist() == [best[row, column] == token for row, column, token in asked]
+        assert likeliest[-2:].tolist() == [1, 0]
+    logits[0, 2, 3] = torch.nan
+    with pytest.raises(UserError, match="not numbers"):
+        likelihoods(logits, asked)
+
+
+def test_logits_of_contexts_are_not_computed():
+    model = llama(3, vocab=VOCABULARY)
+    kept = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: kept.append(args[0].shape[1]))
+    rows, options = [[*range(3, 40)], [*range(5, 41)]], [[[9], [11]], [[8, 7, 40], [12]]]
+    with torch.no_grad():
+        scores = score_last_tokens(model, rows, options)
+        assert kept == [4]
+        for row, of, found in zip(rows, options, scores, strict=True):
+            for tokens, score in zip(of, found, strict=True):
+                logits = model(torch.tensor([row])).logits[0, -len(tokens) :].log_softmax(-1)
+                expected = logits.gather(-1, torch.tensor(tokens)[:, None]).sum().item()
+                assert score.log_probability == pytest.approx(expected, rel=1e-6)
+                assert score.likeliest == (logits.argmax(-1).tolist() == tokens)
