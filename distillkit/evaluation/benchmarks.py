@@ -120,7 +120,7 @@ def _evaluate(
 
 @contextmanager
 def _without_detours() -> Iterator[None]:
-    """lm-eval compiles a prompt's template for each text of each document, and asks pip and others of the machine."""
+    """lm-eval compiles a template again for each text, and asks pip and others what is installed."""
     from lm_eval import evaluator, utils
 
     from_string, add_env_info = utils.env.from_string, evaluator.add_env_info
@@ -194,7 +194,7 @@ def _from_files(known: Any, settings: BenchmarksConfig, folder: str, names: Sequ
         for part, task in tasks.items():
             own = documents if len(tasks) == 1 else documents.of_subject(task["dataset_name"])
             task["custom_dataset"] = _dataset(part, task, own, shots)
-            if "process_docs" in task:  # lm-eval asks for the documents again and again
+            if task.get("process_docs"):  # lm-eval asks for the documents again and again
                 task["process_docs"] = cache(task["process_docs"])
             index[part] = replace(index[part], yaml_path=None, cfg=task)
         if documents.note:

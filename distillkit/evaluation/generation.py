@@ -29,7 +29,7 @@ CAPACITY_STEP = 1024
 """Static caches hold a multiple of so many tokens, so that prompts of about one length need one graph."""
 
 CHUNK_BYTES = 2**24
-"""Of a float32 copy of logits at most: more is no faster on a GPU, and slower on a CPU."""
+"""Of a float32 copy of logits that likelihoods are computed from, at most."""
 
 NOT_NUMBERS = "the model's logits are not numbers (NaN)"
 
