@@ -86,8 +86,9 @@ class QuestionsAboutFacts:
     def _sentences(self, text: Tokens, generator: np.random.Generator, facts: int) -> list[tuple[float, Tokens]]:
         """Statements and questions of so many facts, each with its place in the document from 0 to 1, in order."""
         sentences = []
+        words = text[self._is_word[text]]
         for _ in range(facts):
-            fact = self._fact(text, generator)
+            fact = self._fact(words, generator)
             place = 0.75 * generator.random()
             statement, question = self._wordings[generator.integers(len(self._wordings))]
             sentences.append((place, statement(fact)))
@@ -95,8 +96,7 @@ class QuestionsAboutFacts:
                 sentences.append((generator.uniform(earliest, 1), question(fact)))
         return sorted(sentences, key=lambda each: each[0])
 
-    def _fact(self, text: Tokens, generator: np.random.Generator) -> Fact:
-        words = text[self._is_word[text]]
+    def _fact(self, words: Tokens, generator: np.random.Generator) -> Fact:
         number = self._digits[generator.integers(10, size=random_between(generator, DIGITS))]
         return {
             "thing": self._things[generator.integers(len(self._things))],

@@ -35,10 +35,10 @@ class RepeatedPassages:
         self.entry = entry
 
     def __call__(self, text: Tokens, generator: np.random.Generator, limit: int | None) -> tuple[Tokens, int]:
-        document = np.empty(0, text.dtype)
+        document, recent = [np.empty(0, text.dtype)], np.empty(0, text.dtype)
         entries: list[Tokens] = []
-        used = 0
-        while used < len(text) and (limit is None or len(document) < limit):
+        used, length = 0, 0
+        while used < len(text) and (limit is None or length < limit):
             parts = [text[used : used + random_between(generator, GAP)]]
             used += len(parts[0])
             if self.entry is not None and used < len(text) and generator.random() < 0.5:
@@ -47,13 +47,15 @@ class RepeatedPassages:
                     parts.append(entries[-1])
                 else:
                     parts.append(entries[generator.integers(len(entries))])
-            recent = np.concatenate([document[-REACH:], *parts])[-REACH:]
-            length = random_between(generator, PASSAGE)
-            if used < len(text) and length < len(recent):
-                start = generator.integers(len(recent) - length)
-                parts.append(recent[start : start + length])
-            document = np.concatenate([document, *parts])
-        return document[:limit], used
+            recent = np.concatenate([recent, *parts])[-REACH:]
+            again = random_between(generator, PASSAGE)
+            if used < len(text) and again < len(recent):
+                start = generator.integers(len(recent) - again)
+                parts.append(recent[start : start + again])
+                recent = np.concatenate([recent, parts[-1]])
+            document += parts
+            length += sum(map(len, parts))
+        return np.concatenate(document)[:limit], used
 
     @staticmethod
     def _new_entry(entry: Entry, text: Tokens, generator: np.random.Generator) -> Tokens:
