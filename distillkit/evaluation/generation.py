@@ -85,7 +85,8 @@ def likelihoods(
     at_once = max(CHUNK_BYTES // (4 * logits.shape[-1]), 1)
     for rows, columns, tokens in (part.unbind(1) for part in torch.tensor(asked, device=logits.device).split(at_once)):
         each = logits[rows, columns]
-        log_probabilities = ((each if in_dtype else at_least_float32(each)) / temperature).log_softmax(-1)
+        scaled = each if in_dtype else at_least_float32(each)
+        log_probabilities = (scaled if temperature == 1 else scaled / temperature).log_softmax(-1)
         chosen = log_probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).double()
         likeliest = (log_probabilities if in_dtype else each).argmax(-1) == tokens
         found.append(torch.stack([chosen, likeliest.double()]))
