@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from distillkit.config import RunConfig
+from distillkit.data.signals import TensorRows
 from distillkit.models.divided_rows import Context
 from distillkit.models.float8 import exchange, frozen_in_float8
 from distillkit.models.varlen_attention import use_varlen_attention
@@ -166,7 +167,7 @@ def trainer_of(
         signal_request(distiller.objective, top_k=config.teacher.top_k, vocabulary_size=vocabulary_size),
         weights_dtype=compute_dtype(arguments),
         args=arguments,
-        train_dataset=rows,
+        train_dataset=TensorRows(rows),
         data_collator=Collator(pad_token_id=0, sequence_length=config.sequence_length),
         callbacks=callbacks,
         context=context,

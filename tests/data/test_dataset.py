@@ -96,24 +96,30 @@ def test_one_process_leaves_this_ones_threads_as_they_were(source, tiny_tokenize
     assert subprocess.run(["printenv", "TOKENIZERS_PARALLELISM"], check=False).returncode == 1
 
 
-def test_an_interruption_of_several_processes_is_one_and_they_say_nothing(source, tiny_tokenizer, monkeypatch, capfd):
-    read = rows._read_documents
+def test_an_interruption_of_several_processes_is_one_and_they_say_nothing(
+    source, tiny_tokenizer, tmp_path, monkeypatch, capfd
+):
+    read, others = rows._read_documents, {*psutil.Process().children(recursive=True)}
 
     def slowly(*given):
-        time.sleep(1.5)
+        (tmp_path / f"started-{os.getpid()}").touch()
+        time.sleep(20)
         return read(*given)
 
     def interrupt():  # as a terminal does
-        for process in (*psutil.Process().children(recursive=True), psutil.Process()):
+        while len(list(tmp_path.glob("started-*"))) < 2:
+            time.sleep(0.05)
+        for process in (*{*psutil.Process().children(recursive=True)} - others, psutil.Process()):
             process.send_signal(signal.SIGINT)
 
     monkeypatch.setattr(rows, "_read_documents", slowly)
-    timer = threading.Timer(1.0, interrupt)
+    timer = threading.Thread(target=interrupt)
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         build_dataset(source, tiny_tokenizer, 64, num_proc=2)
     timer.join()
-    assert not psutil.Process().children()
+    ended = {*psutil.Process().children(recursive=True)} - others
+    assert not psutil.wait_procs(ended, timeout=10)[1]
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -83,7 +83,6 @@ def test_samplers_that_look_at_the_rows_see_no_empty_one(strategy, count, tmp_pa
         per_device_train_batch_size=2,
         train_sampling_strategy=strategy,
     )
-    trainer.train_dataset = TensorRows(trainer.train_dataset)
     assert len(list(trainer.train_dataset)) == count
     batches = [batch["lengths"].tolist() for batch in trainer.get_train_dataloader()]
     assert sorted(filter(None, itertools.chain(*batches))) == [8 + index for index in range(count)]
@@ -98,7 +97,6 @@ def test_empty_rows_change_no_gradient_and_a_micro_batch_of_nothing_else_has_one
         filled = make_trainer(
             tmp_path, rows, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, **shape
         )
-        filled.train_dataset = TensorRows(filled.train_dataset)
         assert_same(gradients(filled), alone, 1e-5)
     nothing = filled.data_collator([{"input_ids": [], "labels": [], "seq_lengths": []}])
     filled.model.zero_grad()

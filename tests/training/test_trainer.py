@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distillkit.config import LossConfig, UserError
+from distillkit.data.signals import TensorRows
 from distillkit.losses import ModelShape, Objective
 from distillkit.models.attention import trained_attention
 from distillkit.runs.checkpoints import complete_checkpoints
@@ -84,7 +85,7 @@ def make_trainer(
         signal_request(objective),
         weights_dtype=compute_dtype(arguments),
         args=arguments,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=TensorRows(Dataset.from_list(rows)),
         data_collator=Collator(0, sequence_length),
         context=context,
         rollouts=rollouts,
