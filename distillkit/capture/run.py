@@ -23,7 +23,7 @@ from distillkit.capture.engines import Engine, Row
 from distillkit.capture.preparation import Capture, check_vocabulary, prepare, remove_prepared
 from distillkit.capture.progress import CaptureProgress
 from distillkit.capture.summary import CaptureSummary, measure_fidelity, print_summary
-from distillkit.capture.transformers_engine import TransformersEngine
+from distillkit.capture.transformers_engine import TransformersEngine, load_teacher
 from distillkit.compression import Codec
 from distillkit.config.capture import CaptureConfig, check_capture_ready
 from distillkit.config.errors import UserError
@@ -31,7 +31,6 @@ from distillkit.config.sharing import Share, find_share
 from distillkit.config.yaml_files import as_section
 from distillkit.console import INTERRUPTED, print_line
 from distillkit.models.decoder import check_head
-from distillkit.models.loading import load_model
 from distillkit.models.varlen_attention import use_varlen_attention
 from distillkit.runs.writing import full_disk_errors, remove_leftovers
 from distillkit.shards import fitted_background, signal_table, write_background, write_manifest, write_shard
@@ -94,9 +93,7 @@ def load_engine(planned: Capture) -> Engine:
         )
     else:
         options = {"trust_remote_code": config.trust_remote_code, **config.teacher.kwargs}
-        model = load_model(config.teacher.path, key="teacher.path", **options)
-        if "device_map" not in config.teacher.kwargs and torch.cuda.is_available():
-            model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        model = load_teacher(config.teacher.path, options)
         if config.teacher.kwargs.get("attn_implementation") != "sdpa":
             use_varlen_attention(model, model.dtype)
         check_head(model, "teacher.path")

@@ -1,6 +1,8 @@
 """A teacher run by transformers, on the CPU or a GPU."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,11 +13,20 @@ from distillkit.capture.engines import Row, TopKBatch
 from distillkit.data import collate
 from distillkit.distribution import DenseDistribution, SparseDistribution, at_least_float32
 from distillkit.models.decoder import head
+from distillkit.models.loading import load_model
 from distillkit.teacher.live import LiveTeacher
 
 CHUNK_BYTES = {"cpu": 2**26}
 CHUNK_BYTES_ELSEWHERE = 2**29
 """Memory for the float32 logits of a chunk. Larger chunks are not faster."""
+
+
+def load_teacher(path: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """The teacher, on the GPU of this process where there is one and `device_map` says nothing else."""
+    model = load_model(path, key="teacher.path", **kwargs)
+    if "device_map" not in kwargs and torch.cuda.is_available():
+        model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    return model
 
 
 class TransformersEngine:

@@ -16,21 +16,20 @@ import pyarrow as pa
 import torch
 import yaml
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from distillkit.capture.transformers_engine import load_teacher
 from distillkit.config.errors import UserError
 from distillkit.config.sharing import find_share
 from distillkit.config.written import WrittenTextConfig, check_written_ready
 from distillkit.config.yaml_files import as_section
 from distillkit.console import INTERRUPTED, print_line
 from distillkit.data.prompts import read_prompts
-from distillkit.data.synthetic.files import write_documents
+from distillkit.data.synthetic.files import settings_text, token_type, write_documents
 from distillkit.data.synthetic.rewriting import table_of_documents
-from distillkit.evaluation.continuations import continue_prompts
+from distillkit.evaluation.continuations import continue_prompts, drawn_numbers
 from distillkit.evaluation.generation import batches_by_length, decode_as_graphs, end_tokens
-from distillkit.models.loading import load_model, load_tokenizer, where
-from distillkit.runs.provenance import versions
-from distillkit.runs.secrets import without_secrets
+from distillkit.models.loading import load_tokenizer, where
 from distillkit.runs.writing import full_disk_errors, write_whole
 
 SETTINGS = "written.yaml"
@@ -103,10 +102,7 @@ class _Writer:
         )
         self.config = config
         self.prompts = _prompts(config, tokenizer)
-        model = load_model(config.teacher.path, key="teacher.path", **kwargs)
-        if "device_map" not in kwargs and torch.cuda.is_available():
-            model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        self.model: PreTrainedModel = model.requires_grad_(False).eval()
+        self.model = load_teacher(config.teacher.path, kwargs).requires_grad_(False).eval()
         decode_as_graphs(self.model)
         self.vocabulary_size = len(tokenizer)
         if (largest := max(max(prompt) for prompt in self.prompts)) >= self.model.config.get_text_config().vocab_size:
@@ -121,7 +117,9 @@ class _Writer:
             mine = [number for number in numbers if number % turns == turn]
             prompts = [self.prompts[number % len(self.prompts)] for number in mine]
             for batch in batches_by_length(prompts, config.batch_size):
-                drawn = torch.stack([drawn_numbers(config, mine[index]) for index in batch])
+                drawn = torch.stack(
+                    [drawn_numbers((config.seed, mine[index]), config.max_new_tokens) for index in batch]
+                )
                 written = continue_prompts(
                     self.model,
                     [prompts[index] for index in batch],
@@ -133,13 +131,6 @@ class _Writer:
                 )
                 found |= {mine[index]: [*prompts[index], *text] for index, text in zip(batch, written, strict=True)}
         return [found[number] for number in numbers]
-
-
-def drawn_numbers(config: WrittenTextConfig, number: int) -> torch.Tensor:
-    """The numbers from 0 to 1 that choose the tokens of a document `[max_new_tokens]`, in float64."""
-    seed = np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(seed) % 2**63)
-    return torch.rand(config.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
 def _prompts(config: WrittenTextConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -162,19 +153,17 @@ def _prompts(config: WrittenTextConfig, tokenizer: PreTrainedTokenizerBase) -> l
 def _table(documents: list[list[int]], vocabulary_size: int) -> pa.Table:
     lengths = np.array([len(document) for document in documents])
     ids = pa.array([token for document in documents for token in document])
-    return table_of_documents(lengths, ids.cast(pa.uint16() if vocabulary_size <= 2**16 else pa.int32()))
+    return table_of_documents(lengths, ids.cast(token_type(vocabulary_size)))
 
 
 def _begin(path: Path, config: WrittenTextConfig) -> None:
     """Write the settings, or compare them with those of files that are there already. Raises `UserError`."""
-    described = without_secrets(config.model_dump(mode="json", exclude_none=True))
+    text = settings_text(config, "torch", "transformers")
     if path.exists():
-        former = yaml.safe_load(path.read_text(encoding="utf-8"))
+        former, described = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
         for key in dict.fromkeys([*described, *former]):
             if key not in FREE_TO_CHANGE and former.get(key) != described.get(key):
                 problem = f"was {former.get(key)!r} when the files in {str(path.parent)!r} were begun"
                 raise UserError(key, f"{problem}; set it so again, or delete that folder")
         return
-    made_with = ", ".join(f"{name} {version}" for name, version in versions("torch", "transformers").items())
-    settings = yaml.safe_dump(described, sort_keys=False)
-    write_whole(path, f"# made with {made_with}\n{settings}".encode())
+    write_whole(path, text.encode())

@@ -9,14 +9,13 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
-import multiprocess
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +25,7 @@ from trl.data_utils import apply_chat_template, common_prefix_length, maybe_conv
 
 from distillkit.config.errors import UserError, reading
 from distillkit.data.assistant import assistant_encoder, training_template
+from distillkit.data.workers import interruptions_as_they_are, one_thread_each, processes_for
 from distillkit.models.labels import IGNORED_LABEL
 from distillkit.models.special_tokens import encode_texts
 
@@ -41,8 +41,6 @@ _EXTRA_COLUMNS = {
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
 _DOCUMENTS_AT_ONCE = 256
-_BYTES_PER_PROCESS = 2**23
-_THREADS = "TOKENIZERS_PARALLELISM"
 
 Batch = dict[str, list[Any]]
 
@@ -99,8 +97,8 @@ def tokenize_rows(
 
     rows = rows.select_columns(wanted).with_format("arrow" if of_tokens else None)
     if num_proc is None and not of_tokens:
-        num_proc = _processes(rows)
-    with _one_thread_each(num_proc), _interruptions_as_they_are():
+        num_proc = processes_for(rows)
+    with one_thread_each(num_proc), interruptions_as_they_are():
         documents = rows.map(
             tokenize,
             batched=True,
@@ -113,41 +111,6 @@ def tokenize_rows(
     if row_format.assistant_only_loss and len(documents) < len(rows):
         _warn_of_missing_assistant(len(rows) - len(documents), len(rows), key)
     return documents.with_format(None)
-
-
-def _processes(rows: Dataset) -> int | None:
-    """How many processes tokenise, where nobody says: at most one for each CPU, and each with some seconds of work."""
-    size = rows.data.nbytes * len(rows) // rows.data.num_rows
-    count = min(len(os.sched_getaffinity(0)), len(rows), size // _BYTES_PER_PROCESS)
-    return count if count > 1 else None
-
-
-@contextmanager
-def _one_thread_each(num_proc: int | None) -> Iterator[None]:
-    """Within it, tokenizers of other processes start no threads, of which each would start one for each CPU.
-
-    datasets sees to that, too, even for one process, but leaves it so for this one.
-    """
-    before = os.environ.get(_THREADS)
-    if num_proc is not None:
-        os.environ[_THREADS] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(_THREADS, None)
-        if before is not None:
-            os.environ[_THREADS] = before
-
-
-@contextmanager
-def _interruptions_as_they_are() -> Iterator[None]:
-    """Within it a KeyboardInterrupt stays one: datasets asks processes for results then, and has none in time."""
-    try:
-        yield
-    except multiprocess.TimeoutError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise
 
 
 def _warn_of_missing_assistant(silent: int, rows: int, key: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -175,6 +176,13 @@ def continue_prompts(
             return rows
         logits = step(tokens)
     raise AssertionError("new_tokens is positive")
+
+
+def drawn_numbers(key: Sequence[int], *shape: int) -> Float64[Tensor, "..."]:
+    """Numbers from 0 to 1 that choose tokens, of a shape; they follow from the key alone."""
+    seed = np.random.SeedSequence([*key]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(seed) % 2**63)
+    return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
 def draw(

@@ -26,6 +26,9 @@ from distillkit.config.training_args import QUANTIZED_OPTIMIZERS
 from distillkit.runs.writing import is_full_disk
 from distillkit.training.parallel import any_process
 
+SHARDS = "shards"
+"""Beside these: the number of parts."""
+
 
 def writes_in_background(parallel: ParallelConfig | None, arguments: TrainingArguments) -> bool:
     """Whether training goes on meanwhile: on GPUs, if not said otherwise.
@@ -117,3 +120,15 @@ class _Writer(FileSystemWriter):
     def finish(self, metadata: Any, results: Any) -> None:
         super().finish(metadata, results)
         self.then()
+
+
+def check_shards(parts: Path, number: int, optim: str) -> None:
+    """Raises `UserError` where an optimizer was written in another number of parts."""
+    written = {SHARDS: 0}
+    distributed_checkpoint.load(written, checkpoint_id=parts)
+    if written[SHARDS] != number:
+        raise UserError(
+            "parallel.shard",
+            f"{parts.parent} was written with shard {written[SHARDS]}, and {optim} keeps blocks of numbers together, "
+            f"which shard {number} would divide otherwise; resume with shard {written[SHARDS]}",
+        )

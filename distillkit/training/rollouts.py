@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -21,7 +20,7 @@ from distillkit.config import RunConfig, UserError
 from distillkit.config.rollouts import RolloutsConfig
 from distillkit.data.collate import collate
 from distillkit.data.prompts import read_prompts
-from distillkit.evaluation.continuations import continue_prompts
+from distillkit.evaluation.continuations import continue_prompts, drawn_numbers
 from distillkit.evaluation.generation import batches_by_length, decoding_as_graphs, end_tokens
 from distillkit.models.labels import IGNORED_LABEL
 from distillkit.training.precision import compute_dtype
@@ -112,9 +111,8 @@ class Rollouts:
         return (self.prompts[(first + text) % len(self.prompts)] for text in range(self.texts_of_row))
 
     def _write(self, student: PreTrainedModel, prompts: Sequence[Sequence[int]], step: int) -> list[list[int]]:
-        seed = np.random.SeedSequence([self.settings.seed, step, self.process]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(seed) % 2**63)
-        drawn = torch.rand(len(prompts), self.settings.max_new_tokens, generator=generator, dtype=torch.float64)
+        key = (self.settings.seed, step, self.process)
+        drawn = drawn_numbers(key, len(prompts), self.settings.max_new_tokens)
         texts: list[list[int]] = [[] for _ in prompts]
         training, device = student.training, next(student.parameters()).device
         student.eval()

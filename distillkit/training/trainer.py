@@ -41,7 +41,7 @@ from distillkit.runs.names import CHECKPOINT, COMPLETE
 from distillkit.teacher.teacher import DISTRIBUTION, SignalRequest, Teacher, TeacherSignal
 from distillkit.training.batches import WholeBatches
 from distillkit.training.distiller import Distiller, DistillerOutput
-from distillkit.training.divided_checkpoints import CheckpointWriter
+from distillkit.training.divided_checkpoints import SHARDS, CheckpointWriter, check_shards
 from distillkit.training.log_window import LogWindow
 from distillkit.training.lora import save_adapter
 from distillkit.training.optimizers import protect_updates
@@ -52,9 +52,6 @@ from distillkit.training.saving import save_student
 PROJECTIONS = "projections.safetensors"
 OPTIMIZER = "optimizer"
 """Folder of the parts of a divided optimizer, in a checkpoint."""
-
-SHARDS = "shards"
-"""Beside these: the number of parts."""
 
 
 class DistillationTrainer(Trainer):
@@ -404,15 +401,3 @@ class DistillationTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             problem = " ".join(str(error).split())
             raise UserError("output_path", f"{path} does not hold the projections of this run: {problem}") from error
-
-
-def check_shards(parts: Path, number: int, optim: str) -> None:
-    """Raises `UserError` where an optimizer was written in another number of parts."""
-    written = {SHARDS: 0}
-    distributed_checkpoint.load(written, checkpoint_id=parts)
-    if written[SHARDS] != number:
-        raise UserError(
-            "parallel.shard",
-            f"{parts.parent} was written with shard {written[SHARDS]}, and {optim} keeps blocks of numbers together, "
-            f"which shard {number} would divide otherwise; resume with shard {written[SHARDS]}",
-        )

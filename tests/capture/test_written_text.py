@@ -11,14 +11,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillkit.capture import written_text
-from distillkit.capture.written_text import drawn_numbers, write_text
+from distillkit.capture.written_text import write_text
 from distillkit.config import UserError
 from distillkit.config.data import DatasetSource
 from distillkit.config.synthetic import SyntheticTextConfig
 from distillkit.config.written import WrittenTextConfig, load_written_config
 from distillkit.data import build_dataset
 from distillkit.data.synthetic import synthesize
-from distillkit.evaluation.continuations import draw
+from distillkit.evaluation.continuations import draw, drawn_numbers
 from tests.training.tiny import save_chat_model, save_chats, save_text
 
 SIZES = {"documents": 10, "documents_per_file": 4, "max_new_tokens": 6, "batch_size": 3}
@@ -61,7 +61,7 @@ def test_each_document_is_its_prompt_and_what_is_drawn_after_it(given):
     config, ended = WrittenTextConfig.parse(given), 0
     for number, document in enumerate(documents):
         tokens = document[:5]
-        for drawn in drawn_numbers(config, number):
+        for drawn in drawn_numbers((config.seed, number), config.max_new_tokens):
             with torch.no_grad():
                 logits = model(torch.tensor([tokens])).logits[0, -1:, : len(tokenizer)]
             tokens = [*tokens, int(draw(logits, drawn.view(1), [0.5, 1.5][number % 2]))]

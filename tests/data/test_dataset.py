@@ -15,7 +15,7 @@ from datasets import Dataset, is_caching_enabled
 
 from distillkit.config.data import DatasetConfig, DatasetSource
 from distillkit.config.errors import UserError
-from distillkit.data import build_dataset, build_datasets, dataset, rows
+from distillkit.data import build_dataset, build_datasets, dataset, rows, workers
 
 TEXTS = [f"the theory of relativity states that time {index} is relative " * (index % 5 + 1) for index in range(40)]
 
@@ -63,7 +63,7 @@ def test_long_texts_are_tokenised_by_all_cpus_with_the_same_outcome(source, tiny
         return mapped(self, *given, **options)
 
     monkeypatch.setattr(Dataset, "map", noted)
-    monkeypatch.setattr(rows, "_BYTES_PER_PROCESS", 1000)
+    monkeypatch.setattr(workers, "_BYTES_PER_PROCESS", 1000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     three = build_dataset(source, tiny_tokenizer, 64, seed=1)
@@ -83,11 +83,11 @@ def test_long_texts_are_tokenised_by_all_cpus_with_the_same_outcome(source, tiny
 def test_as_many_processes_tokenise_as_have_work(count, size, cpus, processes, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cpus)))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(rows, "_BYTES_PER_PROCESS", 2**13)
+    monkeypatch.setattr(workers, "_BYTES_PER_PROCESS", 2**13)
     texts = pa.chunked_array([pa.repeat("x" * size, count)])
     Dataset(pa.table({"text": texts, "other": texts})).save_to_disk(tmp_path / "saved")
     read = Dataset.load_from_disk(tmp_path / "saved").shuffle(seed=1).select_columns(["text"])
-    assert rows._processes(read) == processes
+    assert workers.processes_for(read) == processes
 
 
 def test_one_process_leaves_this_ones_threads_as_they_were(source, tiny_tokenizer, monkeypatch):

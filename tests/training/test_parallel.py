@@ -38,9 +38,9 @@ from distillkit.runs.checkpoints import complete_checkpoints
 from distillkit.training import distill, optimizers, setup, trainer
 from distillkit.training.arguments import build_training_arguments
 from distillkit.training.distiller import Distiller
-from distillkit.training.divided_checkpoints import CheckpointWriter, _Writer
+from distillkit.training.divided_checkpoints import SHARDS, CheckpointWriter, _Writer, check_shards
 from distillkit.training.parallel import divide, mesh_of, place_teacher, whole_state
-from distillkit.training.trainer import OPTIMIZER, SHARDS, DistillationTrainer, check_shards
+from distillkit.training.trainer import OPTIMIZER, DistillationTrainer
 from tests.forks import environments, exit_codes, started
 from tests.memory import peak_of
 from tests.shared import made_once

@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from distillkit.config.data import DatasetSource
 from distillkit.config.errors import UserError
+from distillkit.config.section import Section
 from distillkit.data.rows import RowFormat, list_entries, tokenize_rows
 from distillkit.data.sources import load_source
 from distillkit.data.synthetic.rewriting import table_of_documents
+from distillkit.runs.provenance import versions
+from distillkit.runs.secrets import without_secrets
 
 
 def tokenize_documents(
@@ -26,7 +30,19 @@ def tokenize_documents(
     if not len(documents):
         raise UserError(key, "holds no text")
     lengths, ids = list_entries(documents.with_format("arrow")[:]["input_ids"])
-    return table_of_documents(lengths, ids.cast(pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()))
+    return table_of_documents(lengths, ids.cast(token_type(len(tokenizer))))
+
+
+def token_type(vocabulary_size: int) -> pa.DataType:
+    """Two bytes per token if the vocabulary allows it."""
+    return pa.uint16() if vocabulary_size <= 2**16 else pa.int32()
+
+
+def settings_text(config: Section, *packages: str) -> str:
+    """YAML from which the same text can be made again, and the versions of what made it."""
+    settings = yaml.safe_dump(without_secrets(config.model_dump(mode="json", exclude_none=True)), sort_keys=False)
+    made_with = ", ".join(f"{name} {version}" for name, version in versions(*packages).items())
+    return f"# made with {made_with}\n{settings}"
 
 
 def count_tokens(documents: pa.Table) -> int:

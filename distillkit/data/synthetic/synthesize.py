@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -15,12 +14,10 @@ from distillkit.config.synthetic import AddedTextConfig, SyntheticTextConfig
 from distillkit.console import print_line
 from distillkit.data.rows import list_entries
 from distillkit.data.synthetic.facts import QuestionsAboutFacts
-from distillkit.data.synthetic.files import count_tokens, tokenize_documents, write_parts
+from distillkit.data.synthetic.files import count_tokens, settings_text, tokenize_documents, write_parts
 from distillkit.data.synthetic.passages import RepeatedPassages, numbered_entries
 from distillkit.data.synthetic.rewriting import Rewriter, rewrite_documents
 from distillkit.models.loading import load_tokenizer, where
-from distillkit.runs.provenance import versions
-from distillkit.runs.secrets import without_secrets
 
 MIB = 2**20
 
@@ -56,9 +53,7 @@ def synthesize(config: SyntheticTextConfig, console: Console | None = None) -> l
     for path in write_parts(documents, unfinished, int(config.max_file_mib * MIB)):
         tokens = count_tokens(pq.read_table(path))
         print_line(console, f"{path.name}: {tokens:,} tokens, {path.stat().st_size / MIB:,.2f} MiB")
-    settings = yaml.safe_dump(without_secrets(config.model_dump(mode="json", exclude_none=True)), sort_keys=False)
-    made_with = ", ".join(f"{name} {version}" for name, version in versions("pyarrow", "numpy").items())
-    (unfinished / "synthesis.yaml").write_text(f"# made with {made_with}\n{settings}", encoding="utf-8")
+    (unfinished / "synthesis.yaml").write_text(settings_text(config, "pyarrow", "numpy"), encoding="utf-8")
     unfinished.rename(folder)
     print_line(console, f"{folder} is complete")
     return sorted(folder.glob("*.parquet"))
